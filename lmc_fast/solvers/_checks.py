@@ -1,0 +1,27 @@
+"""What every solver checks at its front door, and the errors it raises there."""
+
+import torch
+from torch import Tensor
+
+
+def as_batch(X: Tensor, name: str) -> Tensor:  # (..., n, n) -> (batch, n, n), contiguous
+    """X as one contiguous batch, or an error that says what is wrong with its dtype or shape."""
+    if not isinstance(X, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(X).__name__}")
+    if X.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name}: expected float32 or float64, got {X.dtype}; convert with .float()")
+    if X.dim() < 2 or X.shape[-1] != X.shape[-2]:
+        raise ValueError(f"{name}: expected square matrices (..., n, n), got shape {tuple(X.shape)}")
+    return X.contiguous().reshape(X.shape[:-2].numel(), *X.shape[-2:])
+
+
+def require_finite(X: Tensor, name: str, what: str = "X") -> None:  # (batch, n, n)
+    """Raise ValueError naming the first matrix with an infinity or a NaN. On a GPU this waits for the device."""
+    if not bool(torch.isfinite(X).all()):
+        bad = int((~torch.isfinite(X)).flatten(1).any(1).nonzero()[0])
+        raise ValueError(f"{name}: {what} has a non-finite entry (matrix {bad} of {X.shape[0]})")
+
+
+def is_skew(X: Tensor) -> bool:  # (..., n, n)
+    """True where X == -Xᵀ to the last bit, as W - Wᵀ is."""
+    return bool((-X.mT == X).all())

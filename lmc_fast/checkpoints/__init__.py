@@ -1,0 +1,18 @@
+"""Reading and writing stock checkpoints."""
+
+from .reader import Checkpoint
+from .weights import Model, Slots, Weights, export, lerp
+from .writer import atomic_directory, check_target, disk_errors, publish
+
+__all__ = [
+    "Checkpoint",
+    "Model",
+    "Slots",
+    "Weights",
+    "atomic_directory",
+    "check_target",
+    "disk_errors",
+    "export",
+    "lerp",
+    "publish",
+]

@@ -1,0 +1,116 @@
+"""Writing stock checkpoints: sharded safetensors, all or nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import LmcError
+
+SHARD_BYTES = 5_000_000_000
+_COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "LICENSE*")
+_OWN = ("config.json", "model.safetensors.index.json")
+
+
+@contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Turns a failed write into one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        remedy = "the disk is full; free some space" if full else str(error)
+        raise LmcError(f"could not write {target}: {remedy} (nothing was left behind there)") from error
+
+
+def check_target(target: Path) -> None:
+    """Raises LmcError unless `target` can become a new directory: absent or empty, in a writable place."""
+    if target.is_file():
+        raise LmcError(f"{target} is a file; choose another output directory")
+    if target.is_dir() and any(target.iterdir()):
+        raise LmcError(f"{target} exists and is not empty; choose another output directory or remove it")
+    parent = target.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise LmcError(f"{parent} is not a writable directory; choose another output directory")
+
+
+@contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """A temporary directory beside `target` that takes its name at the end, or vanishes on any error."""
+    check_target(target)
+    with disk_errors(target):
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
+    try:
+        with disk_errors(target):
+            yield work
+            publish(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def publish(work: Path, target: Path) -> None:
+    """Renames a finished directory to `target`, with the permissions of an ordinary new directory."""
+    mask = os.umask(0)
+    os.umask(mask)
+    work.chmod(0o777 & ~mask)
+    os.replace(work, target)
+
+
+def write_checkpoint(
+    directory: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    config: dict[str, Any],
+    companions_from: Path,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Fills an empty `directory` with a checkpoint that transformers loads. One shard at a time is held in memory.
+
+    Tokenizer, generation config and the like are copied from `companions_from`.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    total = size = 0
+
+    def flush() -> None:
+        nonlocal pending, size
+        save_file(pending, directory / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending, size = {}, 0
+
+    for name, tensor in tensors:
+        tensor = tensor.contiguous()
+        if pending and size + tensor.nbytes > shard_bytes:
+            flush()
+        pending[name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        os.replace(directory / f"shard-{i}.safetensors", directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for pattern in _COMPANIONS:
+        for file in companions_from.glob(pattern):
+            if file.is_file() and file.name not in _OWN:
+                shutil.copyfile(file, directory / file.name)

@@ -1,0 +1,1 @@
+"""The forward pass in normal form, and the interpolation between two endpoints."""

@@ -1,0 +1,67 @@
+"""Head balancing: spreads each head's scale evenly between value and output, and between query and key.
+
+After it, what is left to match between two endpoints is nearly orthogonal (measured), so that Procrustes finds it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.weights import Slots, Weights
+from ..symmetry.transform import BlockTransform, Transform, rotary_map
+
+_RIDGE = 1e-8
+
+
+def balance(weights: Weights) -> Transform:
+    """The transform (head maps only) that balances canonical `weights`; use float64."""
+    return Transform(None, [_balance_block(weights, block) for block in weights.blocks])
+
+
+def _balance_block(weights: Weights, w: Slots) -> BlockTransform:
+    spec = weights.spec
+    g, r, e = spec.kv_heads, spec.queries_per_group, spec.head_dim
+    o = w["o"].view(-1, g, r, e).permute(1, 2, 0, 3).flatten(1, 2)  # (g, r d, e)
+    vo = _equaliser(_gram(_with_bias(w, "v", (g, e))), o.mT @ o)
+
+    q = _with_bias(w, "q", (g, r, e)).transpose(1, 2).flatten(2)
+    k = _with_bias(w, "k", (g, e))
+    rotary, half = spec.rotary_dim, spec.rotary_dim // 2
+    pair_norm = lambda x: x[:, :rotary].square().sum(-1).view(g, 2, half).sum(1)  # noqa: E731
+    scale = ((pair_norm(q) + _tiny(q)) / (pair_norm(k) + _tiny(k))) ** 0.25
+    rest = _equaliser(_gram(k[:, rotary:]), _gram(q[:, rotary:]))
+    return BlockTransform(vo=vo, qk=rotary_map(scale, torch.zeros_like(scale), rest))
+
+
+def _with_bias(w: Slots, slot: str, rows: tuple[int, ...]) -> Tensor:
+    """Rows of a slot by head, its bias as one more column."""
+    matrix = w[slot].unflatten(0, rows)
+    bias = w.get(f"{slot}_bias")
+    return matrix if bias is None else torch.cat([matrix, bias.view(*rows, 1)], dim=-1)
+
+
+def _gram(x: Tensor) -> Tensor:
+    return x @ x.mT
+
+
+def _tiny(x: Tensor) -> Tensor:
+    return _RIDGE * x.square().mean() + torch.finfo(x.dtype).tiny
+
+
+def _equaliser(inner: Tensor, outer: Tensor) -> Tensor:
+    """M with M inner Mᵀ = M⁻ᵀ outer M⁻¹, symmetric positive: M = K^½, K = I^-½ (I^½ O I^½)^½ I^-½."""
+    if inner.shape[-1] == 0:
+        return inner
+    eye = torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
+    ridge = lambda x: x + eye * (_RIDGE * x.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] + 1e-30)  # noqa: E731
+    root = _power(ridge(inner), 0.5)
+    back = _power(ridge(inner), -0.5)
+    return _power(back @ _power(root @ ridge(outer) @ root, 0.5) @ back, 0.5)
+
+
+def _power(x: Tensor, exponent: float) -> Tensor:
+    """Power of symmetric positive (batch, n, n)."""
+    values, vectors = torch.linalg.eigh((x + x.mT) / 2)
+    values = values.clamp(min=torch.finfo(x.dtype).tiny)
+    return (vectors * values[..., None, :] ** exponent) @ vectors.mT

@@ -1,0 +1,7 @@
+"""Function-preserving changes of weights: canonical form, the group, its elements."""
+
+from .canonical import canonicalize
+from .groups import Group, legal_groups
+from .transform import BlockTransform, Transform, check_legal
+
+__all__ = ["BlockTransform", "Group", "Transform", "canonicalize", "check_legal", "legal_groups"]

@@ -1,0 +1,129 @@
+"""Coordinates on the symmetry group near the identity: free tensors that gradient descent can move.
+
+    rotation   R = Cayley(X), X the skew part of a free matrix (projected to X 1 = 0 for LayerNorm)
+    V/O maps   M = Cayley(X) exp(H), X and H the skew and symmetric part of a free matrix; M⁻¹ = exp(-H) Cayley(X)ᵀ
+    Q/K maps   the same on the dimensions that RoPE passes by; exp(s) times a plane rotation on each rotary pair
+    units      D = exp(s), where the FFN allows scales
+
+Permutations are discrete and stay what matching found.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..architectures import Spec
+from ..solvers import cayley, polar
+from .groups import unit_scale_signs
+from .transform import BlockTransform, Transform, rotary_map
+
+MAX_STRETCH = 10.0  # singular values of head maps, and scales, stay within [1/10, 10]
+
+
+class Chart:
+    """Learnable elements g of the group, one for each of `sides` endpoints (1: B alone, 2: A and B).
+
+    `tensors` are the leaves, all zero at the identity: rotation (S, d, d); vo (S, L, G, e, e); qk (S, L, G, n, n) for the n
+    dimensions without RoPE; pair_scale, pair_angle (S, L, G, p); unit_scale (S, L, f). S sides, L blocks, G groups, p pairs.
+    """
+
+    def __init__(
+        self, spec: Spec, sides: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ):
+        self.spec, self.sides = spec, sides
+        pairs = len(spec.inv_freq)
+        rest = spec.head_dim - spec.rotary_dim
+        per_group = (sides, spec.layers, spec.kv_heads)
+        shapes: dict[str, tuple[int, ...]] = {
+            "rotation": (sides, spec.width, spec.width),
+            "vo": (*per_group, spec.head_dim, spec.head_dim),
+        }
+        if rest:
+            shapes["qk"] = (*per_group, rest, rest)
+        if pairs:
+            shapes |= {"pair_scale": (*per_group, pairs), "pair_angle": (*per_group, pairs)}
+        if unit_scale_signs(spec) != "none":
+            shapes["unit_scale"] = (sides, spec.layers, spec.ffn_width)
+        self.tensors = {
+            name: torch.zeros(shape, dtype=dtype, device=device, requires_grad=True) for name, shape in shapes.items()
+        }
+
+    def elements(self) -> list[Transform]:
+        """One group element per side; differentiable in `tensors`."""
+        t, spec = self.tensors, self.spec
+        rotations = cayley(_skew(self._projected(t["rotation"])))
+        vo, vo_inverse = _polar_map(t["vo"])
+        qk, qk_inverse = self._query_key_maps()
+        scale = t["unit_scale"].exp() if "unit_scale" in t else None
+        return [
+            Transform(
+                rotations[s],
+                [
+                    BlockTransform(
+                        vo=vo[s, i],
+                        vo_inverse=vo_inverse[s, i],
+                        qk=qk[s, i],
+                        qk_inverse=qk_inverse[s, i],
+                        unit_scale=None if scale is None else scale[s, i],
+                    )
+                    for i in range(spec.layers)
+                ],
+            )
+            for s in range(self.sides)
+        ]
+
+    def relative(self) -> Transform:
+        """g_A⁻¹ g_B (g_B alone for one side): all that the loss along the line depends on."""
+        elements = self.elements()
+        return elements[0] if self.sides == 1 else elements[0].inverse().compose(elements[1])
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Keeps every stretch within MAX_STRETCH by scaling back the coordinates of a map that left it."""
+        limit = math.log(MAX_STRETCH)
+        for name in ("vo", "qk"):
+            if name in self.tensors and self.tensors[name].numel():
+                d = self.tensors[name]
+                h = (d + d.mT) / 2
+                if h.flatten(-2).norm(dim=-1).max() <= limit:  # bounds the spectral norm from above, cheaply
+                    continue
+                h *= (limit / torch.linalg.matrix_norm(h, 2).clamp(min=limit))[..., None, None]
+                d.copy_((d - d.mT) / 2 + h)
+        for name in ("pair_scale", "unit_scale"):
+            if name in self.tensors:
+                self.tensors[name].clamp_(-limit, limit)
+
+    def _projected(self, free: Tensor) -> Tensor:
+        """LayerNorm: rows and columns without mean, so that the rotation fixes the ones vector."""
+        if self.spec.norm != "layernorm":
+            return free
+        free = free - free.mean(-1, keepdim=True)
+        return free - free.mean(-2, keepdim=True)
+
+    def _query_key_maps(self) -> tuple[Tensor, Tensor]:
+        t, spec = self.tensors, self.spec
+        some = t["vo"]
+        if "qk" in t:
+            rest, rest_inverse = _polar_map(t["qk"])
+        else:
+            rest = rest_inverse = some.new_zeros(*some.shape[:-2], 0, 0)
+        if not spec.inv_freq:
+            return rest, rest_inverse
+        grow, angle = t["pair_scale"], t["pair_angle"]
+        cos, sin = angle.cos(), angle.sin()
+        return (
+            rotary_map(grow.exp() * cos, grow.exp() * sin, rest),
+            rotary_map((-grow).exp() * cos, -(-grow).exp() * sin, rest_inverse),
+        )
+
+
+def _skew(free: Tensor) -> Tensor:
+    half = free / 2
+    return half - half.mT
+
+
+def _polar_map(free: Tensor) -> tuple[Tensor, Tensor]:
+    return polar(_skew(free), (free + free.mT) / 2)

@@ -1,3 +1,33 @@
 """lmc_fast: align two transformers so that a plain average of their weights is a good model."""
 
+from .alignment import Alignment
+from .data import read_tokens
+from .errors import LmcError
+from .evaluation import Curve, Difference
+from .matching.learned import Schedule
+from .pair import Pair, open_pair
+from .pipeline.align import align
+from .pipeline.evaluate import barrier, verify
+from .pipeline.export import export, merge
+from .solvers import cayley, expm, polar
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Alignment",
+    "Curve",
+    "Difference",
+    "LmcError",
+    "Pair",
+    "Schedule",
+    "align",
+    "barrier",
+    "cayley",
+    "expm",
+    "export",
+    "merge",
+    "open_pair",
+    "polar",
+    "read_tokens",
+    "verify",
+]

@@ -2,7 +2,7 @@
 
 from .reader import Checkpoint
 from .weights import Model, Slots, Weights, export, lerp
-from .writer import atomic_directory, check_target, disk_errors, publish
+from .writer import atomic_directory, check_target, disk_errors, publish, write_checkpoint
 
 __all__ = [
     "Checkpoint",
@@ -15,4 +15,5 @@ __all__ = [
     "export",
     "lerp",
     "publish",
+    "write_checkpoint",
 ]

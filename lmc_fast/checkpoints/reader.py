@@ -108,9 +108,9 @@ class Checkpoint:
             return dict(weight_map)
         if (self.path / "model.safetensors").exists():
             self._open_file("model.safetensors")
-            return {name: "model.safetensors" for name in self._keys["model.safetensors"]}
+            return dict.fromkeys(self._keys["model.safetensors"], "model.safetensors")
         if any(self.path.glob("*.bin")) or any(self.path.glob("*.pt*")):
-            raise LmcError(f"{self.path} has only pickled weights, which are never loaded; convert to safetensors first")
+            raise LmcError(f"{self.path} has only pickled weights, which are not loaded; convert to safetensors first")
         raise LmcError(f"{self.path} has no model.safetensors and no {_INDEX}")
 
     def _open_file(self, name: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -31,6 +30,19 @@ class Weights:
     def map(self, function: Callable[[Tensor], Tensor]) -> Weights:
         apply = lambda slots: {name: function(tensor) for name, tensor in slots.items()}  # noqa: E731
         return Weights(self.spec, apply(self.ends), [apply(block) for block in self.blocks])
+
+    def in_dtype(
+        self, dtype: torch.dtype, ends: Callable[[Slots], Slots], block: Callable[[int, Slots], Slots]
+    ) -> Weights:
+        """Applies functions to the ends and to each (index, block), in at least `dtype`; the result keeps its own."""
+
+        def wide(function: Callable[[Slots], Slots], slots: Slots) -> Slots:
+            own = {name: t.dtype for name, t in slots.items()}
+            work = {name: t.to(torch.promote_types(t.dtype, dtype)) for name, t in slots.items()}
+            return {name: t.to(own[name]) for name, t in function(work).items()}
+
+        blocks = [wide(lambda w, i=i: block(i, w), w) for i, w in enumerate(self.blocks)]  # type: ignore[misc]
+        return Weights(self.spec, wide(ends, self.ends), blocks)
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Weights:
         return self.map(lambda t: t.to(device=device, dtype=dtype))
@@ -129,7 +141,7 @@ def read_spec(checkpoint: Checkpoint) -> tuple[Family, Spec]:
 def export(
     weights: Weights, like: Model, directory: Path, dtype: torch.dtype | None = None, shard_bytes: int | None = None
 ) -> None:
-    """Writes `weights` as a stock checkpoint with the config and tokenizer of `like`, in its dtype unless one is given."""
+    """Writes `weights` as a stock checkpoint with the config and tokenizer of `like`; dtype: that of `like`."""
     dtype = dtype or like.dtype
     config = dict(like.checkpoint.config)
     config["tie_word_embeddings"] = weights.spec.tied
@@ -146,9 +158,7 @@ def _stored(weights: Weights, family: Family, dtype: torch.dtype) -> Iterator[tu
         slots = weights.ends if index is None else weights.blocks[index]
         tensor = entry.layout.join([slots[slot] for slot in entry.slots], spec).to("cpu", dtype)
         if not tensor.isfinite().all():
-            raise LmcError(f"tensor {name} overflows in {str(dtype).removeprefix('torch.')}; export with --dtype float32")
+            raise LmcError(
+                f"tensor {name} overflows in {str(dtype).removeprefix('torch.')}; export with --dtype float32"
+            )
         yield name, tensor
-
-
-def save_json(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n")

@@ -64,10 +64,20 @@ def atomic_directory(target: Path) -> Iterator[Path]:
 
 def publish(work: Path, target: Path) -> None:
     """Renames a finished directory to `target`, with the permissions of an ordinary new directory."""
+    work.chmod(0o777 & ~_umask())
+    os.replace(work, target)
+
+
+def save_tensor_file(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """safetensors' own writer, but with the permissions of an ordinary new file (it makes private ones)."""
+    save_file(tensors, file, metadata=metadata)
+    file.chmod(0o666 & ~_umask())
+
+
+def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
-    work.chmod(0o777 & ~mask)
-    os.replace(work, target)
+    return mask
 
 
 def write_checkpoint(
@@ -88,7 +98,7 @@ def write_checkpoint(
 
     def flush() -> None:
         nonlocal pending, size
-        save_file(pending, directory / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
+        save_tensor_file(pending, directory / f"shard-{len(shards)}.safetensors", {"format": "pt"})
         shards.append(list(pending))
         pending, size = {}, 0
 
@@ -101,7 +111,7 @@ def write_checkpoint(
         total += tensor.nbytes
     flush()
 
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         os.replace(directory / f"shard-{i}.safetensors", directory / file)
@@ -111,6 +121,6 @@ def write_checkpoint(
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for pattern in _COMPANIONS:
-        for file in companions_from.glob(pattern):
-            if file.is_file() and file.name not in _OWN:
-                shutil.copyfile(file, directory / file.name)
+        for companion in companions_from.glob(pattern):
+            if companion.is_file() and companion.name not in _OWN:
+                shutil.copyfile(companion, directory / companion.name)

@@ -86,7 +86,7 @@ def feed_forward(spec: Spec, w: Slots, x: Tensor, observe: Observer = ignore) ->
 
 
 def block(spec: Spec, w: Slots, x: Tensor, rope: Rope | None, observe: Observer = ignore) -> Tensor:
-    """x (batch, T, d) -> the block's output, same shape. `observe` sees q, k, v, mixed, hidden and the normed inputs."""
+    """x (batch, T, d) -> the block's output, same shape. `observe` sees q, k, v, mixed, hidden, attn_in and ffn_in."""
     attn_in = norm(spec, w, "attn_norm", x)
     observe("attn_in", attn_in)
     if not spec.parallel:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..architectures import Spec
 from ..checkpoints.weights import Slots, Weights
 from ..symmetry.transform import BlockTransform, Transform, rotary_map
 
@@ -15,12 +16,12 @@ _RIDGE = 1e-8
 
 
 def balance(weights: Weights) -> Transform:
-    """The transform (head maps only) that balances canonical `weights`; use float64."""
-    return Transform(None, [_balance_block(weights, block) for block in weights.blocks])
+    """The transform (head maps only, float64) that balances canonical `weights`."""
+    return Transform(None, [_balance_block(weights.spec, block) for block in weights.blocks])
 
 
-def _balance_block(weights: Weights, w: Slots) -> BlockTransform:
-    spec = weights.spec
+def _balance_block(spec: Spec, w: Slots) -> BlockTransform:
+    w = {name: w[name].double() for name in ("q", "k", "v", "o", "q_bias", "k_bias", "v_bias") if name in w}
     g, r, e = spec.kv_heads, spec.queries_per_group, spec.head_dim
     o = w["o"].view(-1, g, r, e).permute(1, 2, 0, 3).flatten(1, 2)  # (g, r d, e)
     vo = _equaliser(_gram(_with_bias(w, "v", (g, e))), o.mT @ o)

@@ -1,8 +1,8 @@
 """Matching without gradients: alternate Procrustes for rotation and head maps with assignment of heads and FFN units.
 
-One algorithm serves weight matching (evidence: the weights), activation matching (evidence: cross-covariances of what both
-endpoints compute on the same tokens) and their sum. Every kind of evidence for a map M between a part of A and a part of B
-is a matrix C that asks for a large tr(Mᵀ C).
+One algorithm serves weight matching (evidence: the weights), activation matching (evidence: cross-covariances of what
+both endpoints compute on the same tokens) and their sum. Every kind of evidence for a map M between a part of A and a
+part of B is a matrix C that asks for a large tr(Mᵀ C).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Evidence:
 
 
 def match(a: Weights, b: Weights, evidence: Evidence, statistics: Statistics | None = None) -> Transform:
-    """The transform of canonical, balanced `b` that brings it closest to `a`.
+    """The transform (float64) of canonical, balanced `b` that brings it closest to `a`.
 
     Rounds go on until no assignment changes (at most MAX_ROUNDS). `statistics` are needed if the activations count.
     """
@@ -56,22 +56,26 @@ def match(a: Weights, b: Weights, evidence: Evidence, statistics: Statistics | N
 def _rotation(a: Weights, b: Weights, blocks: Transform | None, evidence: Evidence, stats: Statistics | None) -> Tensor:
     """R from embeddings, head and positions; with `blocks` (maps already found) from every reader and writer too."""
     spec = a.spec
-    total = sum(a.ends[n].mT @ b.ends[n] for n in ("embed", "head", "positions") if n in a.ends)
+    total = sum(a.ends[n].double().mT @ b.ends[n].double() for n in ("embed", "head", "positions") if n in a.ends)
     assert isinstance(total, Tensor)
     if blocks is not None:
         for x, y, t in zip(a.blocks, b.blocks, blocks.blocks, strict=True):
-            y = apply_block(spec, None, t, y)
+            x, y = _double(x), apply_block(spec, None, t, _double(y))
             total = total + sum(x[n].mT @ y[n] for n in BLOCK_READERS if n in x)
             total = total + sum(x[n] @ y[n].mT for n in BLOCK_WRITERS)
             total = total + sum(torch.outer(x[f"{n}_bias"], y[f"{n}_bias"]) for n in BLOCK_WRITERS if f"{n}_bias" in x)
     return residual_rotation(spec, _add(evidence, total, stats.stream if stats else None))
 
 
+def _double(w: Slots) -> Slots:
+    return {name: t.double() for name, t in w.items()}
+
+
 def _add(evidence: Evidence, from_weights: Tensor, from_activations: Tensor | None) -> Tensor:
     """Weighted sum of two pieces of evidence. Activations are first scaled to the weights' Frobenius norm.
 
-    Weights themselves are never normalised one matrix at a time: large matrices should count more (measured: 0.57 against
-    0.71 nats).
+    Weights themselves are never normalised one matrix at a time: large matrices should count more (measured: 0.57
+    against 0.71 nats).
     """
     total = evidence.weights * from_weights
     if from_activations is not None:
@@ -83,6 +87,7 @@ def _add(evidence: Evidence, from_weights: Tensor, from_activations: Tensor | No
 def _match_block(
     spec: Spec, a: Slots, b: Slots, rotation: Tensor | None, evidence: Evidence, s: BlockStatistics | None
 ) -> BlockTransform:
+    a, b = _double(a), _double(b)
     heads, queries, vo, qk = _match_heads(spec, a, b, rotation, evidence, s)
     turned = lambda w: w if rotation is None else w @ rotation.mT  # noqa: E731
     score = a["down"].mT @ (b["down"] if rotation is None else rotation @ b["down"])
@@ -92,7 +97,9 @@ def _match_block(
             if f"{name}_bias" in a:
                 score = score + torch.outer(a[f"{name}_bias"], b[f"{name}_bias"])
     score = _add(evidence, score, s.hidden if s else None)
-    return BlockTransform(heads, queries, vo, qk=qk, units=solve_assignments([score], maximize=True)[0].to(score.device))
+    return BlockTransform(
+        heads, queries, vo, qk=qk, units=solve_assignments([score], maximize=True)[0].to(score.device)
+    )
 
 
 def _match_heads(

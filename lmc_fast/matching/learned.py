@@ -1,25 +1,32 @@
-"""Learned matching: descend the loss along the straight line, in coordinates of the symmetry group."""
+"""Learned matching: descend the loss along the straight line, in coordinates of the symmetry group.
+
+Only the relative transform g_A⁻¹ g_B enters the forward pass, on B's side, because every g preserves the function for
+every weight setting: f((1-λ) g_A θ_A + λ g_B θ_B) = f((1-λ) θ_A + λ g_A⁻¹ g_B θ_B).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..checkpoints.weights import Weights, lerp
-from ..engine.model import next_token_loss
-from ..errors import LmcError
+from ..engine.model import mean_loss, next_token_loss
 from ..symmetry.charts import Chart
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 _GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss or a gradient became NaN or infinite; nothing was updated with it."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How to learn. Defaults are what benchmarks/learning.py found best on two trained pairs."""
+    """How to learn. benchmarks/learning.py measures the defaults against their neighbours."""
 
     steps: int = 1000
     batch: int = 16  # token blocks per step
@@ -29,7 +36,7 @@ class Schedule:
     rotation_lr: float = 4e-3
     map_lr: float = 1e-2
     warmup: int = 10
-    final: float = 0.02  # the cosine's last learning rate, as a share
+    final: float = 0.02  # the last learning rate, as a share of the first
     seed: int = 0
 
     def rate(self, step: int) -> float:
@@ -45,10 +52,111 @@ class Schedule:
 
     def rows(self, step: int, count: int) -> Tensor:
         """Which of `count` token blocks a step reads: every epoch a new permutation, determined by seed and step."""
-        first, chosen = step * self.batch, []
-        for i in range(first, first + self.batch):
-            if not chosen or i % count == 0:
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + i // count)
-                order = torch.randperm(count, generator=generator)
-            chosen.append(int(order[i % count]))
-        return torch.tensor(chosen)
+        wanted = range(step * self.batch, (step + 1) * self.batch)
+        orders = {}
+        for epoch in range(wanted[0] // count, wanted[-1] // count + 1):
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            orders[epoch] = torch.randperm(count, generator=generator)
+        return torch.stack([orders[i // count][i % count] for i in wanted])
+
+
+@dataclass
+class History:
+    """What happened: one loss per step, and validation excesses (mean over VALIDATION_POINTS) at some steps."""
+
+    loss: list[float] = field(default_factory=list)
+    excess: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.excess = {int(step): value for step, value in self.excess.items()}  # JSON has no integer keys
+
+
+VALIDATION_POINTS = (0.25, 0.5, 0.75)
+
+
+class Learner:
+    """Adam on the chart's coordinates; one call of `step` is one λ, one batch, one update.
+
+    a, b: canonical endpoints, b already matched; frozen. tokens (n, T) int64. Everything random follows from
+    schedule.seed and the step's number, so that a restored learner goes on as if it had never stopped.
+    """
+
+    def __init__(self, a: Weights, b: Weights, tokens: Tensor, schedule: Schedule):
+        self.a, self.b, self.tokens, self.schedule = a, b, tokens, schedule
+        some = a.ends["embed"]
+        self.chart = Chart(a.spec, schedule.sides, some.dtype, some.device)
+        self.history = History()
+        self.best: dict[str, Tensor] | None = None
+        leaves = self.chart.tensors
+        self._base_rates = [schedule.rotation_lr if name == "rotation" else schedule.map_lr for name in leaves]
+        self._adam = torch.optim.Adam([{"params": [t]} for t in leaves.values()], betas=(0.9, 0.99), foreach=True)
+
+    @property
+    def done(self) -> int:
+        """Steps taken."""
+        return len(self.history.loss)
+
+    def step(self) -> float:
+        """Takes one step and returns its loss in nats per token. Raises NonFiniteLoss and changes nothing."""
+        i, schedule = self.done, self.schedule
+        for group, base in zip(self._adam.param_groups, self._base_rates, strict=True):
+            group["lr"] = base * schedule.rate(i)
+        batch = self.tokens[schedule.rows(i, len(self.tokens)).to(self.tokens.device)]
+        weights = lerp(self.a, self.chart.relative().apply(self.b), schedule.position(i))
+        loss = next_token_loss(weights, batch)
+        self._adam.zero_grad()
+        loss.backward()
+        leaves = self.chart.tensors.values()
+        finite = torch.stack([loss.isfinite(), *(t.grad.isfinite().all() for t in leaves if t.grad is not None)])
+        if not finite.all():
+            raise NonFiniteLoss(f"the loss became {loss.item()} at step {i + 1} (lambda {schedule.position(i):.2f})")
+        self._adam.step()
+        self.chart.clamp_()
+        self.history.loss.append(loss.item())
+        return self.history.loss[-1]
+
+    @torch.no_grad()
+    def validate(self, tokens: Tensor, ends: tuple[float, float]) -> float:
+        """Mean excess over the straight line between the endpoints' losses `ends`; remembers the best chart."""
+        moved = self.chart.relative().apply(self.b)
+        excess = 0.0
+        for point in VALIDATION_POINTS:
+            line = (1 - point) * ends[0] + point * ends[1]
+            excess += (mean_loss(lerp(self.a, moved, point), tokens) - line) / len(VALIDATION_POINTS)
+        if excess < min(self.history.excess.values(), default=math.inf):
+            self.best = {name: t.detach().clone() for name, t in self.chart.tensors.items()}
+        self.history.excess[self.done] = excess
+        return excess
+
+    def final_chart(self) -> Chart:
+        """The best validated coordinates where there was validation, else the last ones; in float64."""
+        tensors = self.best or self.chart.tensors
+        chart = Chart(self.a.spec, self.schedule.sides, torch.float64)
+        for name, t in chart.tensors.items():
+            t.data.copy_(tensors[name].detach())
+        return chart
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a resumed run needs besides the history."""
+        out = {f"chart.{name}": t.detach() for name, t in self.chart.tensors.items()}
+        out |= {f"best.{name}": t for name, t in (self.best or {}).items()}
+        for name, t in self.chart.tensors.items():
+            for key in _MOMENTS:
+                if t in self._adam.state:
+                    out[f"adam.{key}.{name}"] = self._adam.state[t][key]
+        return out
+
+    def restore(self, state: dict[str, Tensor], history: History) -> None:
+        """Puts a `state()` back."""
+        self.history = history
+        for name, t in self.chart.tensors.items():
+            t.data.copy_(state[f"chart.{name}"])
+            if f"adam.exp_avg.{name}" in state:
+                moments = {key: state[f"adam.{key}.{name}"].to(t.device, copy=True) for key in _MOMENTS}
+                self._adam.state[t] = {"step": torch.tensor(float(self.done)), **moments}
+        best = {
+            name: state[f"best.{name}"].to(t.device)
+            for name, t in self.chart.tensors.items()
+            if f"best.{name}" in state
+        }
+        self.best = best or None

@@ -1,8 +1,8 @@
-"""Canonical form: norm gains and biases, and every other visible-nowhere parameter, folded away (DESIGN: norm absorption).
+"""Canonical form (norm absorption): what no output can see is folded away.
 
-Afterwards every norm has gain 1; a LayerNorm model's writers have zero mean, so that its residual stream does; the value
-bias is gone into the output bias; key biases that the softmax cannot see are 0; the head's mean row is 0. Each step leaves
-the model's log-probabilities as they are.
+Afterwards every norm has gain 1; a LayerNorm model's writers have zero mean, so that its residual stream does; the
+value bias is gone into the output bias; key biases that the softmax cannot see are 0; the head's mean row is 0. Each
+step leaves the model's log-probabilities as they are.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from ..errors import LmcError
 
 
 def canonicalize(weights: Weights) -> Weights:
-    """The canonical form of a model, in the dtype of `weights` (use float64 or float32, never less)."""
-    return Weights(
-        weights.spec,
-        canonical_ends(weights.spec, weights.ends),
-        [canonical_block(weights.spec, block) for block in weights.blocks],
+    """The canonical form of a model: computed one block at a time in float64, returned in the dtype of `weights`."""
+    spec = weights.spec
+    return weights.in_dtype(
+        torch.float64, lambda ends: canonical_ends(spec, ends), lambda _, block: canonical_block(spec, block)
     )
 
 
@@ -83,5 +82,7 @@ def _unscaled(gain: Tensor, shift: Tensor, readers: list[Tensor], name: str) -> 
     solution = torch.linalg.lstsq(scaled, wanted[:, None], driver="gelsd").solution[:, 0]
     residual = (scaled @ solution - wanted).norm() / wanted.norm()
     if residual > 1e-6:
-        raise LmcError(f"{name} has a zero gain with a non-zero bias that its readers cannot absorb ({residual:.1e} off)")
+        raise LmcError(
+            f"{name} has a zero gain with a non-zero bias that its readers cannot absorb ({residual:.1e} off)"
+        )
     return solution.to(shift)

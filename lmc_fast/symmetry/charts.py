@@ -26,13 +26,12 @@ MAX_STRETCH = 10.0  # singular values of head maps, and scales, stay within [1/1
 class Chart:
     """Learnable elements g of the group, one for each of `sides` endpoints (1: B alone, 2: A and B).
 
-    `tensors` are the leaves, all zero at the identity: rotation (S, d, d); vo (S, L, G, e, e); qk (S, L, G, n, n) for the n
-    dimensions without RoPE; pair_scale, pair_angle (S, L, G, p); unit_scale (S, L, f). S sides, L blocks, G groups, p pairs.
+    `tensors` are the leaves, all zero at the identity: rotation (S, d, d); vo (S, L, G, e, e); qk (S, L, G, n, n) for
+    the n dimensions without RoPE; pair_scale, pair_angle (S, L, G, p); unit_scale (S, L, f). S sides, L blocks,
+    G groups, p pairs.
     """
 
-    def __init__(
-        self, spec: Spec, sides: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ):
+    def __init__(self, spec: Spec, sides: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
         self.spec, self.sides = spec, sides
         pairs = len(spec.inv_freq)
         rest = spec.head_dim - spec.rotary_dim

@@ -22,9 +22,7 @@ def legal_groups(spec: Spec) -> list[Group]:
     layernorm = spec.norm == "layernorm"
     e, rotary = spec.head_dim, spec.rotary_dim
     rest = e - rotary
-    qk = " and ".join(
-        ([f"{rotary // 2} scaled plane rotations"] if rotary else []) + ([f"GL({rest})"] if rest else [])
-    )
+    qk = " and ".join(([f"{rotary // 2} scaled plane rotations"] if rotary else []) + ([f"GL({rest})"] if rest else []))
     return [
         Group("norm absorption", True, "gains and biases fold into their readers", f"pre-{spec.norm}"),
         Group(
@@ -33,7 +31,7 @@ def legal_groups(spec: Spec) -> list[Group]:
             f"O({spec.width}) fixing the ones vector" if layernorm else f"O({spec.width})",
             "LayerNorm subtracts the mean, so 1 must stay where it is" if layernorm else "RMSNorm sees only the length",
         ),
-        Group("residual scale", False, "one factor on the stream", "inexact: the norms' epsilon does not scale with it"),
+        Group("residual scale", False, "one factor on the stream", "inexact: the norms' epsilon stays as it is"),
         Group("heads", True, f"permutations of {spec.kv_heads} key/value groups", "attention sums over heads"),
         Group(
             "queries",
@@ -46,7 +44,9 @@ def legal_groups(spec: Spec) -> list[Group]:
             "query/key maps",
             True,
             f"{qk} per key/value group",
-            f"must commute with RoPE on {rotary} of {e} dimensions" if rotary else "no RoPE: only the product q·k counts",
+            f"must commute with RoPE on {rotary} of {e} dimensions"
+            if rotary
+            else "without RoPE only the product q·k counts",
         ),
         Group("FFN units", True, f"permutations of {spec.ffn_width} units", "the FFN sums over units"),
         Group("FFN scales", *_unit_scales(spec)),

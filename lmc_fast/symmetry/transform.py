@@ -13,7 +13,7 @@ group, `queries` does the same for its query heads. None stands for the identity
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -27,7 +27,7 @@ from .groups import unit_scale_signs
 
 @dataclass
 class BlockTransform:
-    """The part of a group element that lives inside one block. G key/value groups, r queries each, e head_dim, f units."""
+    """The part of a group element inside one block. G key/value groups, r queries each, e head_dim, f units."""
 
     heads: Tensor | None = None  # (G,) int64 permutation of key/value groups
     queries: Tensor | None = None  # (G, r) int64, a permutation in each row
@@ -63,15 +63,19 @@ class Transform:
         return Transform(change(self.rotation), blocks)
 
     def apply(self, weights: Weights) -> Weights:
-        """g · weights; differentiable in both."""
-        return Weights(
-            weights.spec,
-            apply_ends(self.rotation, weights.ends),
-            [
-                apply_block(weights.spec, self.rotation, t, w)
-                for t, w in zip(self.blocks, weights.blocks, strict=True)
-            ],
+        """g · weights, block by block in the wider dtype of both, returned in that of `weights`; differentiable."""
+        rotation, spec = self.rotation, weights.spec
+        dtype = max((x.dtype for x in self._floats()), key=lambda d: d.itemsize, default=torch.float32)
+        return weights.in_dtype(
+            dtype,
+            lambda ends: apply_ends(rotation, ends),
+            lambda i, w: apply_block(spec, rotation, self.blocks[i], w),
         )
+
+    def _floats(self) -> Iterator[Tensor]:
+        for x in (self.rotation, *(getattr(b, f.name) for b in self.blocks for f in fields(b))):
+            if x is not None and x.is_floating_point():
+                yield x
 
     def inverse(self) -> Transform:
         """g⁻¹."""
@@ -218,7 +222,11 @@ def check_legal(transform: Transform, spec: Spec, tolerance: float = 1e-6) -> No
     group, e = spec.kv_heads, spec.head_dim
     for i, t in enumerate(transform.blocks):
         at = f"block {i}"
-        for p, shape in ((t.heads, (group,)), (t.queries, (group, spec.queries_per_group)), (t.units, (spec.ffn_width,))):
+        for p, shape in (
+            (t.heads, (group,)),
+            (t.queries, (group, spec.queries_per_group)),
+            (t.units, (spec.ffn_width,)),
+        ):
             if p is not None:
                 require(p.shape == shape, f"{at}: a permutation has shape {list(p.shape)}, not {list(shape)}")
                 require((p.sort(-1)[0] == torch.arange(shape[-1], device=p.device)).all(), f"{at}: not a permutation")

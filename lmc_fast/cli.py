@@ -1,0 +1,341 @@
+"""The lmc-fast command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from . import __version__
+from .alignment import Alignment
+from .checkpoints import Model, check_target
+from .data import read_tokens, split_validation
+from .errors import LmcError
+from .evaluation import Curve
+from .evaluation.barrier import DEFINITION
+from .evaluation.plots import plot_curves, plot_learning
+from .matching.learned import History, Schedule
+from .pair import Pair, mismatch, open_pair
+from .pipeline.align import METHODS, Progress, align
+from .pipeline.evaluate import barrier, verify
+from .pipeline.export import export_into, merge
+from .pipeline.run_directory import RunDirectory
+from .symmetry import legal_groups
+
+BAD_INPUT, INTERRUPTED, DIFFERENT = 2, 130, 1
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Console:
+    """Where words and numbers go: progress and text for people, or one JSON document on standard output."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.json, self.quiet = args.json, args.quiet
+
+    def say(self, text: str = "") -> None:
+        if not self.quiet and not self.json:
+            tqdm.write(text)
+
+    def result(self, value: dict[str, Any]) -> None:
+        if self.json:
+            print(json.dumps(value))
+
+    def bar(self, total: int, text: str, unit: str = "it") -> tqdm:
+        hidden = self.quiet or self.json
+        return tqdm(total=total, desc=text, unit=unit, disable=hidden, leave=False, dynamic_ncols=True, file=sys.stderr)
+
+
+def inspect_command(args: argparse.Namespace, console: Console) -> int:
+    model = Model(args.a)
+    spec = model.spec
+    groups = legal_groups(spec)
+    console.say(
+        f"{args.a}: {spec.family}, {spec.layers} blocks, width {spec.width}, {spec.heads} heads of {spec.head_dim}"
+    )
+    console.say(
+        f"  {spec.kv_heads} key/value groups, FFN {spec.ffn_width}, vocabulary {spec.vocab}, {spec.norm}, {model.dtype}"
+    )
+    console.say("symmetries:")
+    for group in groups:
+        console.say(f"  {'yes' if group.legal else 'no ':3}  {group.name:18} {group.what}: {group.why}")
+    result: dict[str, Any] = {
+        "family": spec.family,
+        "groups": [vars(group) for group in groups],
+    }
+    if args.b:
+        problem = mismatch(Pair(model, Model(args.b)))
+        console.say(f"{args.a} and {args.b} " + (f"cannot be aligned: {problem}" if problem else "can be aligned"))
+        result |= {"match": problem is None, "problem": problem}
+        console.result(result)
+        return BAD_INPUT if problem else 0
+    console.result(result)
+    return 0
+
+
+def align_command(args: argparse.Namespace, console: Console) -> int:
+    check_target(args.out)
+    pair = open_pair(args.a, args.b)
+    length = args.block or min(128, pair.spec.max_positions)
+    tokens = read_tokens(args.data, pair.a, length)
+    if args.val:
+        validation: torch.Tensor | None = read_tokens(args.val, pair.a, length)
+    else:
+        tokens, validation = split_validation(tokens)
+    held_out = read_tokens(args.test, pair.a, length) if args.test else validation
+    given = {"steps": args.steps, "batch": args.batch, "rotation_lr": args.rotation_lr, "map_lr": args.map_lr}
+    given |= {"seed": args.seed, "low": args.range and args.range[0], "high": args.range and args.range[1]}
+    options = {name: value for name, value in given.items() if value is not None}
+
+    with RunDirectory(args.out, args.resume) as run:
+        try:
+            alignment = _align_with_bar(args, console, pair, tokens, validation, run.state_file, options)
+        except KeyboardInterrupt:
+            if run.state_file.exists():
+                console.say(f"interrupted; the state is in {run.path}: go on with --resume")
+            raise
+        report: dict[str, Any] = {"a": args.a, "b": args.b, "version": __version__, **alignment.info}
+        curves: list[Curve] = []
+        if held_out is not None:
+            curves = _three_curves(args, console, pair, held_out, alignment)
+            report["curves"] = [curve.to_json() for curve in curves]
+            report["definition"] = DEFINITION
+            plot_curves(curves, run.path / "curve.png")
+        if "history" in alignment.info:
+            plot_learning(History(**alignment.info["history"]), run.path / "learning.png")
+        console.say("writing the aligned endpoints")
+        export_into(pair, alignment, run.path, _DTYPES.get(args.dtype))
+        alignment.save(run.path / "alignment.safetensors")
+        report["proof"] = _proof(args, console, run.path, held_out)
+        (run.path / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        run.publish()
+    for curve in curves:
+        console.say(f"barrier {curve.name:>8}: {curve.barrier:.4f} nats at lambda {curve.at:.1f}")
+    if curves:
+        which = args.test or args.val or f"the end of {args.data}, which was not used for learning"
+        console.say(f"  ({DEFINITION}; on {which})")
+    console.say(f"wrote {args.out}/a, {args.out}/b, alignment.safetensors, report.json")
+    console.say(f"next: lmc-fast merge {args.out}/a {args.out}/b --weight 0.5 --out {args.out}/merged")
+    console.result(report)
+    return 0
+
+
+def _align_with_bar(
+    args: argparse.Namespace,
+    console: Console,
+    pair: Pair,
+    tokens: torch.Tensor,
+    validation: torch.Tensor | None,
+    state_file: Path,
+    options: dict[str, Any],
+) -> Alignment:
+    steps = options.get("steps", Schedule.steps) if args.method in ("dual", "one-sided") else 0
+    console.say(f"matching on {tokens.numel():,} calibration tokens, then {steps} steps of {args.method} learning")
+    with console.bar(steps, "matching", "step") as bar:
+
+        def progress(at: Progress) -> None:
+            bar.set_description("learning", refresh=False)
+            shown = {} if at.loss is None else {"loss": f"{at.loss:.3f}"}
+            if at.excess is not None:
+                shown["validation excess"] = f"{at.excess:.4f}"
+            if bar.format_dict["elapsed"] > 0 and at.tokens:
+                shown["tokens/s"] = f"{at.tokens * (bar.format_dict['rate'] or 0):,.0f}"
+            bar.set_postfix(shown, refresh=False)
+            bar.update(at.step - bar.n)
+
+        return align(
+            pair,
+            tokens,
+            method=args.method,
+            validation=validation,
+            activations=args.activations,
+            device=args.device,
+            progress=progress,
+            state_file=state_file,
+            **options,
+        )
+
+
+def _three_curves(
+    args: argparse.Namespace, console: Console, pair: Pair, tokens: torch.Tensor, alignment: Alignment
+) -> list[Curve]:
+    matched = Alignment(*alignment.matched, alignment.matched)
+    stages: list[tuple[str, Alignment | None]] = [("naive", None), ("matched", matched)]
+    if args.method in ("dual", "one-sided"):
+        stages.append(("learned", alignment))
+    curves = []
+    with console.bar(11 * len(stages), "measuring", "point") as bar:
+        for name, stage in stages:
+            curves.append(barrier(pair, tokens, stage, name=name, device=args.device, progress=lambda _: bar.update()))
+    return curves
+
+
+def _proof(args: argparse.Namespace, console: Console, out: Path, tokens: torch.Tensor | None) -> dict[str, Any]:
+    """Compares each written endpoint with its original and says so."""
+    proof = {}
+    for name, original in (("a", args.a), ("b", args.b)):
+        sample = None if tokens is None else tokens[:16]
+        found, same = verify(original, out / name, sample, args.device)
+        console.say(
+            f"endpoint {name}: KL to the original {found.kl:.1e} nats, max |log-probability difference| "
+            f"{found.max_log_probability:.1e}: {'same function' if same else 'DIFFERENT FUNCTION'}"
+        )
+        if not same:
+            raise LmcError(
+                f"the aligned {original} does not keep its function (KL {found.kl:.1e}); try --dtype float32"
+            )
+        proof[name] = found.to_json()
+    return proof
+
+
+def merge_command(args: argparse.Namespace, console: Console) -> int:
+    merge(args.a, args.b, args.out, args.weight)
+    console.say(f"wrote {args.out}: (1 - {args.weight:g}) {args.a} + {args.weight:g} {args.b}")
+    console.result({"out": str(args.out), "weight": args.weight})
+    return 0
+
+
+def barrier_command(args: argparse.Namespace, console: Console) -> int:
+    outputs: list[Path] = args.out or []
+    for file in outputs:
+        if file.suffix not in (".json", ".png", ".svg", ".pdf"):
+            raise LmcError(f"{file}: give names that end in .json, .png, .svg or .pdf")
+        if not file.absolute().parent.is_dir():
+            raise LmcError(f"{file.absolute().parent} does not exist; create it first")
+    pair = open_pair(args.a, args.b)
+    tokens = read_tokens(args.data, pair.a, args.block or min(128, pair.spec.max_positions))
+    alignment = Alignment.load(args.alignment, pair.spec) if args.alignment else None
+    with console.bar(args.points, "measuring", "point") as bar:
+        curve = barrier(pair, tokens, alignment, args.points, device=args.device, progress=lambda _: bar.update())
+    console.say("lambda    loss  excess")
+    for point, loss, excess in zip(curve.lambdas, curve.losses, curve.excess, strict=True):
+        console.say(f"{point:6.2f}  {loss:6.4f}  {excess:+.4f}")
+    console.say(f"barrier {curve.barrier:.4f} nats at lambda {curve.at:.2f}, {tokens.numel():,} tokens")
+    console.say(f"  ({DEFINITION})")
+    for file in outputs:
+        (curve.save if file.suffix == ".json" else curve.plot)(file)
+    console.result(curve.to_json())
+    return 0
+
+
+def verify_command(args: argparse.Namespace, console: Console) -> int:
+    tokens = None
+    if args.data:
+        model = Model(args.a)
+        tokens = read_tokens(args.data, model, min(128, model.spec.max_positions))[:64]
+    found, same = verify(args.a, args.b, tokens, args.device)
+    console.say(f"KL {found.kl:.2e} nats per token, max |log-probability difference| {found.max_log_probability:.2e}")
+    console.say(f"loss {found.loss_a:.5f} and {found.loss_b:.5f} nats per token")
+    console.say("same function" if same else "different functions")
+    console.result(found.to_json() | {"same": same})
+    return 0 if same else DIFFERENT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lmc-fast", description="Align two transformers so that their average is good."
+    )
+    parser.add_argument("--version", action="version", version=f"lmc-fast {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, function: Callable, text: str, *models: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(function=function)
+        for model in models:
+            sub.add_argument(
+                model.strip("?"), nargs="?" if model.endswith("?") else None, metavar=model.strip("?").upper()
+            )
+        sub.add_argument("--json", action="store_true", help="one JSON document on standard output, nothing else")
+        sub.add_argument("--quiet", action="store_true", help="no progress, only errors")
+        sub.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+        return sub
+
+    text = "what a checkpoint is, which symmetries are legal and why not, and whether two checkpoints match"
+    command("inspect", inspect_command, text, "a", "b?")
+
+    sub = command(
+        "align", align_command, "align two checkpoints and write both, changed but computing the same", "a", "b"
+    )
+    sub.add_argument(
+        "--data", required=True, help="calibration text: .txt, .jsonl with a 'text' field, or .npy token ids"
+    )
+    sub.add_argument("--val", help="text that picks the best state of the run (default: the last 3%% of --data)")
+    sub.add_argument("--test", help="text to report barriers on (default: the validation text)")
+    sub.add_argument("--out", required=True, type=Path, help="directory to create")
+    sub.add_argument("--method", choices=METHODS, default="dual", help="default: dual")
+    sub.add_argument("--steps", type=_positive, help=f"learning steps (default: {Schedule.steps})")
+    sub.add_argument("--batch", type=_positive, help=f"token blocks per step (default: {Schedule.batch})")
+    sub.add_argument("--block", type=_positive, help="tokens per block (default: 128)")
+    sub.add_argument(
+        "--range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help=f"where lambda is drawn while learning (default: {Schedule.low} {Schedule.high})",
+    )
+    sub.add_argument(
+        "--rotation-lr", type=float, help=f"learning rate of the rotation (default: {Schedule.rotation_lr})"
+    )
+    sub.add_argument("--map-lr", type=float, help=f"learning rate of maps and scales (default: {Schedule.map_lr})")
+    sub.add_argument("--activations", type=float, default=0.3, help="weight of activation evidence in matching (0.3)")
+    sub.add_argument("--seed", type=int, help="default: 0")
+    sub.add_argument("--dtype", choices=_DTYPES, help="of the written weights (default: as in the input)")
+    sub.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+
+    sub = command("merge", merge_command, "write the weighted average of two checkpoints", "a", "b")
+    sub.add_argument("--weight", type=float, default=0.5, help="share of B (default: 0.5)")
+    sub.add_argument("--out", required=True, type=Path, help="directory to create")
+
+    sub = command("barrier", barrier_command, "loss along the straight line between two checkpoints", "a", "b")
+    sub.add_argument("--data", required=True, help="held-out text: .txt, .jsonl or .npy")
+    sub.add_argument("--alignment", help="an alignment.safetensors to apply first")
+    sub.add_argument("--points", type=_positive, default=11, help="default: 11")
+    sub.add_argument("--block", type=_positive, help="tokens per block (default: 128)")
+    sub.add_argument("--out", type=Path, nargs="+", help="files to write: curve.json, curve.png")
+
+    sub = command("verify", verify_command, "do two checkpoints compute the same function?", "a", "b")
+    sub.add_argument("--data", help="text to compare on (default: random tokens)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _terminate(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command. 0: done; 1: verify found a difference; 2: bad input, in one sentence; 130: interrupted."""
+    args = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _terminate)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        print(f"lmc-fast: error: device {args.device} is not usable: {error}", file=sys.stderr)
+        return BAD_INPUT
+    try:
+        return args.function(args, Console(args))
+    except LmcError as error:
+        print(f"lmc-fast: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("lmc-fast: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""The loss along the straight line between two endpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoints import Weights, lerp
+from ..engine.model import mean_loss
+
+DEFINITION = "barrier = max over the grid of L(lambda) - [(1 - lambda) L(A) + lambda L(B)], L in nats per token"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Losses (nats per token) on a grid of lambda from 0 (A) to 1 (B)."""
+
+    lambdas: list[float]
+    losses: list[float]
+    name: str = "line"
+
+    @property
+    def excess(self) -> list[float]:
+        """Loss above the straight line between the endpoints' losses, at each lambda."""
+        first, last = self.losses[0], self.losses[-1]
+        return [x - ((1 - t) * first + t * last) for t, x in zip(self.lambdas, self.losses, strict=True)]
+
+    @property
+    def barrier(self) -> float:
+        """max of `excess`: 0 if no point lies above the line (the endpoints lie on it)."""
+        return max(self.excess)
+
+    @property
+    def at(self) -> float:
+        """The lambda of the barrier."""
+        return self.lambdas[self.excess.index(self.barrier)]
+
+    def to_json(self) -> dict:
+        return asdict(self) | {"barrier": self.barrier, "at": self.at}
+
+    def save(self, file: str | Path) -> None:
+        Path(file).write_text(json.dumps(self.to_json() | {"definition": DEFINITION}, indent=2) + "\n")
+
+    def plot(self, file: str | Path) -> None:
+        """Draws the curve to an image file."""
+        from .plots import plot_curves
+
+        plot_curves([self], Path(file))
+
+
+@torch.no_grad()
+def curve_between(
+    a: Weights,
+    b: Weights,
+    tokens: Tensor,
+    points: int = 11,
+    name: str = "line",
+    batch: int = 32,
+    progress: Callable[[float], None] | None = None,
+) -> Curve:
+    """Losses at `points` evenly spaced lambdas between two models of one spec; tokens (n, T)."""
+    lambdas = [i / (points - 1) for i in range(points)]
+    losses = []
+    for t in lambdas:
+        losses.append(mean_loss(a if t == 0 else b if t == 1 else lerp(a, b, t), tokens, batch))
+        if progress:
+            progress(t)
+    return Curve(lambdas, losses, name)

@@ -1,0 +1,1 @@
+"""The jobs that users run: align, export, merge, evaluate."""

@@ -1,0 +1,57 @@
+"""Barriers and function checks of checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..alignment import Alignment
+from ..checkpoints import Model
+from ..errors import LmcError
+from ..evaluation import Curve, Difference, curve_between, difference
+from ..evaluation.function import tolerance
+from ..pair import Pair
+from ..symmetry import canonicalize
+
+Device = torch.device | str
+
+
+def barrier(
+    pair: Pair,
+    tokens: Tensor,
+    alignment: Alignment | None = None,
+    points: int = 11,
+    *,
+    name: str = "line",
+    device: Device = "cpu",
+    progress: Callable[[float], None] | None = None,
+) -> Curve:
+    """Loss on tokens (n, T) at `points` places of the line between both checkpoints, aligned first if told how."""
+    if points < 3:
+        raise LmcError(f"{points} points make no curve; use at least 3")
+    a, b = pair.a.load(device=device), pair.b.load(device=device)
+    if alignment:
+        a, b = alignment.apply(canonicalize(a), canonicalize(b))
+    return curve_between(a, b, tokens.to(device), points, name, progress=progress)
+
+
+def verify(
+    a: str | Path, b: str | Path, tokens: Tensor | None = None, device: Device = "cpu"
+) -> tuple[Difference, bool]:
+    """How far the functions of two checkpoints are apart, and whether that is within their dtypes' rounding.
+
+    tokens (n, T): text to compare on; by default random token ids.
+    """
+    x, y = Model(a), Model(b)
+    if (x.spec.family, x.spec.vocab) != (y.spec.family, y.spec.vocab):
+        raise LmcError(
+            f"{a} and {b} are not comparable: {x.spec.family}/{x.spec.vocab} and {y.spec.family}/{y.spec.vocab}"
+        )
+    if tokens is None:
+        length = min(128, x.spec.max_positions, y.spec.max_positions)
+        tokens = torch.randint(x.spec.vocab, (8, length), generator=torch.Generator().manual_seed(0))
+    found = difference(x.load(device=device), y.load(device=device), tokens.to(device))
+    return found, found.kl <= tolerance(x.dtype, y.dtype)

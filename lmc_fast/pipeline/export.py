@@ -1,0 +1,65 @@
+"""Stock checkpoints out: aligned endpoints and merged models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..alignment import Alignment
+from ..checkpoints import Model, atomic_directory, disk_errors, write_checkpoint
+from ..checkpoints import export as export_weights
+from ..errors import LmcError
+from ..pair import Pair, open_pair
+from ..symmetry import Transform, canonicalize
+
+
+def export(pair: Pair, alignment: Alignment, out: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Writes out/a and out/b (stock checkpoints, all or nothing) and out/alignment.safetensors.
+
+    dtype: of the weights on disk, each endpoint's own by default. Raises LmcError if `out` exists and is not empty.
+    """
+    with atomic_directory(Path(out)) as work:
+        export_into(pair, alignment, work, dtype)
+        alignment.save(work / "alignment.safetensors")
+
+
+def export_into(pair: Pair, alignment: Alignment, directory: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes a/ and b/ into an existing directory."""
+    for name, model, transform in (("a", pair.a, alignment.a), ("b", pair.b, alignment.b)):
+        with disk_errors(directory / name):
+            export_endpoint(model, transform, directory / name, dtype)
+
+
+def export_endpoint(model: Model, transform: Transform, directory: Path, dtype: torch.dtype | None) -> None:
+    """Canonical form and transform in float64, rounded once to the stored dtype."""
+    weights = model.load(torch.promote_types(model.dtype, torch.float32))
+    export_weights(transform.apply(canonicalize(weights)), model, directory, dtype)
+
+
+def merge(a: str | Path, b: str | Path, out: str | Path, weight: float = 0.5) -> None:
+    """Writes the plain average (1 - weight) A + weight B of two checkpoints, tensor by tensor, in A's dtype.
+
+    Raises LmcError if the checkpoints do not match, or `out` exists and is not empty.
+    """
+    if not 0 <= weight <= 1:
+        raise LmcError(f"weight {weight} is not between 0 and 1")
+    pair = open_pair(a, b)
+    if pair.a.checkpoint.names != pair.b.checkpoint.names:
+        odd = min(set(pair.a.checkpoint.names) ^ set(pair.b.checkpoint.names))
+        raise LmcError(f"{a} and {b} do not have the same tensors (first difference: {odd})")
+    with atomic_directory(Path(out)) as work:
+        config = pair.a.checkpoint.config
+        write_checkpoint(work, _averaged(pair, weight), config, pair.a.path)
+
+
+def _averaged(pair: Pair, weight: float) -> Iterator[tuple[str, Tensor]]:
+    for name in pair.a.checkpoint.names:
+        left, right = pair.a.checkpoint.read(name), pair.b.checkpoint.read(name)
+        if left.is_floating_point():
+            wide = torch.promote_types(left.dtype, torch.float32)
+            yield name, torch.lerp(left.to(wide), right.to(wide), weight).to(left.dtype)
+        else:
+            yield name, left

@@ -1,0 +1,59 @@
+"""Group elements in safetensors files."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..checkpoints.writer import save_tensor_file
+from ..errors import LmcError
+from .transform import BlockTransform, Transform
+
+
+def pack(transform: Transform, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a transform, named prefix.rotation and prefix.blocks.i.part."""
+    out = {} if transform.rotation is None else {f"{prefix}.rotation": transform.rotation}
+    for i, block in enumerate(transform.blocks):
+        parts = {f.name: getattr(block, f.name) for f in fields(BlockTransform)}
+        out |= {f"{prefix}.blocks.{i}.{name}": t for name, t in parts.items() if t is not None}
+    return {name: t.detach().to("cpu").contiguous() for name, t in out.items()}
+
+
+def unpack(tensors: dict[str, Tensor], prefix: str, layers: int) -> Transform:
+    """The inverse of `pack`."""
+    names = [f.name for f in fields(BlockTransform)]
+    blocks = [
+        BlockTransform(**{name: tensors.get(f"{prefix}.blocks.{i}.{name}") for name in names}) for i in range(layers)
+    ]
+    return Transform(tensors.get(f"{prefix}.rotation"), blocks)
+
+
+def save_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Writes tensors and JSON metadata to `file`, whole or not at all."""
+    partial = file.with_name(file.name + ".tmp")
+    plain = {name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}
+    save_tensor_file(plain, partial, {"lmc_fast": json.dumps(metadata)})
+    os.replace(partial, file)
+
+
+def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_tensors` wrote. Raises LmcError for a file that it did not write or that is damaged."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            metadata = json.loads((handle.metadata() or {})["lmc_fast"])
+            return {name: handle.get_tensor(name) for name in handle.keys()}, metadata  # noqa: SIM118
+    except FileNotFoundError:
+        raise LmcError(f"{file} does not exist") from None
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise LmcError(f"{file} is damaged or not a file of lmc_fast ({error})") from error
+
+
+def to_float64(transform: Transform) -> Transform:
+    return transform.map(lambda t: t.to(torch.float64))

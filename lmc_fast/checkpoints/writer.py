@@ -104,6 +104,8 @@ def write_checkpoint(
 
     for name, tensor in tensors:
         tensor = tensor.contiguous()
+        if any(tensor.data_ptr() == other.data_ptr() for other in pending.values()):
+            tensor = tensor.clone()  # a tied head that is written out
         if pending and size + tensor.nbytes > shard_bytes:
             flush()
         pending[name] = tensor

@@ -218,7 +218,7 @@ def check_legal(transform: Transform, spec: Spec, tolerance: float = 1e-6) -> No
         require(r.shape == eye.shape and close(r @ r.mT, eye), "the rotation is not orthogonal")
         ones = eye.sum(0)
         if spec.norm == "layernorm":
-            require(close(r @ ones, ones), "the rotation moves the ones vector, which LayerNorm subtracts")
+            require(close((r @ ones).abs(), ones), "the rotation moves the ones vector, which LayerNorm subtracts")
     group, e = spec.kv_heads, spec.head_dim
     for i, t in enumerate(transform.blocks):
         at = f"block {i}"

@@ -14,7 +14,7 @@ extension = Pybind11Extension(
     sorted(glob("csrc/*.cpp")),
     depends=sorted(glob("csrc/*.h")),
     cxx_std=17,
-    extra_compile_args=["-O3", "-pthread"],
+    extra_compile_args=["-O3", "-pthread", "-Wno-psabi"],
     extra_link_args=["-pthread"],
 )
 extension.optional = True

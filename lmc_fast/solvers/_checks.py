@@ -22,6 +22,29 @@ def require_finite(X: Tensor, name: str, what: str = "X") -> None:  # (batch, n,
         raise ValueError(f"{name}: {what} has a non-finite entry (matrix {bad} of {X.shape[0]})")
 
 
+def require_expm_norm(X: Tensor, norm: float) -> None:
+    """Raise ValueError where ‖X‖₁ is so large that rounding X alone changes every digit of exp(X)."""
+    limit = 1 / torch.finfo(X.dtype).eps
+    if norm > limit:
+        raise ValueError(f"expm: ‖X‖₁ = {norm:.1e} exceeds 1/ε = {limit:.1e}: no digit of exp(X) would be right")
+
+
+def require_exponential_fits(E: Tensor) -> None:
+    """Raise OverflowError where an exponential went to infinity."""
+    if not bool(torch.isfinite(E).all()):
+        raise OverflowError(f"expm: exp(X) does not fit {E.dtype}: an eigenvalue of X is too large")
+
+
 def is_skew(X: Tensor) -> bool:  # (..., n, n)
     """True where X == -Xᵀ to the last bit, as W - Wᵀ is."""
     return bool((-X.mT == X).all())
+
+
+def on_cpu(X: Tensor) -> bool:
+    """Whether the C++ solvers can read X: real memory, not empty."""
+    return X.device.type == "cpu" and X.numel() > 0
+
+
+def suffix(X: Tensor) -> str:
+    """The dtype in the names of the C++ functions."""
+    return "float32" if X.dtype == torch.float32 else "float64"

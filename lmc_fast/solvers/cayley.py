@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from lmc_fast.solvers._checks import as_batch, is_skew, require_finite
-
-_LAPACK_LEAF = 64
-_CUDA_LEAF = 128
+from lmc_fast.backends import extension
+from lmc_fast.solvers import cayley_torch
+from lmc_fast.solvers._checks import as_batch, on_cpu, suffix
 
 
 def cayley(X: Tensor) -> Tensor:  # (..., n, n) -> (..., n, n)
@@ -28,7 +27,9 @@ def cayley(X: Tensor) -> Tensor:  # (..., n, n) -> (..., n, n)
 class _Cayley(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, X: Tensor) -> Tensor:  # (batch, n, n)
-        Q = cayley_forward_torch(X)
+        Q = _forward_native(X)
+        if Q is None:
+            Q = cayley_torch.forward(X)
         ctx.save_for_backward(Q)
         return Q
 
@@ -36,54 +37,22 @@ class _Cayley(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, G: Tensor) -> Tensor:
         (Q,) = ctx.saved_tensors
-        return cayley_backward_torch(Q, G)
+        native = extension() if on_cpu(Q) else None
+        if native is None:
+            return cayley_torch.backward(Q, G)
+        G = G.contiguous()
+        X_bar = torch.empty_like(Q)
+        run = getattr(native, f"cayley_backward_{suffix(Q)}")
+        run(Q.data_ptr(), G.data_ptr(), X_bar.data_ptr(), *Q.shape[:2], torch.get_num_threads())
+        return X_bar
 
 
-def cayley_forward_torch(X: Tensor) -> Tensor:  # (batch, n, n)
-    """The map in torch operations. Never the batched LU of the CPU: it is wrong with several threads."""
-    if X.numel() == 0:
-        return torch.empty_like(X)
-    require_finite(X, "cayley")
-    if is_skew(X):
-        A = X.mul(-0.5)
-        A.diagonal(dim1=-2, dim2=-1).add_(1)
-        Q = inverse_unpivoted(A).mul_(2)
-        Q.diagonal(dim1=-2, dim2=-1).sub_(1)
-        return Q
-    half = X / 2
-    I = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)  # noqa: E741
-    if X.is_cuda:
-        return torch.linalg.solve(I - half, I + half)
-    return torch.stack([torch.linalg.solve(I - h, I + h) for h in half])
-
-
-def cayley_backward_torch(Q: Tensor, G: Tensor) -> Tensor:  # (batch, n, n) each
-    """X̄ = ¼ (I + Q)ᵀ G (I + Q)ᵀ = ¼ (H + H Qᵀ) with H = G + Qᵀ G."""
-    H = torch.baddbmm(G, Q.mT, G)
-    return torch.baddbmm(H, H, Q.mT, beta=0.25, alpha=0.25)
-
-
-def inverse_unpivoted(A: Tensor) -> Tensor:  # (batch, n, n)
-    """A⁻¹ by halves, for A with positive definite symmetric part (then every Schur complement has one too)."""
-    batch, n, _ = A.shape
-    if A.is_cuda and n <= _CUDA_LEAF:
-        return torch.linalg.inv(A)
-    if n <= _LAPACK_LEAF and batch <= 8:
-        return torch.stack([torch.linalg.inv(a) for a in A])
-    if n == 1:
-        return A.reciprocal()
-    if n == 2:
-        a, b, c, d = A.flatten(1).unbind(1)
-        return torch.stack((d, -b, -c, a), 1).div_((a * d - b * c)[:, None]).view_as(A)
-    h = n // 2
-    B, C = A[:, :h, h:], A[:, h:, :h]
-    inverse = torch.empty_like(A)
-    Ai = inverse_unpivoted(A[:, :h, :h])
-    T = Ai @ B
-    S = inverse_unpivoted(torch.baddbmm(A[:, h:, h:], C, T, alpha=-1))
-    U = S @ (C @ Ai)
-    inverse[:, :h, :h] = torch.baddbmm(Ai, T, U)
-    inverse[:, :h, h:] = torch.bmm(T, S).neg_()
-    inverse[:, h:, :h] = U.neg_()
-    inverse[:, h:, h:] = S
-    return inverse
+def _forward_native(X: Tensor) -> Tensor | None:  # (batch, n, n)
+    """The C++ map; None without it, and where a matrix is not skew or not finite, which the torch path deals with."""
+    native = extension() if on_cpu(X) else None
+    if native is None:
+        return None
+    Q = torch.empty_like(X)
+    run = getattr(native, f"cayley_forward_{suffix(X)}")
+    _, status = run(X.data_ptr(), Q.data_ptr(), *X.shape[:2], torch.get_num_threads())
+    return Q if status == 0 else None

@@ -1,0 +1,121 @@
+// Cayley map of one skew matrix: block Gauss-Jordan without pivoting. Included once per instruction set, after simd.h.
+
+// D <- D^-1, size x size, by Gauss-Jordan steps in registers where they suffice. No pivoting: the symmetric part is
+// positive definite.
+template <class T, int size>
+static void invert_small(T* D, long ld) {
+    typedef typename Lanes<T>::Bits Bits;
+    constexpr int vectors = size / lanes<T>;
+    static_assert(vectors * lanes<T> == size, "whole vectors");
+    // Windows of these, starting k before the middle, are unit vector k and the mask of all other columns.
+    T unit_vectors[2 * size] = {};
+    typename Lanes<T>::Bit others[2 * size];
+    for (int i = 0; i < 2 * size; ++i) others[i] = i == size ? 0 : -1;
+    unit_vectors[size] = 1;
+    Vec<T> row[size][vectors];
+#pragma GCC unroll 16
+    for (int i = 0; i < size; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) row[i][v] = load(D + i * ld + v * lanes<T>);
+#pragma GCC unroll 16
+    for (int k = 0; k < size; ++k) {
+        Bits keep[vectors];
+        const Vec<T> inverse = T(1) / broadcast_lane<T>(row[k][k / lanes<T>], k % lanes<T>);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) {
+            keep[v] = *reinterpret_cast<const Bits*>(others + size - k + v * lanes<T>);
+            row[k][v] = ((Vec<T>)((Bits)row[k][v] & keep[v]) + load(unit_vectors + size - k + v * lanes<T>)) * inverse;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < size; ++i) {
+            if (i == k) continue;
+            const Vec<T> factor = broadcast_lane<T>(row[i][k / lanes<T>], k % lanes<T>);
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; ++v) row[i][v] = (Vec<T>)((Bits)row[i][v] & keep[v]) - factor * row[k][v];
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < size; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) store(D + i * ld + v * lanes<T>, row[i][v]);
+}
+
+static inline long block_size(long n) { return n <= 16 ? n : n <= 128 ? 16 : n < 512 ? 32 : 64; }
+
+// Numbers of scratch that `invert` needs for an n x n matrix: D, C, R and the packed panel, and again for D.
+template <class T>
+static long invert_work(long n, int threads) {
+    if (n <= 16) return 0;
+    const long b = block_size(n);
+    return b * b + 2 * n * b + threads * pack_size<T>(n, b) + invert_work<T>(b, 1);
+}
+
+// A <- A^-1, n a multiple of unit<T>. 2 n^3 flops, all but O(n^2 b) of them in `multiply`.
+template <class T>
+static void invert(const Team& team, long n, T* A, long lda, T* work) {
+    if (n == 16) return invert_small<T, 16>(A, lda);
+    if constexpr (unit<T> == 8)
+        if (n == 8) return invert_small<T, 8>(A, lda);
+    const long full = block_size(n);
+    T* D = work;
+    T* C = D + full * full;
+    T* R = C + n * full;
+    T* pack = R + n * full;
+    T* deeper = pack + team.threads * pack_size<T>(n, full);
+    for (long k = 0; k < n; k += full) {
+        const long b = least(n - k, full);
+        // The block column becomes that of the identity, so that the update below writes the inverse in its place.
+        for (long i = 0; i < n; ++i)
+            for (long j = 0; j < b; j += lanes<T>) {
+                store(C + i * b + j, load(A + i * lda + k + j));
+                store(A + i * lda + k + j, Vec<T>{});
+            }
+        for (long i = 0; i < b; ++i) A[(k + i) * lda + k + i] = 1;
+        copy_vectors(b * b, C + k * b, D);
+        invert(Team{}, b, D, b, deeper);
+        multiply<T>(team, b, n, b, D, b, A + k * lda, lda, R, n, pack);
+        multiply<T, Into::subtract>(team, k, n, b, C, b, R, n, A, lda, pack);
+        multiply<T, Into::subtract>(team, n - k - b, n, b, C + (k + b) * b, b, R, n, A + (k + b) * lda, lda, pack);
+        for (long i = 0; i < b; ++i) copy_vectors(n, R + i * n, A + (k + i) * lda);
+    }
+}
+
+template <class T>
+static long cayley_work(long n, int threads) {
+    const long np = padded<T>(n);
+    return np * np + most(invert_work<T>(np, threads), 2 * np * np + threads * pack_size<T>(np, np));
+}
+
+// Q = 2 (I - X/2)^-1 - I
+template <class T>
+static Status cayley_forward(const Team& team, const T* X, T* Q, long n, T* work) {
+    const long np = padded<T>(n);
+    T* A = work;
+    load_padded<T>(n, X, A, np, T(-0.5));
+    if (parity(np, A) != -1) return refused;
+    for (long i = 0; i < np; ++i) A[i * np + i] = 1;
+    invert(team, np, A, np, work + np * np);
+    return store_unpadded<T>(n, A, np, Q, T(2), T(-1)) ? ok : overflow;
+}
+
+// X_bar = W G W with W = (I + Q)^T / 2
+template <class T>
+static void cayley_backward(const Team& team, const T* Q, const T* G, T* X_bar, long n, T* work) {
+    const long np = padded<T>(n);
+    T* W = work;
+    T* WG = W + np * np;
+    T* extra = WG + np * np;
+    T* pack = extra + np * np;
+    if (np != n) fill(W, np * np, T(0));
+    transpose<T>(n, Q, n, W, np, T(0.5));
+    for (long i = 0; i < n; ++i) W[i * np + i] += T(0.5);
+    if (np == n) {
+        multiply<T>(team, n, n, n, W, n, G, n, WG, n, pack);
+        multiply<T>(team, n, n, n, WG, n, W, n, X_bar, n, pack);
+        return;
+    }
+    load_padded<T>(n, G, extra, np, T(1));
+    multiply<T>(team, np, np, np, W, np, extra, np, WG, np, pack);
+    multiply<T>(team, np, np, np, WG, np, W, np, extra, np, pack);
+    store_unpadded<T>(n, extra, np, X_bar, T(1), T(0));
+}

@@ -21,7 +21,7 @@ from .errors import LmcError
 from .evaluation import Curve
 from .evaluation.barrier import DEFINITION
 from .evaluation.plots import plot_curves, plot_learning
-from .matching.learned import History, Schedule
+from .matching.learned import OBJECTIVES, History, Schedule
 from .pair import Pair, mismatch, open_pair
 from .pipeline.align import METHODS, Progress, align
 from .pipeline.evaluate import barrier, verify
@@ -89,7 +89,8 @@ def align_command(args: argparse.Namespace, console: Console) -> int:
     else:
         tokens, validation = split_validation(tokens)
     held_out = read_tokens(args.test, pair.a, length) if args.test else validation
-    given = {"steps": args.steps, "batch": args.batch, "rotation_lr": args.rotation_lr, "map_lr": args.map_lr}
+    given = {"steps": args.steps, "batch": args.batch, "objective": args.objective}
+    given |= {"matrix_lr": args.matrix_lr, "scale_lr": args.scale_lr}
     given |= {"seed": args.seed, "low": args.range and args.range[0], "high": args.range and args.range[1]}
     options = {name: value for name, value in given.items() if value is not None}
 
@@ -279,10 +280,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("LOW", "HIGH"),
         help=f"where lambda is drawn while learning (default: {Schedule.low} {Schedule.high})",
     )
-    sub.add_argument(
-        "--rotation-lr", type=float, help=f"learning rate of the rotation (default: {Schedule.rotation_lr})"
-    )
-    sub.add_argument("--map-lr", type=float, help=f"learning rate of maps and scales (default: {Schedule.map_lr})")
+    text = "what to approach along the line: the endpoints' own predictions, or the text (default: endpoints)"
+    sub.add_argument("--objective", choices=OBJECTIVES, help=text)
+    sub.add_argument("--matrix-lr", type=float, help=f"of rotations and head maps (default: {Schedule.matrix_lr})")
+    sub.add_argument("--scale-lr", type=float, help=f"of scales and RoPE angles (default: {Schedule.scale_lr})")
     sub.add_argument("--activations", type=float, default=0.3, help="weight of activation evidence in matching (0.3)")
     sub.add_argument("--seed", type=int, help="default: 0")
     sub.add_argument("--dtype", choices=_DTYPES, help="of the written weights (default: as in the input)")

@@ -1,7 +1,9 @@
-"""Linear head and cross-entropy in chunks of tokens, so that the full logits never exist."""
+"""Losses of a linear head in chunks of tokens, so that the full logits never exist."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,39 +12,43 @@ from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 24  # logits held at a time: 64 MiB in float32
 
+# Given log-probabilities (n, V) of some rows: their summed loss, and its gradient with respect to the logits.
+_RowLoss = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
 
-class _LinearCrossEntropy(torch.autograd.Function):
+
+class _LinearLoss(torch.autograd.Function):
     """Gradients are computed together with the loss, chunk by chunk, and scaled in backward (as in Liger-Kernel)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, rows: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, row_loss: _RowLoss, rows: int) -> Tensor:
         wanted = ctx.needs_input_grad
         dx = torch.empty_like(x) if wanted[0] else None
         dweight = torch.zeros_like(weight) if wanted[1] else None
         dbias = torch.zeros_like(bias) if bias is not None and wanted[2] else None
-        loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         for start in range(0, len(x), rows):
-            part, label = x[start : start + rows], target[start : start + rows, None]
-            logits = F.linear(part, weight, bias).to(loss.dtype)
-            log_z = logits.logsumexp(dim=1, keepdim=True)
-            loss += (log_z - logits.gather(1, label)).sum() / len(x)
-            if not any(wanted[:3]):
-                continue
-            slope = (logits - log_z).exp_().scatter_add_(1, label, torch.full_like(log_z, -1.0))
+            chunk = slice(start, start + rows)
+            log_p = F.linear(x[chunk], weight, bias).to(total.dtype).log_softmax(1)
+            loss, slope = row_loss(chunk, log_p)
+            total += loss / len(x)
             slope = slope.div_(len(x)).to(x.dtype)
             if dx is not None:
-                torch.mm(slope, weight, out=dx[start : start + rows])
+                torch.mm(slope, weight, out=dx[chunk])
             if dweight is not None:
-                dweight.addmm_(slope.mT, part)
+                dweight.addmm_(slope.mT, x[chunk])
             if dbias is not None:
                 dbias += slope.sum(0)
         ctx.gradients = dx, dweight, dbias
-        return loss
+        return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (slope,) = grad_outputs
         return (*(None if g is None else g * slope.to(g.dtype) for g in ctx.gradients), None, None)
+
+
+def _rows(weight: Tensor, rows: int | None) -> int:
+    return rows or max(1, CHUNK_ELEMENTS // len(weight))
 
 
 def cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, rows: int | None = None) -> Tensor:
@@ -51,5 +57,36 @@ def cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
     x (T, d), weight (V, d), bias (V,) or None, target (T,) int64; `rows` tokens are processed at a time (default: as
     many as keep the logits within CHUNK_ELEMENTS). Differentiable once in x, weight and bias.
     """
-    rows = rows or max(1, CHUNK_ELEMENTS // len(weight))
-    return _LinearCrossEntropy.apply(x, weight, bias, target, rows)
+
+    def row_loss(chunk: slice, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        label = target[chunk, None]
+        loss = -log_p.gather(1, label).sum()
+        return loss, log_p.exp_().scatter_add_(1, label, log_p.new_full(label.shape, -1.0))
+
+    return _LinearLoss.apply(x, weight, bias, row_loss, _rows(weight, rows))
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A fixed model's part of a target distribution: `share` of softmax(hidden Wᵀ + b)."""
+
+    share: float
+    hidden: Tensor  # (T, d)
+    weight: Tensor  # (V, d)
+    bias: Tensor | None = None
+
+
+def divergence(
+    x: Tensor, weight: Tensor, bias: Tensor | None, teachers: list[Teacher], rows: int | None = None
+) -> Tensor:
+    """Mean over tokens of KL(Σ shares of teachers ‖ softmax(x Wᵀ + b)); shapes and gradients as in cross_entropy."""
+
+    def row_loss(chunk: slice, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        target = torch.zeros_like(log_p)
+        for t in teachers:
+            logits = F.linear(t.hidden[chunk], t.weight, t.bias).to(log_p.dtype)
+            target.add_(logits.softmax(1), alpha=t.share)
+        loss = torch.xlogy(target, target).sum() - (target * log_p).sum()
+        return loss, log_p.exp_().sub_(target)
+
+    return _LinearLoss.apply(x, weight, bias, row_loss, _rows(weight, rows))

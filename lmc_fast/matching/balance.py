@@ -1,4 +1,4 @@
-"""Head balancing: spreads each head's scale evenly between value and output, and between query and key.
+"""Balancing: spreads scale evenly between value and output, query and key, and (where legal) FFN up and down.
 
 After it, what is left to match between two endpoints is nearly orthogonal (measured), so that Procrustes finds it.
 """
@@ -10,18 +10,19 @@ from torch import Tensor
 
 from ..architectures import Spec
 from ..checkpoints.weights import Slots, Weights
+from ..symmetry.groups import unit_scale_signs
 from ..symmetry.transform import BlockTransform, Transform, rotary_map
 
 _RIDGE = 1e-8
 
 
 def balance(weights: Weights) -> Transform:
-    """The transform (head maps only, float64) that balances canonical `weights`."""
+    """The transform (head maps and unit scales, float64) that balances canonical `weights`."""
     return Transform(None, [_balance_block(weights.spec, block) for block in weights.blocks])
 
 
 def _balance_block(spec: Spec, w: Slots) -> BlockTransform:
-    w = {name: w[name].double() for name in ("q", "k", "v", "o", "q_bias", "k_bias", "v_bias") if name in w}
+    w = {name: tensor.double() for name, tensor in w.items()}
     g, r, e = spec.kv_heads, spec.queries_per_group, spec.head_dim
     o = w["o"].view(-1, g, r, e).permute(1, 2, 0, 3).flatten(1, 2)  # (g, r d, e)
     vo = _equaliser(_gram(_with_bias(w, "v", (g, e))), o.mT @ o)
@@ -32,7 +33,15 @@ def _balance_block(spec: Spec, w: Slots) -> BlockTransform:
     pair_norm = lambda x: x[:, :rotary].square().sum(-1).view(g, 2, half).sum(1)  # noqa: E731
     scale = ((pair_norm(q) + _tiny(q)) / (pair_norm(k) + _tiny(k))) ** 0.25
     rest = _equaliser(_gram(k[:, rotary:]), _gram(q[:, rotary:]))
-    return BlockTransform(vo=vo, qk=rotary_map(scale, torch.zeros_like(scale), rest))
+    qk = rotary_map(scale, torch.zeros_like(scale), rest)
+    return BlockTransform(vo=vo, qk=qk, unit_scale=None if unit_scale_signs(spec) == "none" else _unit_balance(w))
+
+
+def _unit_balance(w: Slots) -> Tensor:
+    """D with rows of D·up as long as columns of down·D⁻¹."""
+    inner = w["up"].square().sum(1) + (w["up_bias"].square() if "up_bias" in w else 0)
+    outer = w["down"].square().sum(0)
+    return ((outer + _tiny(w["down"])) / (inner + _tiny(w["up"]))) ** 0.25
 
 
 def _with_bias(w: Slots, slot: str, rows: tuple[int, ...]) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..architectures import BLOCK_READERS, BLOCK_WRITERS, Spec
 from ..checkpoints.weights import Slots, Weights
 from ..solvers import solve_assignments
+from ..symmetry.groups import unit_scale_signs
 from ..symmetry.transform import BlockTransform, Transform, apply_block
 from .activations import BlockStatistics, Statistics
 from .procrustes import nearest_orthogonal, nearest_rotary, nuclear_norm, residual_rotation, rotary_score
@@ -90,16 +91,20 @@ def _match_block(
     a, b = _double(a), _double(b)
     heads, queries, vo, qk = _match_heads(spec, a, b, rotation, evidence, s)
     turned = lambda w: w if rotation is None else w @ rotation.mT  # noqa: E731
-    score = a["down"].mT @ (b["down"] if rotation is None else rotation @ b["down"])
-    for name in ("up", "gate"):
-        if name in a:
-            score = score + a[name] @ turned(b[name]).mT
-            if f"{name}_bias" in a:
-                score = score + torch.outer(a[f"{name}_bias"], b[f"{name}_bias"])
+
+    def rows(slot: str) -> Tensor:
+        bias = f"{slot}_bias"
+        score = a[slot] @ turned(b[slot]).mT
+        return score + torch.outer(a[bias], b[bias]) if bias in a else score
+
+    score = a["down"].mT @ (b["down"] if rotation is None else rotation @ b["down"]) + rows("up")
     score = _add(evidence, score, s.hidden if s else None)
-    return BlockTransform(
-        heads, queries, vo, qk=qk, units=solve_assignments([score], maximize=True)[0].to(score.device)
-    )
+    signs = score.sign() if unit_scale_signs(spec) == "any" else None  # a unit and its negative are one choice
+    score = score if signs is None else score.abs()
+    score = score + evidence.weights * rows("gate") if "gate" in a else score
+    units = solve_assignments([score], maximize=True)[0].to(score.device)
+    scale = None if signs is None else signs[torch.arange(len(units), device=units.device), units]
+    return BlockTransform(heads, queries, vo, qk=qk, units=units, unit_scale=scale)
 
 
 def _match_heads(

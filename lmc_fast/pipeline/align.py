@@ -136,7 +136,7 @@ def _learn(
             learner.step()
     except NonFiniteLoss as error:
         save()
-        raise LmcError(f"{error}; the state before it is kept: try a smaller --rotation-lr and --map-lr") from error
+        raise LmcError(f"{error}; the state before it is kept: try a smaller --matrix-lr and --scale-lr") from error
     except KeyboardInterrupt:
         save()
         raise
@@ -150,7 +150,7 @@ def _save(state: Path | None, learner: Learner, keep: dict[str, Tensor], run: di
 
 def _require_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """A resumed run must be the run that was interrupted; only learning rates may change."""
-    free = ("rotation_lr", "map_lr")
+    free = ("matrix_lr", "scale_lr")
     flat = lambda run: {**run["schedule"], **{k: v for k, v in run.items() if k != "schedule"}}  # noqa: E731
     for key, value in flat(saved).items():
         if key not in free and flat(now).get(key) != value:

@@ -1,0 +1,59 @@
+"""Chunked losses against torch's own, values and gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lmc_fast.engine.loss import Teacher, cross_entropy, divergence
+
+
+def problem(dtype=torch.float64, bias=True, tokens=37, width=11, vocab=53):
+    g = torch.Generator().manual_seed(0)
+    make = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()  # noqa: E731
+    target = torch.randint(vocab, (tokens,), generator=g)
+    return make(tokens, width), make(vocab, width), make(vocab) if bias else None, target
+
+
+@pytest.mark.parametrize("rows", [1, 5, 37, 100, None])
+@pytest.mark.parametrize("bias", [True, False])
+def test_cross_entropy_and_gradients(rows, bias, poisoned):
+    x, w, b, target = problem(bias=bias)
+    leaves = [t for t in (x, w, b) if t is not None]
+    ours, expected = cross_entropy(x, w, b, target, rows), F.cross_entropy(F.linear(x, w, b), target)
+    assert torch.allclose(ours, expected, rtol=1e-13)
+    for mine, theirs in zip(torch.autograd.grad(3 * ours, leaves), torch.autograd.grad(3 * expected, leaves), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-14)
+
+
+@pytest.mark.parametrize("rows", [4, None])
+def test_divergence_and_gradients(rows, poisoned):
+    x, w, b, _ = problem()
+    g = torch.Generator().manual_seed(1)
+    teachers = [Teacher(s, torch.randn(37, 7, generator=g).double(), torch.randn(53, 7, generator=g).double()) for s in (0.3, 0.7)]
+    mixture = sum(t.share * F.linear(t.hidden, t.weight).softmax(1) for t in teachers)
+    expected = F.kl_div(F.linear(x, w, b).log_softmax(1), mixture, reduction="batchmean")
+    ours = divergence(x, w, b, teachers, rows)
+    assert torch.allclose(ours, expected, rtol=1e-12)
+    for mine, theirs in zip(torch.autograd.grad(ours, [x, w, b]), torch.autograd.grad(expected, [x, w, b]), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-14)
+
+
+def test_divergence_from_itself_is_zero():
+    x, w, b, _ = problem()
+    ours = divergence(x, w, b, [Teacher(1.0, x.detach(), w.detach(), b.detach())])
+    assert abs(ours.item()) < 1e-14
+    assert torch.autograd.grad(ours, x)[0].abs().max() < 1e-15
+
+
+def test_only_what_is_asked_for_gets_a_gradient():
+    x, w, b, target = problem()
+    cross_entropy(x, w.detach(), None, target).backward()
+    assert x.grad is not None and w.grad is None
+
+
+def test_float32_is_as_exact_as_torch():
+    x, w, b, target = problem()
+    truth = F.cross_entropy(F.linear(x, w, b), target)
+    single = [t.detach().float() for t in (x, w, b)]
+    theirs = (F.cross_entropy(F.linear(*single), target).double() - truth).abs()
+    assert (cross_entropy(*single, target).double() - truth).abs() <= 2 * theirs + 1e-7 * truth

@@ -12,6 +12,8 @@ from torch import Tensor
 from .checkpoints import Model
 from .errors import LmcError
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
 
 def read_tokens(path: str | Path, model: Model, length: int, at_least: int = 1) -> Tensor:
     """Token ids cut into contiguous blocks: (n, length) int64. Text is cut by the checkpoint's own tokenizer.
@@ -32,10 +34,10 @@ def read_tokens(path: str | Path, model: Model, length: int, at_least: int = 1) 
     return torch.from_numpy(ids[: count * length].astype(np.int64)).view(count, length)
 
 
-def split_validation(blocks: Tensor, share: float = 0.03, least: int = 64) -> tuple[Tensor, Tensor | None]:
-    """(calibration, validation): the last `share` of the blocks are held out, if there are enough of them."""
-    held = int(len(blocks) * share)
-    return (blocks[:-held], blocks[-held:]) if held >= least else (blocks, None)
+def split_validation(blocks: Tensor, share: float = 0.03, least: int = 16) -> tuple[Tensor, Tensor | None]:
+    """(calibration, validation): the last `share` of the blocks, at least `least`, unless that is more than a tenth."""
+    held = max(int(len(blocks) * share), least)
+    return (blocks[:-held], blocks[-held:]) if 10 * held <= len(blocks) else (blocks, None)
 
 
 def _load_ids(file: Path) -> np.ndarray:
@@ -52,10 +54,12 @@ def _tokenize(file: Path, model: Model) -> np.ndarray:
     from transformers import AutoTokenizer
 
     documents = _read_documents(file)
+    if not any((model.path / name).exists() for name in _TOKENIZERS):  # transformers would make up an empty one
+        raise LmcError(f"{model.path} has no tokenizer; give .npy token ids")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for a missing or damaged tokenizer
-        raise LmcError(f"{model.path} has no usable tokenizer ({type(error).__name__}); give .npy token ids") from error
+        raise LmcError(f"the tokenizer of {model.path} does not load ({type(error).__name__}); give .npy token ids") from error
     end = [] if tokenizer.eos_token_id is None or len(documents) < 2 else [tokenizer.eos_token_id]
     ids: list[int] = []
     for document in documents:

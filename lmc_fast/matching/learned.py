@@ -43,6 +43,7 @@ class Schedule:
     high: float = 0.7
     objective: str = "endpoints"  # or "text"
     matrix_lr: float = 0.035  # of rotations and head maps: radians per step, see muon
+    decay: float = 1.0  # pull of the matrices' coordinates towards the matching, see muon
     scale_lr: float = 1e-2  # of scales and RoPE angles (Adam)
     warmup: int = 10
     final: float = 0.02  # the last learning rate, as a share of the first
@@ -136,7 +137,7 @@ class Learner:
             gradient = gradients[name]
             if name == "rotation":  # only the skew part of the leaf acts
                 gradient = (gradient - gradient.mT) / 2
-            muon_step(self.chart.tensors[name], gradient, momentum, rate * self.schedule.matrix_lr)
+            muon_step(self.chart.tensors[name], gradient, momentum, rate * self.schedule.matrix_lr, self.schedule.decay)
         if self._adam:
             for name, gradient in gradients.items():
                 self.chart.tensors[name].grad = None if name in _MATRICES else gradient

@@ -59,7 +59,7 @@ def _tokenize(file: Path, model: Model) -> np.ndarray:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for a missing or damaged tokenizer
-        raise LmcError(f"the tokenizer of {model.path} does not load ({type(error).__name__}); give .npy token ids") from error
+        raise LmcError(f"{model.path}: the tokenizer does not load ({type(error).__name__}); give .npy ids") from error
     end = [] if tokenizer.eos_token_id is None or len(documents) < 2 else [tokenizer.eos_token_id]
     ids: list[int] = []
     for document in documents:

@@ -36,14 +36,13 @@ class NonFiniteLoss(ArithmeticError):
 class Schedule:
     """How to learn. benchmarks/learning.py measures the defaults against their neighbours."""
 
-    steps: int = 1000
+    steps: int = 1500
     batch: int = 16  # token blocks per step
     sides: int = 2  # 2: dual, 1: B alone
-    low: float = 0.3  # lambda is drawn from [low, high]
-    high: float = 0.7
+    low: float = 0.35  # lambda is drawn from [low, high]
+    high: float = 0.65
     objective: str = "endpoints"  # or "text"
     matrix_lr: float = 0.035  # of rotations and head maps: radians per step, see muon
-    decay: float = 1.0  # pull of the matrices' coordinates towards the matching, see muon
     scale_lr: float = 1e-2  # of scales and RoPE angles (Adam)
     warmup: int = 10
     final: float = 0.02  # the last learning rate, as a share of the first
@@ -137,7 +136,7 @@ class Learner:
             gradient = gradients[name]
             if name == "rotation":  # only the skew part of the leaf acts
                 gradient = (gradient - gradient.mT) / 2
-            muon_step(self.chart.tensors[name], gradient, momentum, rate * self.schedule.matrix_lr, self.schedule.decay)
+            muon_step(self.chart.tensors[name], gradient, momentum, rate * self.schedule.matrix_lr)
         if self._adam:
             for name, gradient in gradients.items():
                 self.chart.tensors[name].grad = None if name in _MATRICES else gradient

@@ -25,12 +25,10 @@ def orthogonalized(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def muon_step(leaf: Tensor, gradient: Tensor, momentum: Tensor, rate: float, decay: float = 0.0) -> None:
+def muon_step(leaf: Tensor, gradient: Tensor, momentum: Tensor, rate: float) -> None:
     """One Nesterov step on a batch of matrices (..., n, n): changes `leaf` and `momentum` in place.
 
-    `rate` is the spectral size of the step: about the angle, in radians, by which a rotation turns. `decay` pulls the
-    leaf towards zero by rate·decay: its spectral norm stays near or below 1/decay.
+    `rate` is the spectral size of the step: about the angle, in radians, by which a rotation turns.
     """
     momentum.mul_(MOMENTUM).add_(gradient)
-    leaf.mul_(1 - rate * decay)
     leaf.sub_(orthogonalized(gradient + MOMENTUM * momentum), alpha=rate)

@@ -204,8 +204,8 @@ def show(row: Row) -> None:
 
 
 HEADER = (
-    f"{'case':26} {'pass':4} {'dtype':8} th {'torch ms':>10} {'|QtQ-I|':>8} {'ours ms':>9} {'|QtQ-I|':>8} {'ratio':>6}  need"
-    "        error: ours/torch  of gradient: ours/torch"
+    f"{'case':26} {'pass':4} {'dtype':8} th {'torch ms':>10} {'|QtQ-I|':>8} {'ours ms':>9} {'|QtQ-I|':>8} "
+    " ratio  need        error: ours/torch  of gradient: ours/torch"
 )
 
 

@@ -37,5 +37,9 @@ format: venv
 clean:
 	rm -rf $(VENV) build demo-out *.egg-info lmc_fast/_C*.so
 
+bench: bench-solvers
+	$(BIN)/python -m benchmarks.alignment
+	$(BIN)/python -m benchmarks.learning
+
 bench-solvers: venv
 	$(BIN)/python -m benchmarks.solvers

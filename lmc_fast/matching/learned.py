@@ -4,8 +4,7 @@ Only the relative transform g_A⁻¹ g_B enters the forward pass, on B's side, b
 every weight setting: f((1-λ) g_A θ_A + λ g_B θ_B) = f((1-λ) θ_A + λ g_A⁻¹ g_B θ_B).
 
 The default objective is the divergence from the endpoints' own predictions, (1-λ) p_A + λ p_B, and not the cross
-entropy with the text: it has less noise, and does not ask for what the endpoints merely memorised. Measured on a
-trained pair at equal cost: 0.118 against 0.146 nats of barrier.
+entropy with the text: it has less noise, and does not ask for what the endpoints merely memorised (docs/facts.md).
 """
 
 from __future__ import annotations

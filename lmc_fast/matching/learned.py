@@ -35,7 +35,7 @@ class NonFiniteLoss(ArithmeticError):
 class Schedule:
     """How to learn. benchmarks/learning.py measures the defaults against their neighbours."""
 
-    steps: int = 1500
+    steps: int = 1200
     batch: int = 16  # token blocks per step
     sides: int = 2  # 2: dual, 1: B alone
     low: float = 0.35  # lambda is drawn from [low, high]

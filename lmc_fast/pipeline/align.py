@@ -102,7 +102,13 @@ def _match(a: Weights, b: Weights, tokens: Tensor, evidence: Evidence) -> tuple[
     if evidence.activations:
         count = max(1, min(len(tokens), STATISTICS_TOKENS // tokens.shape[1]))
         statistics = gather_statistics(a, b, tokens[:: len(tokens) // count][:count])
-    return even_a, match(a, b, evidence, statistics).compose(even_b)
+    found = match(a, b, evidence, statistics).compose(even_b)
+    return even_a.map(_plain), found.map(_plain)
+
+
+def _plain(t: Tensor) -> Tensor:
+    """Laid out as it will be when read back from a state file: a transposed view multiplies to other last bits."""
+    return t.contiguous()
 
 
 def _learn(

@@ -48,7 +48,8 @@ def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(file, framework="pt") as handle:
             metadata = json.loads((handle.metadata() or {})["lmc_fast"])
-            return {name: handle.get_tensor(name) for name in handle.keys()}, metadata  # noqa: SIM118
+            # Cloned: what lies unaligned in the file's memory can be multiplied to other last bits.
+            return {name: handle.get_tensor(name).clone() for name in handle.keys()}, metadata  # noqa: SIM118
     except FileNotFoundError:
         raise LmcError(f"{file} does not exist") from None
     except (SafetensorError, OSError, KeyError, ValueError) as error:

@@ -13,6 +13,15 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
 	touch $@
 
+# The tiny pair that ships with the project: align, merge, measure. Figures and pictures go to demo-out.
+PAIR = examples/pair
+demo: venv
+	rm -rf demo-out demo-out.partial
+	$(BIN)/lmc-fast align $(PAIR)/a $(PAIR)/b --data $(PAIR)/train.npy --val $(PAIR)/val.npy --test $(PAIR)/test.npy \
+		--steps 250 --dtype float32 --out demo-out
+	$(BIN)/lmc-fast merge demo-out/a demo-out/b --weight 0.5 --out demo-out/merged
+	@echo "pictures: demo-out/curve.png, demo-out/learning.png"
+
 test: venv
 	$(BIN)/python -m pytest
 

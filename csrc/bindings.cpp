@@ -6,16 +6,13 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
 #include <limits>
-#include <memory>
-#include <mutex>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "buffers.h"
 #include "pool.h"
 #include "solvers.h"
 
@@ -37,25 +34,6 @@ void use_isa(const std::string& name) {
 }
 
 template <class T> T* at(std::uintptr_t address) { return reinterpret_cast<T*>(address); }
-
-// Scratch of each worker, aligned to 64 bytes, allocated by the worker that touches it.
-template <class T>
-class Scratch {
-  public:
-    Scratch(int workers, long numbers) : bytes_((numbers * sizeof(T) + 63) / 64 * 64), of_(workers) {}
-    ~Scratch() {
-        for (void* p : of_) std::free(p);
-    }
-    T* operator[](int worker) {
-        void*& p = of_[worker];
-        if (!p && !(p = std::aligned_alloc(64, bytes_))) throw std::bad_alloc();
-        return static_cast<T*>(p);
-    }
-
-  private:
-    std::size_t bytes_;
-    std::vector<void*> of_;
-};
 
 void run_team(long count, int threads, void (*task)(void*, long, int), void* data) {
     parallel_for(count, threads, [=](long i, int worker) { task(data, i, worker); });
@@ -85,12 +63,13 @@ void keep_lowest(std::atomic<long>& lowest, long i) {
 template <class T, class Task>
 std::pair<long, int> over_batch(long batch, long n, int threads, long (*numbers)(long, int), const Task& task) {
     const Split split(batch, n, threads);
-    Scratch<T> scratch(split.outer, numbers(n, split.team.threads));
+    std::vector<Buffer> scratch;
+    for (int worker = 0; worker < split.outer; ++worker) scratch.emplace_back(numbers(n, split.team.threads) * sizeof(T));
     constexpr long none = std::numeric_limits<long>::max();
     std::array<std::atomic<long>, 4> lowest;
     for (auto& l : lowest) l = none;
     parallel_for(batch, split.outer, [&](long i, int worker) {
-        if (const Status status = task(i, split.team, scratch[worker])) keep_lowest(lowest[status], i);
+        if (const Status status = task(i, split.team, static_cast<T*>(scratch[worker].data()))) keep_lowest(lowest[status], i);
     });
     for (int status : {refused, too_large, overflow})
         if (lowest[status] != none) return {lowest[status], status};
@@ -147,18 +126,20 @@ class Expm {
         copy(result, s.result, s.products + 2);
     }
 
+    // Room for `squarings` squarings of each matrix.
     template <class T>
-    long tape(long n, int squarings) const {
-        return active<T>()->expm_tape(n, squarings);
+    Buffer tape(long batch, long n, int squarings) const {
+        return Buffer(batch * active<T>()->expm_tape(n, squarings) * sizeof(T));
     }
 
     template <class T>
-    auto forward(std::uintptr_t X, std::uintptr_t E, long batch, long n, std::uintptr_t tape, long stride, std::uintptr_t plans,
-                 int threads) const {
+    auto forward(std::uintptr_t X, std::uintptr_t E, long batch, long n, const Buffer* tape, int squarings,
+                 std::uintptr_t plans, int threads) const {
         const Solvers<T>& s = *active<T>();
+        const long stride = s.expm_tape(n, squarings);
         return over_batch<T>(batch, n, threads, s.expm_work, [&](long i, const Team& team, T* work) {
             Plan plan{};
-            T* own = tape ? at<T>(tape) + i * stride : nullptr;
+            T* own = tape ? static_cast<T*>(tape->data()) + i * stride : nullptr;
             const Status status = s.expm_forward(team, schemes_, at<T>(X) + i * n * n, at<T>(E) + i * n * n, n, own, &plan, work);
             at<std::int32_t>(plans)[2 * i] = plan.scheme;
             at<std::int32_t>(plans)[2 * i + 1] = plan.squarings;
@@ -167,12 +148,14 @@ class Expm {
     }
 
     template <class T>
-    void backward(std::uintptr_t X, std::uintptr_t tape, long stride, std::uintptr_t plans, std::uintptr_t G, std::uintptr_t X_bar,
-                  long batch, long n, int threads) const {
+    void backward(std::uintptr_t X, const Buffer& tape, int squarings, std::uintptr_t plans, std::uintptr_t G,
+                  std::uintptr_t X_bar, long batch, long n, int threads) const {
         const Solvers<T>& s = *active<T>();
+        const long stride = s.expm_tape(n, squarings);
+        const T* all = static_cast<const T*>(tape.data());
         over_batch<T>(batch, n, threads, s.expm_work, [&](long i, const Team& team, T* work) {
             const Plan plan{at<std::int32_t>(plans)[2 * i], at<std::int32_t>(plans)[2 * i + 1]};
-            s.expm_backward(team, schemes_, at<T>(X) + i * n * n, at<T>(tape) + i * stride, at<T>(G) + i * n * n,
+            s.expm_backward(team, schemes_, at<T>(X) + i * n * n, all + i * stride, at<T>(G) + i * n * n,
                             at<T>(X_bar) + i * n * n, n, plan, work);
             return ok;
         });
@@ -204,6 +187,8 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "Batched solvers on raw pointers; use lmc_fast.solvers instead.";
     m.def("isa", [] { return std::string(active<float>()->isa); });
     m.def("use_isa", use_isa);
+    m.def("release_buffers", release_buffers);
+    py::class_<Buffer>(m, "Buffer");
     py::class_<Expm> expm(m, "Expm");
     expm.def(py::init<>()).def("add", &Expm::add);
     bind<float>(m, expm, "float32");

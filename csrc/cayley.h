@@ -40,7 +40,7 @@ static void invert_small(T* D, long ld) {
         for (int v = 0; v < vectors; ++v) store(D + i * ld + v * lanes<T>, row[i][v]);
 }
 
-static inline long block_size(long n) { return n <= 16 ? n : n <= 128 ? 16 : n < 512 ? 32 : 64; }
+static inline long block_size(long n) { return n <= 16 ? n : n <= 128 ? 16 : n < 512 ? 32 : n < 1024 ? 64 : n < 2048 ? 128 : 256; }
 
 // Numbers of scratch that `invert` needs for an n x n matrix: D, C, R and the packed panel, and again for D.
 template <class T>
@@ -86,6 +86,37 @@ static long cayley_work(long n, int threads) {
     return np * np + most(invert_work<T>(np, threads), 2 * np * np + threads * pack_size<T>(np, np));
 }
 
+// Q = 2 S - I from S = (I - X/2)^-1; false where an entry is not finite. Near 1, a diagonal entry of 2 S - I carries the
+// rounding of numbers near 2; S = I + S X/2 gives it as 1 - (sum over j of Q_ij X_ij) / 2 without that.
+template <class T>
+static bool store_rotation(long n, const T* S, long np, const T* X, T* Q) {
+    T zero = 0;
+    for (long i = 0; i < n; ++i) {
+        const T* s = S + i * np;
+        const T* x = X + i * n;
+        T* q = Q + i * n;
+        Vec<T> dots{}, sizes{};
+        long j = 0;
+        for (; j + lanes<T> <= n; j += lanes<T>) {
+            const Vec<T> value = T(2) * load(s + j), term = value * load(x + j);
+            store(q + j, value);
+            dots += term;
+            sizes += term < 0 ? -term : term;
+        }
+        T dot = 0, size = 0;
+        for (; j < n; ++j) {
+            q[j] = 2 * s[j];
+            dot += q[j] * x[j];
+            size += __builtin_fabs(q[j] * x[j]);
+        }
+        dot += sum_lanes<T>(dots);
+        size += sum_lanes<T>(sizes);
+        q[i] = size < 2 ? 1 - dot / 2 : q[i] - 1;
+        zero += (q[i] + size) * 0;
+    }
+    return zero == 0;
+}
+
 // Q = 2 (I - X/2)^-1 - I
 template <class T>
 static Status cayley_forward(const Team& team, const T* X, T* Q, long n, T* work) {
@@ -95,7 +126,7 @@ static Status cayley_forward(const Team& team, const T* X, T* Q, long n, T* work
     if (parity(np, A) != -1) return refused;
     for (long i = 0; i < np; ++i) A[i * np + i] = 1;
     invert(team, np, A, np, work + np * np);
-    return store_unpadded<T>(n, A, np, Q, T(2), T(-1)) ? ok : overflow;
+    return store_rotation(n, A, np, X, Q) ? ok : overflow;
 }
 
 // X_bar = W G W with W = (I + Q)^T / 2
@@ -117,5 +148,5 @@ static void cayley_backward(const Team& team, const T* Q, const T* G, T* X_bar, 
     load_padded<T>(n, G, extra, np, T(1));
     multiply<T>(team, np, np, np, W, np, extra, np, WG, np, pack);
     multiply<T>(team, np, np, np, WG, np, W, np, extra, np, pack);
-    store_unpadded<T>(n, extra, np, X_bar, T(1), T(0));
+    store_unpadded(n, extra, np, X_bar);
 }

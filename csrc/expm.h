@@ -103,9 +103,7 @@ static T spectral_bound(long np, const T* power, int k, int parity, T* sums) {
     const T column = column_norm(np, np, power, np, sums);
     Vec<T> squares{};
     for (long i = 0; i < np * np; i += lanes<T>) squares += load(power + i) * load(power + i);
-    T frobenius = 0;
-    for (long q = 0; q < lanes<T>; ++q) frobenius += squares[q];
-    frobenius = __builtin_sqrt(parity == -1 ? frobenius / 2 : frobenius);
+    const T sum = sum_lanes<T>(squares), frobenius = __builtin_sqrt(parity == -1 ? sum / 2 : sum);
     const T least_norm = frobenius < column ? frobenius : column;
     return k == 2 ? __builtin_sqrt(least_norm) : __builtin_cbrt(least_norm);
 }
@@ -205,7 +203,7 @@ static Status expm_forward(const Team& team, const Schemes& schemes, const T* X,
         power = next;
     }
     *plan_out = plan;
-    return store_unpadded<T>(n, result, np, E, T(1), T(0)) ? ok : overflow;
+    return store_unpadded(n, result, np, E) ? ok : overflow;
 }
 
 // bars[i] += row[i] bar, the transpose of `combine`; `fresh` marks the bars that hold nothing yet.

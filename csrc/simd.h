@@ -241,25 +241,28 @@ static void load_padded(long n, const T* from, T* to, long np, T scale) {
     fill(to + n * np, (np - n) * np, T(0));
 }
 
-// to (n x n) = scale from (padded) + shift I; false where an entry is not finite.
+template <class T> static inline T sum_lanes(Vec<T> v) {
+    T sum = 0;
+    for (long i = 0; i < lanes<T>; ++i) sum += v[i];
+    return sum;
+}
+
+// to (n x n) = from (padded); false where an entry is not finite.
 template <class T>
-static bool store_unpadded(long n, const T* from, long np, T* to, T scale, T shift) {
+static bool store_unpadded(long n, const T* from, long np, T* to) {
     Vec<T> zeros{};
     T zero = 0;
     for (long i = 0; i < n; ++i) {
         const T* row = from + i * np;
         long j = 0;
         for (; j + lanes<T> <= n; j += lanes<T>) {
-            const Vec<T> v = scale * load(row + j);
-            store(to + i * n + j, v);
-            zeros += v * T(0);
+            store(to + i * n + j, load(row + j));
+            zeros += load(row + j) * T(0);
         }
         for (; j < n; ++j) {
-            to[i * n + j] = scale * row[j];
-            zero += to[i * n + j] * 0;
+            to[i * n + j] = row[j];
+            zero += row[j] * 0;
         }
-        to[i * n + i] += shift;
     }
-    for (long q = 0; q < lanes<T>; ++q) zero += zeros[q];
-    return zero == 0;
+    return zero + sum_lanes<T>(zeros) == 0;
 }

@@ -1,6 +1,7 @@
 """lmc_fast: align two transformers so that a plain average of their weights is a good model."""
 
 from .alignment import Alignment
+from .backends import Backends, backends
 from .data import read_tokens
 from .errors import LmcError
 from .evaluation import Curve, Difference
@@ -15,12 +16,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Alignment",
+    "Backends",
     "Curve",
     "Difference",
     "LmcError",
     "Pair",
     "Schedule",
     "align",
+    "backends",
     "barrier",
     "cayley",
     "expm",

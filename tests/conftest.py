@@ -95,10 +95,10 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
 
 
 def save_tokenizer(directory: Path) -> None:
-    words = {f"w{i}": i for i in range(VOCAB)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
+    words = {"<eos>": 0, "<unk>": 1} | {f"w{i}": i for i in range(2, VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w0", unk_token="w1").save_pretrained(directory)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(directory)
 
 
 @pytest.fixture(scope="session")
@@ -171,7 +171,7 @@ def shared_pair() -> Callable[[str], Path]:
 
 def write_lines(file: Path, count: int = 400) -> Path:
     """Text of `count` random words of the tiny tokenizer."""
-    picks = torch.randint(VOCAB, (count,), generator=torch.Generator().manual_seed(9)).tolist()
+    picks = torch.randint(2, VOCAB, (count,), generator=torch.Generator().manual_seed(9)).tolist()
     file.write_text(" ".join(f"w{i}" for i in picks))
     return file
 

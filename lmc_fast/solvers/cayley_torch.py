@@ -18,7 +18,10 @@ def forward(X: Tensor) -> Tensor:  # (batch, n, n)
         A = X.mul(-0.5)
         A.diagonal(dim1=-2, dim2=-1).add_(1)
         Q = inverse_unpivoted(A).mul_(2)
-        Q.diagonal(dim1=-2, dim2=-1).sub_(1)
+        # Near 1, the diagonal of 2 S - I carries the rounding of numbers near 2; S = I + S X/2 gives it without.
+        terms = Q * X
+        diagonal = Q.diagonal(dim1=-2, dim2=-1)
+        diagonal.copy_(torch.where(terms.abs().sum(-1) < 2, 1 - terms.sum(-1) / 2, diagonal - 1))
         return Q
     half = X / 2
     I = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)  # noqa: E741

@@ -5,7 +5,8 @@ differentiated as the straight-line program they are: two products for each prod
 """
 
 from functools import cache
-from typing import Any
+from math import isfinite
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,9 +43,8 @@ class _Expm(torch.autograd.Function):
     def forward(ctx: Any, X: Tensor) -> Tensor:  # (batch, n, n)
         ctx.native = on_cpu(X) and extension() is not None
         if ctx.native:
-            E, ctx.plans, tape = _forward_native(X, keep_tape=ctx.needs_input_grad[0])
-            if tape is not None:
-                ctx.save_for_backward(X, tape)
+            E, ctx.tape = _forward_native(X, keep_tape=ctx.needs_input_grad[0])
+            ctx.save_for_backward(X)
         else:
             E, ctx.groups, tapes = expm_torch.forward_batch(X)
             ctx.save_for_backward(*tapes)
@@ -55,16 +55,16 @@ class _Expm(torch.autograd.Function):
     def backward(ctx: Any, G: Tensor) -> Tensor:
         if not ctx.native:
             return expm_torch.backward_batch(ctx.groups, list(ctx.saved_tensors), G)
-        X, tape = ctx.saved_tensors
-        G = G.contiguous()
-        X_bar = torch.empty_like(X)
-        batch, n, _ = X.shape
-        run = getattr(_solver(), f"backward_{suffix(X)}")
-        run(
-            X.data_ptr(), tape.data_ptr(), tape.shape[1], ctx.plans.data_ptr(), G.data_ptr(), X_bar.data_ptr(),
-            batch, n, torch.get_num_threads(),
-        )  # fmt: skip
-        return X_bar
+        (X,) = ctx.saved_tensors
+        return _backward_native(X, ctx.tape, G)
+
+
+class _Tape(NamedTuple):
+    """What the C++ forward pass leaves for the backward pass."""
+
+    products: Any  # _C.Buffer, or None
+    squarings: int  # each matrix has room for this many
+    plans: Tensor  # (batch, 2), int32: each matrix's scheme and squarings
 
 
 @cache
@@ -79,27 +79,38 @@ def _solver() -> Any:
     return solver
 
 
-def _forward_native(X: Tensor, keep_tape: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """exp(X), each matrix's (scheme, squarings), and the products that the backward pass reads."""
+def _forward_native(X: Tensor, keep_tape: bool) -> tuple[Tensor, _Tape]:  # (batch, n, n)
     native = extension()
     assert native is not None
     batch, n, _ = X.shape
     E = torch.empty_like(X)
-    plans = torch.empty(batch, 2, dtype=torch.int32)
-    tape = None
+    tape = _Tape(None, 0, torch.empty(batch, 2, dtype=torch.int32))
     if keep_tape:
         # Room for the most squarings that the largest ‖X‖₁ allows. What a matrix does not use is never touched.
         norm = getattr(native, f"one_norm_{suffix(X)}")(X.data_ptr(), batch, n)
-        require_expm_norm(X, norm)
-        squarings = expm_torch.plan_for(norm, X.dtype)[1]
-        tape = X.new_empty(batch, getattr(_solver(), f"tape_{suffix(X)}")(n, squarings))
-    address, stride = (tape.data_ptr(), tape.shape[1]) if tape is not None else (0, 0)
+        if isfinite(norm):
+            require_expm_norm(X, norm)
+            squarings = expm_torch.plan_for(norm, X.dtype)[1]
+            products = getattr(_solver(), f"tape_{suffix(X)}")(batch, n, squarings)
+            tape = tape._replace(products=products, squarings=squarings)
     run = getattr(_solver(), f"forward_{suffix(X)}")
     _, status = run(
-        X.data_ptr(), E.data_ptr(), batch, n, address, stride, plans.data_ptr(), torch.get_num_threads()
+        X.data_ptr(), E.data_ptr(), batch, n, tape.products, tape.squarings, tape.plans.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     if status:
         require_finite(X, "expm")
         require_expm_norm(X, float(expm_torch.one_norm(X).max()))
         require_exponential_fits(E)
-    return E, plans, tape
+    return E, tape
+
+
+def _backward_native(X: Tensor, tape: _Tape, G: Tensor) -> Tensor:  # (batch, n, n)
+    X_bar = torch.empty_like(X)
+    G = G.contiguous()
+    run = getattr(_solver(), f"backward_{suffix(X)}")
+    run(
+        X.data_ptr(), tape.products, tape.squarings, tape.plans.data_ptr(), G.data_ptr(), X_bar.data_ptr(),
+        *X.shape[:2], torch.get_num_threads(),
+    )  # fmt: skip
+    return X_bar

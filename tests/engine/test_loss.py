@@ -21,7 +21,9 @@ def test_cross_entropy_and_gradients(rows, bias, poisoned):
     leaves = [t for t in (x, w, b) if t is not None]
     ours, expected = cross_entropy(x, w, b, target, rows), F.cross_entropy(F.linear(x, w, b), target)
     assert torch.allclose(ours, expected, rtol=1e-13)
-    for mine, theirs in zip(torch.autograd.grad(3 * ours, leaves), torch.autograd.grad(3 * expected, leaves), strict=True):
+    for mine, theirs in zip(
+        torch.autograd.grad(3 * ours, leaves), torch.autograd.grad(3 * expected, leaves), strict=True
+    ):
         assert torch.allclose(mine, theirs, atol=1e-14)
 
 
@@ -29,12 +31,17 @@ def test_cross_entropy_and_gradients(rows, bias, poisoned):
 def test_divergence_and_gradients(rows, poisoned):
     x, w, b, _ = problem()
     g = torch.Generator().manual_seed(1)
-    teachers = [Teacher(s, torch.randn(37, 7, generator=g).double(), torch.randn(53, 7, generator=g).double()) for s in (0.3, 0.7)]
+    teachers = [
+        Teacher(s, torch.randn(37, 7, generator=g).double(), torch.randn(53, 7, generator=g).double())
+        for s in (0.3, 0.7)
+    ]
     mixture = sum(t.share * F.linear(t.hidden, t.weight).softmax(1) for t in teachers)
     expected = F.kl_div(F.linear(x, w, b).log_softmax(1), mixture, reduction="batchmean")
     ours = divergence(x, w, b, teachers, rows)
     assert torch.allclose(ours, expected, rtol=1e-12)
-    for mine, theirs in zip(torch.autograd.grad(ours, [x, w, b]), torch.autograd.grad(expected, [x, w, b]), strict=True):
+    for mine, theirs in zip(
+        torch.autograd.grad(ours, [x, w, b]), torch.autograd.grad(expected, [x, w, b]), strict=True
+    ):
         assert torch.allclose(mine, theirs, atol=1e-14)
 
 
@@ -46,7 +53,7 @@ def test_divergence_from_itself_is_zero():
 
 
 def test_only_what_is_asked_for_gets_a_gradient():
-    x, w, b, target = problem()
+    x, w, _, target = problem()
     cross_entropy(x, w.detach(), None, target).backward()
     assert x.grad is not None and w.grad is None
 

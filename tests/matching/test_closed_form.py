@@ -16,8 +16,8 @@ from lmc_fast.matching.procrustes import (
     nearest_rotation_fixing_ones,
     rotary_score,
 )
-from lmc_fast.symmetry.groups import unit_scale_signs
 from lmc_fast.symmetry import Transform, canonicalize, check_legal
+from lmc_fast.symmetry.groups import unit_scale_signs
 
 EVIDENCE = {"weights": Evidence(1, 0), "activations": Evidence(0, 1), "both": Evidence(1, 0.3)}
 

@@ -1,6 +1,7 @@
 """Learning: gradients against plain autograd of a materialised stock model, resuming bit for bit, bad numbers."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -177,7 +178,7 @@ def test_schedule_covers_every_block_once_an_epoch_and_the_whole_range():
     assert schedule.rows(3, 10).equal(Schedule(batch=4).rows(3, 10))
     positions = sorted(schedule.position(step) for step in range(100))
     assert positions[0] >= 0.2 and positions[-1] <= 0.6
-    assert max(y - x for x, y in zip(positions, positions[1:], strict=False)) < 0.02
+    assert max(y - x for x, y in pairwise(positions)) < 0.02
     assert schedule.rate(0) < schedule.rate(9) == 1 and math.isclose(schedule.rate(100), 0.02)
 
 

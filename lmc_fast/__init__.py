@@ -2,9 +2,11 @@
 
 from .alignment import Alignment
 from .backends import Backends, backends
-from .data import read_tokens
+from .data import read_data, read_tokens
 from .errors import LmcError
 from .evaluation import Curve, Difference
+from .examples import Examples
+from .images import read_images
 from .matching.learned import Schedule
 from .pair import Pair, open_pair
 from .pipeline.align import align
@@ -19,6 +21,7 @@ __all__ = [
     "Backends",
     "Curve",
     "Difference",
+    "Examples",
     "LmcError",
     "Pair",
     "Schedule",
@@ -31,6 +34,8 @@ __all__ = [
     "merge",
     "open_pair",
     "polar",
+    "read_data",
+    "read_images",
     "read_tokens",
     "verify",
 ]

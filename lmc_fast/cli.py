@@ -16,11 +16,12 @@ from tqdm import tqdm
 from . import __version__
 from .alignment import Alignment
 from .checkpoints import Model, check_target
-from .data import read_tokens, split_validation
+from .data import block_length, read_data, split_validation
 from .errors import LmcError
 from .evaluation import Curve
 from .evaluation.barrier import DEFINITION
 from .evaluation.plots import plot_curves, plot_learning
+from .examples import Data
 from .matching.learned import OBJECTIVES, History, Schedule
 from .pair import Pair, mismatch, open_pair
 from .pipeline.align import METHODS, Progress, align
@@ -82,13 +83,15 @@ def inspect_command(args: argparse.Namespace, console: Console) -> int:
 def align_command(args: argparse.Namespace, console: Console) -> int:
     check_target(args.out)
     pair = open_pair(args.a, args.b)
-    length = args.block or min(128, pair.spec.max_positions)
-    tokens = read_tokens(args.data, pair.a, length)
+    length = block_length(pair.a, args.block)
+    tokens = read_data(args.data, pair.a, length)
     if args.val:
-        validation: torch.Tensor | None = read_tokens(args.val, pair.a, length)
+        validation: Data | None = read_data(args.val, pair.a, length)
     else:
         tokens, validation = split_validation(tokens)
-    held_out = read_tokens(args.test, pair.a, length) if args.test else validation
+    held_out = read_data(args.test, pair.a, length) if args.test else validation
+    if pair.spec.task == "features":
+        validation = held_out = None  # features have no loss
     given = {"steps": args.steps, "batch": args.batch, "objective": args.objective}
     given |= {"matrix_lr": args.matrix_lr, "scale_lr": args.scale_lr}
     given |= {"seed": args.seed, "low": args.range and args.range[0], "high": args.range and args.range[1]}
@@ -131,8 +134,8 @@ def _align_with_bar(
     args: argparse.Namespace,
     console: Console,
     pair: Pair,
-    tokens: torch.Tensor,
-    validation: torch.Tensor | None,
+    tokens: Data,
+    validation: Data | None,
     state_file: Path,
     options: dict[str, Any],
 ) -> Alignment:
@@ -164,7 +167,7 @@ def _align_with_bar(
 
 
 def _three_curves(
-    args: argparse.Namespace, console: Console, pair: Pair, tokens: torch.Tensor, alignment: Alignment
+    args: argparse.Namespace, console: Console, pair: Pair, tokens: Data, alignment: Alignment
 ) -> list[Curve]:
     matched = Alignment(*alignment.matched, alignment.matched)
     stages: list[tuple[str, Alignment | None]] = [("naive", None), ("matched", matched)]
@@ -177,7 +180,7 @@ def _three_curves(
     return curves
 
 
-def _proof(args: argparse.Namespace, console: Console, out: Path, tokens: torch.Tensor | None) -> dict[str, Any]:
+def _proof(args: argparse.Namespace, console: Console, out: Path, tokens: Data | None) -> dict[str, Any]:
     """Compares each written endpoint with its original and says so."""
     proof = {}
     for name, original in (("a", args.a), ("b", args.b)):
@@ -210,7 +213,7 @@ def barrier_command(args: argparse.Namespace, console: Console) -> int:
         if not file.absolute().parent.is_dir():
             raise LmcError(f"{file.absolute().parent} does not exist; create it first")
     pair = open_pair(args.a, args.b)
-    tokens = read_tokens(args.data, pair.a, args.block or min(128, pair.spec.max_positions))
+    tokens = read_data(args.data, pair.a, block_length(pair.a, args.block))
     alignment = Alignment.load(args.alignment, pair.spec) if args.alignment else None
     with console.bar(args.points, "measuring", "point") as bar:
         curve = barrier(pair, tokens, alignment, args.points, device=args.device, progress=lambda _: bar.update())
@@ -229,7 +232,7 @@ def verify_command(args: argparse.Namespace, console: Console) -> int:
     tokens = None
     if args.data:
         model = Model(args.a)
-        tokens = read_tokens(args.data, model, min(128, model.spec.max_positions))[:64]
+        tokens = read_data(args.data, model, block_length(model))[:64]
     found, same = verify(args.a, args.b, tokens, args.device)
     console.say(f"KL {found.kl:.2e} nats per token, max |log-probability difference| {found.max_log_probability:.2e}")
     console.say(f"loss {found.loss_a:.5f} and {found.loss_b:.5f} nats per token")

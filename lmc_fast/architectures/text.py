@@ -103,11 +103,17 @@ def _block(home: str) -> tuple[Entry, ...]:
     return tuple(e for slot, name in names.items() for e in linear(layer + name, slot))
 
 
+def _untied(spec: Spec) -> bool:
+    """An untied head adds its own copy of the bias, and that one is used."""
+    return not spec.tied
+
+
 _BERT_HEAD = (
     *linear("cls.predictions.transform.dense", "head_transform"),
     *linear("cls.predictions.transform.LayerNorm", "head_norm"),
     Entry("cls.predictions.decoder.weight", ("head",)),
     Entry("cls.predictions.bias", ("head_bias",)),
+    Entry("cls.predictions.decoder.bias", ("head_bias",), when=_untied),
     Entry("cls.seq_relationship.weight", ("relation",), optional=True),
     Entry("cls.seq_relationship.bias", ("relation_bias",), optional=True),
 )
@@ -116,6 +122,7 @@ _ROBERTA_HEAD = (
     *linear("lm_head.layer_norm", "head_norm"),
     Entry("lm_head.decoder.weight", ("head",)),
     Entry("lm_head.bias", ("head_bias",)),
+    Entry("lm_head.decoder.bias", ("head_bias",), when=_untied),
 )
 _MASKED = ("ForMaskedLM", "ForPreTraining")
 _COPIES = (r"embeddings\.position_ids$", r"\.decoder\.bias$")  # the second repeats head_bias

@@ -1,13 +1,19 @@
-"""Tiny models of every family, built by transformers: config class, model class and options, random parameters."""
+"""Tiny models of every family, built by transformers with random parameters, and what transformers computes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 import transformers
-from conftest import VOCAB
-from torch import nn
+from conftest import VOCAB, randomize, true_float64
+from torch import Tensor, nn
+from transformers.utils.logging import disable_progress_bar
+
+disable_progress_bar()
 
 _DECODER = {
     "vocab_size": VOCAB,
@@ -175,7 +181,86 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
         bos_token_id=1,
         pad_token_id=1,
     ),
+    "clip-text-argmax": _of(
+        "CLIPTextConfig",
+        "CLIPTextModelWithProjection",
+        {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40},
+        vocab_size=VOCAB,
+        max_position_embeddings=32,
+        projection_dim=12,
+        eos_token_id=2,
+    ),
     "bert": _of("BertConfig", "BertForMaskedLM", _BERT),
     "bert-pretraining": _of("BertConfig", "BertForPreTraining", _BERT),
     "roberta": _of("RobertaConfig", "RobertaForMaskedLM", _BERT),
 }
+
+
+def write(name: str, directory: Path, seed: int = 1, dtype: torch.dtype = torch.float32) -> None:
+    """A checkpoint with random parameters, some gains of queries and keys negative."""
+    model = ZOO[name]()
+    randomize(model, seed)
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if "q_norm" in key or "k_norm" in key:
+                p[::3] *= -1
+    model.to(dtype).save_pretrained(directory)
+
+
+def inputs(name: str) -> Tensor:
+    """Random token ids, the last one 0 (CLIP's end), or random images."""
+    generator = torch.Generator().manual_seed(5)
+    if name.split("-")[0] in ("vit", "deit", "dinov2") or name == "clip-vision":
+        return torch.randn(3, 3, 8, 8, generator=generator, dtype=torch.float64)
+    least = 1 if name.startswith("clip") else 0
+    tokens = torch.randint(least, VOCAB, (3, 20), generator=generator)
+    tokens[:, -1] = 0
+    return tokens
+
+
+def reference(directory: Path, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Logits, or features, of transformers alone, its casts to float32 taken out for float64."""
+    model = stock(directory, dtype)
+    argument = {"pixel_values": x.to(dtype)} if x.is_floating_point() else {"input_ids": x}
+    patch = pytest.MonkeyPatch()
+    with torch.no_grad():
+        if dtype == torch.float64:
+            patch.setattr(torch, "float", torch.float64)
+            with true_float64():
+                out = model(**argument)
+            patch.undo()
+        else:
+            out = model(**argument)
+    for name in ("logits", "prediction_logits", "image_embeds", "text_embeds"):
+        if getattr(out, name, None) is not None:
+            return getattr(out, name)
+    raise AssertionError(type(model))
+
+
+def stock(directory: Path, dtype: torch.dtype) -> nn.Module:
+    """The class that config.json names, loaded with every tensor in place or else an error."""
+    config = transformers.AutoConfig.from_pretrained(directory)
+    cls = getattr(transformers, config.architectures[0])
+    # Falcon's eager attention adds ALiBi twice; Gemma-2's soft cap needs eager attention
+    options = {} if config.model_type == "falcon" else {"attn_implementation": "eager"}
+    if "moe" in config.model_type or config.model_type in ("mixtral", "olmoe"):
+        options["experts_implementation"] = "eager"
+    model, info = cls.from_pretrained(directory, dtype=dtype, output_loading_info=True, **options)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    if config.model_type == "gptj" and dtype == torch.float64:
+        _exact_positions(model, config)
+    return model.eval()
+
+
+def _exact_positions(model: nn.Module, config: Any) -> None:
+    """GPT-J tabulates sines in float32 when it is built; here the same frequencies in float64."""
+    frequencies = 1.0 / 10000 ** (torch.arange(0, config.rotary_dim, 2).float() / config.rotary_dim)
+    angles = torch.arange(config.n_positions).double()[:, None] * frequencies.double()
+    for block in model.transformer.h:
+        block.attn.embed_positions = torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def outcome(name: str, y: Tensor) -> Tensor:
+    """What must not change: log-probabilities of language models, raw outputs of all others."""
+    raw = name.split("-")[0] in ("vit", "deit", "dinov2", "clip")
+    return y if raw else y.log_softmax(-1)

@@ -120,7 +120,8 @@ def align_command(args: argparse.Namespace, console: Console) -> int:
         (run.path / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         run.publish()
     for curve in curves:
-        console.say(f"barrier {curve.name:>8}: {curve.barrier:.4f} nats at lambda {curve.at:.1f}")
+        lowest = f", lowest accuracy {min(curve.accuracies):.2%}" if curve.accuracies else ""
+        console.say(f"barrier {curve.name:>8}: {curve.barrier:.4f} nats at lambda {curve.at:.1f}{lowest}")
     if curves:
         which = args.test or args.val or f"the end of {args.data}, which was not used for learning"
         console.say(f"  ({DEFINITION}; on {which})")
@@ -128,6 +129,10 @@ def align_command(args: argparse.Namespace, console: Console) -> int:
     console.say(f"next: lmc-fast merge {args.out}/a {args.out}/b --weight 0.5 --out {args.out}/merged")
     console.result(report)
     return 0
+
+
+def _unit(pair: Pair) -> str:
+    return {"image": "images", "masked": "masked tokens"}.get(pair.spec.task, "tokens")
 
 
 def _align_with_bar(
@@ -140,7 +145,9 @@ def _align_with_bar(
     options: dict[str, Any],
 ) -> Alignment:
     steps = options.get("steps", Schedule.steps) if args.method in ("dual", "one-sided") else 0
-    console.say(f"matching on {tokens.numel():,} calibration tokens, then {steps} steps of {args.method} learning")
+    console.say(
+        f"matching on {tokens.numel():,} calibration {_unit(pair)}, then {steps} steps of {args.method} learning"
+    )
     with console.bar(steps, "matching", "step") as bar:
 
         def progress(at: Progress) -> None:
@@ -217,10 +224,11 @@ def barrier_command(args: argparse.Namespace, console: Console) -> int:
     alignment = Alignment.load(args.alignment, pair.spec) if args.alignment else None
     with console.bar(args.points, "measuring", "point") as bar:
         curve = barrier(pair, tokens, alignment, args.points, device=args.device, progress=lambda _: bar.update())
-    console.say("lambda    loss  excess")
-    for point, loss, excess in zip(curve.lambdas, curve.losses, curve.excess, strict=True):
-        console.say(f"{point:6.2f}  {loss:6.4f}  {excess:+.4f}")
-    console.say(f"barrier {curve.barrier:.4f} nats at lambda {curve.at:.2f}, {tokens.numel():,} tokens")
+    console.say("lambda    loss  excess" + ("  accuracy" if curve.accuracies else ""))
+    accuracies = [f"  {share:8.2%}" for share in curve.accuracies] if curve.accuracies else [""] * len(curve.lambdas)
+    for point, loss, excess, right in zip(curve.lambdas, curve.losses, curve.excess, accuracies, strict=True):
+        console.say(f"{point:6.2f}  {loss:6.4f}  {excess:+.4f}{right}")
+    console.say(f"barrier {curve.barrier:.4f} nats at lambda {curve.at:.2f}, {tokens.numel():,} {_unit(pair)}")
     console.say(f"  ({DEFINITION})")
     for file in outputs:
         (curve.save if file.suffix == ".json" else curve.plot)(file)
@@ -267,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
         "align", align_command, "align two checkpoints and write both, changed but computing the same", "a", "b"
     )
     sub.add_argument(
-        "--data", required=True, help="calibration text: .txt, .jsonl with a 'text' field, or .npy token ids"
+        "--data", required=True, help="calibration text (.txt, .jsonl, .npy token ids) or images (.npz, class folders)"
     )
     sub.add_argument("--val", help="text that picks the best state of the run (default: the last 3%% of --data)")
     sub.add_argument("--test", help="text to report barriers on (default: the validation text)")
@@ -297,7 +305,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, type=Path, help="directory to create")
 
     sub = command("barrier", barrier_command, "loss along the straight line between two checkpoints", "a", "b")
-    sub.add_argument("--data", required=True, help="held-out text: .txt, .jsonl or .npy")
+    sub.add_argument("--data", required=True, help="held-out text (.txt, .jsonl, .npy) or images (.npz, folder)")
     sub.add_argument("--alignment", help="an alignment.safetensors to apply first")
     sub.add_argument("--points", type=_positive, default=11, help="default: 11")
     sub.add_argument("--block", type=_positive, help="tokens per block (default: 128)")

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: venv demo test lint format bench clean
+.PHONY: venv demo test lint format bench bench-solvers clean
 
 venv: $(STAMP)
 
@@ -36,3 +36,6 @@ format: venv
 
 clean:
 	rm -rf $(VENV) build demo-out *.egg-info lmc_fast/_C*.so
+
+bench-solvers: venv
+	$(BIN)/python -m benchmarks.solvers

@@ -205,7 +205,7 @@ static void mirror(long n, T* A, T sign) {
 
 // 1 for a symmetric matrix, -1 for a skew one (zero included), 0 for neither. With an infinity or a NaN it is neither:
 // then the sum or difference of the pair is NaN, which differs from 0.
-template <class T>
+template <class T, bool may_be_symmetric = true>
 static int parity(long n, const T* A) {
     typename Lanes<T>::Mask4 not_skew{}, not_symmetric{};
     for (long i = 0; i < n; i += 4)
@@ -215,10 +215,10 @@ static int parity(long n, const T* A) {
             for (int r = 0; r < 4; ++r) {
                 const auto mine = load4(A + (i + r) * n + j);
                 not_skew |= mine + rows[r] != 0;
-                not_symmetric |= mine - rows[r] != 0;
+                if (may_be_symmetric) not_symmetric |= mine - rows[r] != 0;
             }
         }
-    bool skew = true, symmetric = true;
+    bool skew = true, symmetric = may_be_symmetric;
     for (int r = 0; r < 4; ++r) {
         skew &= !not_skew[r];
         symmetric &= !not_symmetric[r];
@@ -242,9 +242,12 @@ static void load_padded(long n, const T* from, T* to, long np, T scale) {
 }
 
 template <class T> static inline T sum_lanes(Vec<T> v) {
-    T sum = 0;
-    for (long i = 0; i < lanes<T>; ++i) sum += v[i];
-    return sum;
+    typename Lanes<T>::Bits order;
+#pragma GCC unroll 16
+    for (long i = 0; i < lanes<T>; ++i) order[i] = i;
+#pragma GCC unroll 4
+    for (long half = lanes<T> / 2; half > 0; half /= 2) v += __builtin_shuffle(v, order ^ typename Lanes<T>::Bit(half));
+    return v[0];
 }
 
 // to (n x n) = from (padded); false where an entry is not finite.

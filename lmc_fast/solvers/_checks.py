@@ -1,5 +1,8 @@
 """What every solver checks at its front door, and the errors it raises there."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,3 +51,28 @@ def on_cpu(X: Tensor) -> bool:
 def suffix(X: Tensor) -> str:
     """The dtype in the names of the C++ functions."""
     return "float32" if X.dtype == torch.float32 else "float64"
+
+
+def once_differentiable(backward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """A backward pass whose result, differentiated again, raises. torch's own decorator lets that gradient vanish where
+    the output gradient does not require one, as that of a plain sum."""
+
+    def run(ctx: Any, G: Tensor) -> Tensor:
+        with torch.no_grad():
+            grad = backward(ctx, G)
+        if not torch.is_grad_enabled():
+            return grad
+        refused: Tensor = _NoDoubleBackward.apply(grad, G, *ctx.saved_tensors)
+        return refused
+
+    return run
+
+
+class _NoDoubleBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *depends_on: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, G: Tensor) -> Tensor:
+        raise RuntimeError("cayley and expm have no double backward: their gradient cannot be differentiated again")

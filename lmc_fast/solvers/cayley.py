@@ -2,11 +2,11 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from lmc_fast.backends import extension
 from lmc_fast.solvers import cayley_torch
-from lmc_fast.solvers._checks import as_batch, on_cpu, suffix
+from lmc_fast.solvers._checks import as_batch, on_cpu, once_differentiable, suffix
 
 
 def cayley(X: Tensor) -> Tensor:  # (..., n, n) -> (..., n, n)

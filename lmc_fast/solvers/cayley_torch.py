@@ -7,6 +7,7 @@ from lmc_fast.solvers._checks import is_skew, require_finite
 
 _LAPACK_LEAF = 64
 _CUDA_LEAF = 128
+_LARGE_ROW = 64.0  # squared norm of a row of X
 
 
 def forward(X: Tensor) -> Tensor:  # (batch, n, n)
@@ -17,7 +18,13 @@ def forward(X: Tensor) -> Tensor:  # (batch, n, n)
     if is_skew(X):
         A = X.mul(-0.5)
         A.diagonal(dim1=-2, dim2=-1).add_(1)
-        Q = inverse_unpivoted(A).mul_(2)
+        Q = inverse_unpivoted(A)
+        large = X.square().sum(-1).amax(-1) > _LARGE_ROW
+        if bool(large.any()):
+            # Without pivots the error grows with ‖X‖. A Newton step takes it back to what rounding the residual leaves.
+            S = Q[large]
+            Q[large] = S @ (2 * torch.eye(X.shape[-1], dtype=X.dtype, device=X.device) - (S - X[large] @ S / 2))
+        Q.mul_(2)
         # Near 1, the diagonal of 2 S - I carries the rounding of numbers near 2; S = I + S X/2 gives it without.
         terms = Q * X
         diagonal = Q.diagonal(dim1=-2, dim2=-1)

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lmc_fast.backends import extension
 from lmc_fast.solvers import expm_torch
 from lmc_fast.solvers._checks import (
     as_batch,
     on_cpu,
+    once_differentiable,
     require_expm_norm,
     require_exponential_fits,
     require_finite,
@@ -47,14 +47,14 @@ class _Expm(torch.autograd.Function):
             ctx.save_for_backward(X)
         else:
             E, ctx.groups, tapes = expm_torch.forward_batch(X)
-            ctx.save_for_backward(*tapes)
+            ctx.save_for_backward(X, *tapes)
         return E
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, G: Tensor) -> Tensor:
         if not ctx.native:
-            return expm_torch.backward_batch(ctx.groups, list(ctx.saved_tensors), G)
+            return expm_torch.backward_batch(ctx.groups, list(ctx.saved_tensors[1:]), G)
         (X,) = ctx.saved_tensors
         return _backward_native(X, ctx.tape, G)
 

@@ -8,6 +8,7 @@ last combination. The forward pass and its reverse mode are then one loop over t
 
 from dataclasses import dataclass
 from math import sqrt
+from typing import Any
 
 import torch
 
@@ -43,10 +44,8 @@ def _add(*rows: Row) -> Row:
     return tuple(sum(row[i] for row in rows if i < len(row)) for i in range(length))
 
 
-def _degree_8() -> Scheme:
-    """Degree 8 with three products; equation (13) of the paper, its coefficients in closed form."""
-    q = sqrt(177)
-    x3 = 2 / 3
+def degree_8(q: Any, x3: Any) -> Scheme:
+    """Degree 8 with three products, its coefficients in closed form; q = √177, x3 = 2/3, exact or floats."""
     x1, x2 = x3 * (1 + q) / 88, x3 * (1 + q) / 352
     x4, x5 = (-271 + 29 * q) / (315 * x3), 11 * (q - 1) / (1260 * x3)
     x6, x7 = 11 * (q - 9) / (5040 * x3), (89 - q) / (5040 * x3 * x3)
@@ -117,7 +116,7 @@ def _degree_18() -> Scheme:
 SCHEMES: tuple[Scheme, ...] = (
     Scheme(2, 5.978858893805233e-04, 2.580956802971767e-08, (_A,), (_A,), (1, 1, 1 / 2)),
     Scheme(4, 5.116619363445086e-02, 3.397168839976962e-04, (_A, _A2), (_A, (1 / 2, 1 / 6, 1 / 24)), (1, 1, 0, 1)),
-    _degree_8(),
+    degree_8(sqrt(177), 2 / 3),
     _degree_12(),
     _degree_18(),
 )

@@ -29,6 +29,12 @@ _LLAMA = Known("any", scale="any")
 _VIT = Known("ones")
 
 KNOWN = {
+    "llama": _LLAMA,
+    "llama-tied-biased": _LLAMA,
+    "neox": Known("ones"),
+    "neox-sequential": Known("ones", scale="positive"),
+    "gpt2": Known("ones"),
+    "gpt2-tied": Known("ones"),
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen2-tied-window": _LLAMA,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import VOCAB, randomize, true_float64
+from conftest import VARIANTS, VOCAB, randomize, true_float64
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
@@ -66,6 +66,7 @@ def _of(config: str, model: str, *options: dict[str, Any], **more: Any) -> Calla
 
 
 ZOO: dict[str, Callable[[], nn.Module]] = {
+    **{name: VARIANTS[name] for name in ("llama", "llama-tied-biased", "neox", "neox-sequential", "gpt2", "gpt2-tied")},
     "mistral": _of("MistralConfig", "MistralForCausalLM", _DECODER, _DIMS, sliding_window=6, tie_word_embeddings=False),
     "qwen2": _of("Qwen2Config", "Qwen2ForCausalLM", _DECODER, tie_word_embeddings=False),
     "qwen2-tied-window": _of(

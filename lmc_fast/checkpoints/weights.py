@@ -147,8 +147,9 @@ def read_spec(checkpoint: Checkpoint) -> tuple[Family, Spec]:
     family = FAMILIES[kind]
     names = checkpoint.config.get("architectures") or []
     if names and not any(name.endswith(family.architectures) for name in names):
-        wanted = "causal language model" if "ForCausalLM" in family.architectures else " or ".join(family.architectures)
-        raise LmcError(f"{checkpoint.path}: {names[0]} is not a {wanted}")
+        ends = " or ".join(family.architectures)
+        wanted = "causal language model" if "ForCausalLM" in family.architectures else f"{kind} model with its head"
+        raise LmcError(f"{checkpoint.path}: {names[0]} is not a {wanted}; give a checkpoint of a class named ...{ends}")
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     except Exception as error:  # transformers validates with many exception types

@@ -160,24 +160,27 @@ static Status cayley_forward(const Team& team, const T* X, T* Q, long n, T* work
     return store_rotation(n, S, np, X, Q) ? ok : overflow;
 }
 
-// X_bar = W G W with W = (I + Q)^T / 2
+// X_bar = W G W with W = (I + Q)^T / 2 = I + E. In terms of E each product is a correction to what it is added to: sums
+// of small terms, where W's diagonal near 1 would put a large one into the middle of each.
 template <class T>
 static void cayley_backward(const Team& team, const T* Q, const T* G, T* X_bar, long n, T* work) {
     const long np = padded<T>(n);
-    T* W = work;
-    T* WG = W + np * np;
+    T* E = work;
+    T* WG = E + np * np;
     T* extra = WG + np * np;
     T* pack = extra + np * np;
-    if (np != n) fill(W, np * np, T(0));
-    transpose<T>(n, Q, n, W, np, T(0.5));
-    for (long i = 0; i < n; ++i) W[i * np + i] += T(0.5);
-    if (np == n) {
-        multiply<T>(team, n, n, n, W, n, G, n, WG, n, pack);
-        multiply<T>(team, n, n, n, WG, n, W, n, X_bar, n, pack);
-        return;
+    if (np != n) fill(E, np * np, T(0));
+    transpose<T>(n, Q, n, E, np, T(0.5));
+    for (long i = 0; i < n; ++i) E[i * np + i] -= T(0.5);
+    const T* G_padded = G;
+    T* result = X_bar;
+    if (np != n) {
+        load_padded<T>(n, G, extra, np, T(1));
+        G_padded = result = extra;
     }
-    load_padded<T>(n, G, extra, np, T(1));
-    multiply<T>(team, np, np, np, W, np, extra, np, WG, np, pack);
-    multiply<T>(team, np, np, np, WG, np, W, np, extra, np, pack);
-    store_unpadded(n, extra, np, X_bar);
+    copy_vectors(np * np, G_padded, WG);
+    multiply<T, Into::add>(team, np, np, np, E, np, G_padded, np, WG, np, pack);
+    copy_vectors(np * np, WG, result);
+    multiply<T, Into::add>(team, np, np, np, WG, np, E, np, result, np, pack);
+    if (np != n) store_unpadded(n, extra, np, X_bar);
 }

@@ -76,15 +76,29 @@ static inline __attribute__((always_inline)) void tile(long k, const T* a, long 
         }
 }
 
+static inline long least(long a, long b) { return a < b ? a : b; }
+static inline long most(long a, long b) { return a > b ? a : b; }
+
+constexpr Into further(Into into) { return into == Into::set ? Into::add : into; }
+
+// Products summed before they are added to C: rounding grows with the length of a sum, so long ones are cut. The tile of C
+// stays in the first-level cache meanwhile.
+constexpr long sum_length = 128;
+
+template <class T, int rows, int vectors, Into into>
+static inline void long_tile(long k, const T* a, long lda, const T* b, long ldb, T* c, long ldc) {
+    tile<T, rows, vectors, into>(least(k, sum_length), a, lda, b, ldb, c, ldc);
+    for (long p = sum_length; p < k; p += sum_length)
+        tile<T, rows, vectors, further(into)>(least(k - p, sum_length), a + p, lda, b + p * ldb, ldb, c, ldc);
+}
+
 template <class T, int vectors, Into into>
 static inline void column_panel(long m, long k, const T* A, long lda, const T* b, long ldb, T* C, long ldc) {
     long i = 0;
-    for (; i + TILE_ROWS <= m; i += TILE_ROWS) tile<T, TILE_ROWS, vectors, into>(k, A + i * lda, lda, b, ldb, C + i * ldc, ldc);
-    for (; i < m; i += 2) tile<T, 2, vectors, into>(k, A + i * lda, lda, b, ldb, C + i * ldc, ldc);
+    for (; i + TILE_ROWS <= m; i += TILE_ROWS)
+        long_tile<T, TILE_ROWS, vectors, into>(k, A + i * lda, lda, b, ldb, C + i * ldc, ldc);
+    for (; i < m; i += 2) long_tile<T, 2, vectors, into>(k, A + i * lda, lda, b, ldb, C + i * ldc, ldc);
 }
-
-static inline long least(long a, long b) { return a < b ? a : b; }
-static inline long most(long a, long b) { return a > b ? a : b; }
 
 // Blocks of a large product: B in pieces of `deep` rows by `across` columns, 512 KB, which the second-level cache holds.
 template <class T> constexpr long deep = 2048 / sizeof(T);
@@ -133,7 +147,7 @@ static void multiply_columns(const Product<T>& g, long j0, T* pack) {
                 const T* b = copy ? pack + (j - j0) * k : g.B + p0 * g.ldb + j;
                 const long ldb = copy ? width : g.ldb;
                 T* c = g.C + i * g.ldc + j;
-                constexpr Into next = into == Into::set ? Into::add : into;
+                constexpr Into next = further(into);
                 constexpr int narrow = unit<T> / lanes<T>;
                 if (p0 == 0 && width == wide)
                     column_panel<T, TILE_VECTORS, into>(m, k, a, g.lda, b, ldb, c, g.ldc);

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import RESULTS, Row, interleave, options, provenance, quantiles, write_csv, write_json
-from lmc_fast.backends import backends
+from lmc_fast.native import backends
 from lmc_fast.solvers import cayley, expm
 
 SOURCES = (
     "csrc",
     "lmc_fast/solvers",
-    "lmc_fast/backends.py",
+    "lmc_fast/native.py",
     "setup.py",
     "benchmarks/solvers.py",
     "benchmarks/common.py",

@@ -1,11 +1,13 @@
 """lmc_fast: align two transformers so that a plain average of their weights is a good model."""
 
 from .alignment import Alignment
-from .backends import Backends, backends
-from .data import read_tokens
+from .data import read_data, read_tokens
 from .errors import LmcError
 from .evaluation import Curve, Difference
+from .examples import Examples
+from .images import read_images
 from .matching.learned import Schedule
+from .native import Backends, backends
 from .pair import Pair, open_pair
 from .pipeline.align import align
 from .pipeline.evaluate import barrier, verify
@@ -19,6 +21,7 @@ __all__ = [
     "Backends",
     "Curve",
     "Difference",
+    "Examples",
     "LmcError",
     "Pair",
     "Schedule",
@@ -31,6 +34,8 @@ __all__ = [
     "merge",
     "open_pair",
     "polar",
+    "read_data",
+    "read_images",
     "read_tokens",
     "verify",
 ]

@@ -9,8 +9,9 @@ from typing import Any
 from .architectures import Spec
 from .checkpoints import Weights
 from .errors import LmcError
+from .symmetry.legality import check_legal
 from .symmetry.storage import load_tensors, pack, save_tensors, unpack
-from .symmetry.transform import Transform, check_legal
+from .symmetry.transform import Transform
 
 FORMAT_VERSION = 1
 

@@ -16,11 +16,12 @@ from tqdm import tqdm
 from . import __version__
 from .alignment import Alignment
 from .checkpoints import Model, check_target
-from .data import read_tokens, split_validation
+from .data import block_length, read_data, split_validation
 from .errors import LmcError
 from .evaluation import Curve
 from .evaluation.barrier import DEFINITION
 from .evaluation.plots import plot_curves, plot_learning
+from .examples import Data
 from .matching.learned import OBJECTIVES, History, Schedule
 from .pair import Pair, mismatch, open_pair
 from .pipeline.align import METHODS, Progress, align
@@ -82,13 +83,15 @@ def inspect_command(args: argparse.Namespace, console: Console) -> int:
 def align_command(args: argparse.Namespace, console: Console) -> int:
     check_target(args.out)
     pair = open_pair(args.a, args.b)
-    length = args.block or min(128, pair.spec.max_positions)
-    tokens = read_tokens(args.data, pair.a, length)
+    length = block_length(pair.a, args.block)
+    tokens = read_data(args.data, pair.a, length)
     if args.val:
-        validation: torch.Tensor | None = read_tokens(args.val, pair.a, length)
+        validation: Data | None = read_data(args.val, pair.a, length)
     else:
         tokens, validation = split_validation(tokens)
-    held_out = read_tokens(args.test, pair.a, length) if args.test else validation
+    held_out = read_data(args.test, pair.a, length) if args.test else validation
+    if pair.spec.task == "features":
+        validation = held_out = None  # features have no loss
     given = {"steps": args.steps, "batch": args.batch, "objective": args.objective}
     given |= {"matrix_lr": args.matrix_lr, "scale_lr": args.scale_lr}
     given |= {"seed": args.seed, "low": args.range and args.range[0], "high": args.range and args.range[1]}
@@ -117,7 +120,8 @@ def align_command(args: argparse.Namespace, console: Console) -> int:
         (run.path / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         run.publish()
     for curve in curves:
-        console.say(f"barrier {curve.name:>8}: {curve.barrier:.4f} nats at lambda {curve.at:.1f}")
+        lowest = f", lowest accuracy {min(curve.accuracies):.2%}" if curve.accuracies else ""
+        console.say(f"barrier {curve.name:>8}: {curve.barrier:.4f} nats at lambda {curve.at:.1f}{lowest}")
     if curves:
         which = args.test or args.val or f"the end of {args.data}, which was not used for learning"
         console.say(f"  ({DEFINITION}; on {which})")
@@ -127,17 +131,23 @@ def align_command(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _unit(pair: Pair) -> str:
+    return {"image": "images", "masked": "masked tokens"}.get(pair.spec.task, "tokens")
+
+
 def _align_with_bar(
     args: argparse.Namespace,
     console: Console,
     pair: Pair,
-    tokens: torch.Tensor,
-    validation: torch.Tensor | None,
+    tokens: Data,
+    validation: Data | None,
     state_file: Path,
     options: dict[str, Any],
 ) -> Alignment:
     steps = options.get("steps", Schedule.steps) if args.method in ("dual", "one-sided") else 0
-    console.say(f"matching on {tokens.numel():,} calibration tokens, then {steps} steps of {args.method} learning")
+    console.say(
+        f"matching on {tokens.numel():,} calibration {_unit(pair)}, then {steps} steps of {args.method} learning"
+    )
     with console.bar(steps, "matching", "step") as bar:
 
         def progress(at: Progress) -> None:
@@ -164,7 +174,7 @@ def _align_with_bar(
 
 
 def _three_curves(
-    args: argparse.Namespace, console: Console, pair: Pair, tokens: torch.Tensor, alignment: Alignment
+    args: argparse.Namespace, console: Console, pair: Pair, tokens: Data, alignment: Alignment
 ) -> list[Curve]:
     matched = Alignment(*alignment.matched, alignment.matched)
     stages: list[tuple[str, Alignment | None]] = [("naive", None), ("matched", matched)]
@@ -177,7 +187,7 @@ def _three_curves(
     return curves
 
 
-def _proof(args: argparse.Namespace, console: Console, out: Path, tokens: torch.Tensor | None) -> dict[str, Any]:
+def _proof(args: argparse.Namespace, console: Console, out: Path, tokens: Data | None) -> dict[str, Any]:
     """Compares each written endpoint with its original and says so."""
     proof = {}
     for name, original in (("a", args.a), ("b", args.b)):
@@ -210,14 +220,15 @@ def barrier_command(args: argparse.Namespace, console: Console) -> int:
         if not file.absolute().parent.is_dir():
             raise LmcError(f"{file.absolute().parent} does not exist; create it first")
     pair = open_pair(args.a, args.b)
-    tokens = read_tokens(args.data, pair.a, args.block or min(128, pair.spec.max_positions))
+    tokens = read_data(args.data, pair.a, block_length(pair.a, args.block))
     alignment = Alignment.load(args.alignment, pair.spec) if args.alignment else None
     with console.bar(args.points, "measuring", "point") as bar:
         curve = barrier(pair, tokens, alignment, args.points, device=args.device, progress=lambda _: bar.update())
-    console.say("lambda    loss  excess")
-    for point, loss, excess in zip(curve.lambdas, curve.losses, curve.excess, strict=True):
-        console.say(f"{point:6.2f}  {loss:6.4f}  {excess:+.4f}")
-    console.say(f"barrier {curve.barrier:.4f} nats at lambda {curve.at:.2f}, {tokens.numel():,} tokens")
+    console.say("lambda    loss  excess" + ("  accuracy" if curve.accuracies else ""))
+    accuracies = [f"  {share:8.2%}" for share in curve.accuracies] if curve.accuracies else [""] * len(curve.lambdas)
+    for point, loss, excess, right in zip(curve.lambdas, curve.losses, curve.excess, accuracies, strict=True):
+        console.say(f"{point:6.2f}  {loss:6.4f}  {excess:+.4f}{right}")
+    console.say(f"barrier {curve.barrier:.4f} nats at lambda {curve.at:.2f}, {tokens.numel():,} {_unit(pair)}")
     console.say(f"  ({DEFINITION})")
     for file in outputs:
         (curve.save if file.suffix == ".json" else curve.plot)(file)
@@ -229,7 +240,7 @@ def verify_command(args: argparse.Namespace, console: Console) -> int:
     tokens = None
     if args.data:
         model = Model(args.a)
-        tokens = read_tokens(args.data, model, min(128, model.spec.max_positions))[:64]
+        tokens = read_data(args.data, model, block_length(model))[:64]
     found, same = verify(args.a, args.b, tokens, args.device)
     console.say(f"KL {found.kl:.2e} nats per token, max |log-probability difference| {found.max_log_probability:.2e}")
     console.say(f"loss {found.loss_a:.5f} and {found.loss_b:.5f} nats per token")
@@ -264,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
         "align", align_command, "align two checkpoints and write both, changed but computing the same", "a", "b"
     )
     sub.add_argument(
-        "--data", required=True, help="calibration text: .txt, .jsonl with a 'text' field, or .npy token ids"
+        "--data", required=True, help="calibration text (.txt, .jsonl, .npy token ids) or images (.npz, class folders)"
     )
     sub.add_argument("--val", help="text that picks the best state of the run (default: the last 3%% of --data)")
     sub.add_argument("--test", help="text to report barriers on (default: the validation text)")
@@ -294,7 +305,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, type=Path, help="directory to create")
 
     sub = command("barrier", barrier_command, "loss along the straight line between two checkpoints", "a", "b")
-    sub.add_argument("--data", required=True, help="held-out text: .txt, .jsonl or .npy")
+    sub.add_argument("--data", required=True, help="held-out text (.txt, .jsonl, .npy) or images (.npz, folder)")
     sub.add_argument("--alignment", help="an alignment.safetensors to apply first")
     sub.add_argument("--points", type=_positive, default=11, help="default: 11")
     sub.add_argument("--block", type=_positive, help="tokens per block (default: 128)")

@@ -40,7 +40,7 @@ def mismatch(pair: Pair) -> str | None:
     for f in fields(Spec):
         left, right = getattr(x, f.name), getattr(y, f.name)
         if f.name not in ("max_positions", "tied") and left != right:
-            if f.name == "inv_freq":
+            if f.name in ("inv_freq", "local_inv_freq"):
                 return "their rope settings differ"
             return f"{f.name} differs ({_show(left)} and {_show(right)})"
     if x.position_table and x.max_positions != y.max_positions:

@@ -1,8 +1,39 @@
 """Model families as tables: what a checkpoint computes and where its weights lie."""
 
-from . import gpt2, gpt_neox, llama
-from .spec import BLOCK_NORMS, BLOCK_READERS, BLOCK_WRITERS, Entry, Family, Spec
+from . import falcon, gemma, gpt2, gpt_neox, gptj, llama, moe, olmo, opt, phi, stablelm, text, vision
+from .spec import (
+    ATTN_READERS,
+    BLOCK_NORMS,
+    BLOCK_READERS,
+    BLOCK_WRITERS,
+    END_ROWS,
+    END_WRITERS,
+    FFN_READERS,
+    POST_NORMS,
+    Entry,
+    Family,
+    ImageInput,
+    Spec,
+)
 
-FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (gpt_neox, gpt2, llama)}
+_TABLES = (falcon, gemma, gptj, llama, moe, olmo, opt, phi, stablelm, text, vision)
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (gpt_neox.FAMILY, gpt2.FAMILY, *(family for table in _TABLES for family in table.FAMILIES))
+}
 
-__all__ = ["BLOCK_NORMS", "BLOCK_READERS", "BLOCK_WRITERS", "FAMILIES", "Entry", "Family", "Spec"]
+__all__ = [
+    "ATTN_READERS",
+    "BLOCK_NORMS",
+    "BLOCK_READERS",
+    "BLOCK_WRITERS",
+    "END_ROWS",
+    "END_WRITERS",
+    "FAMILIES",
+    "FFN_READERS",
+    "POST_NORMS",
+    "Entry",
+    "Family",
+    "ImageInput",
+    "Spec",
+]

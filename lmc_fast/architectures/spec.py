@@ -1,27 +1,56 @@
-"""The vocabulary in which an architecture is described: features, slots, and how slots lie in a checkpoint.
+"""The vocabulary in which an architecture is described: features, slots, and the table of a family's tensors.
 
 A *slot* is one matrix or vector of the normal form that the engine and the symmetry group work on, with PyTorch's
-(out, in) orientation whatever the checkpoint's layout is:
+(out, in) orientation whatever the checkpoint's layout is, gains as the factor they are (Gemma stores them less 1), and
+rotary pairs as (i, i + rotary_dim/2) (GPT-J stores (2i, 2i + 1)):
 
 block  q (H·e, d) · k, v (G·e, d) · o (d, H·e) · up, gate (f, d) · down (d, f) · each with `_bias` (out,)
-       attn_norm, ffn_norm (d,) · attn_norm_bias, ffn_norm_bias (d,)
-ends   embed (V, d) · positions (P, d) · final_norm, final_norm_bias (d,) · head (V, d) · head_bias (V,)
+       attn_norm, ffn_norm · attn_post_norm, ffn_post_norm · each (d,), LayerNorm with `_bias` (d,)
+       q_norm, k_norm (e,) or (H·e,), (G·e,) · attn_scale, ffn_scale (d,)
+       router (E, d) · experts_up, experts_gate (E, x, d) · experts_down (E, d, x) · switch (1, d)
+ends   embed (V, d) · positions (P, d) · types (t, d) · patch (d, c·p²), patch_bias (d,) · cls, distill, mask (1, d)
+       embed_norm, final_norm (d,), each with `_bias` · head (V, d) · head_bias (V,)
+       head_transform (d, d), head_transform_bias, head_norm, head_norm_bias (d,)
+       pooler (d, d), pooler_bias (d,), relation (2, d), relation_bias (2,)
 
-with d width, H heads, G key/value groups, e head_dim, f ffn_width, V vocab, P max_positions.
+with d width, H heads, G key/value groups, e head_dim, f ffn_width, V vocab (or classes), P position rows, E experts,
+x expert_width, c channels, p patch size. A mixture's always active expert is the ordinary up, gate and down.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
-import torch
-from torch import Tensor
+from torch import empty
+
+from .layouts import Conv1D, InterleavedHeads, Layout, OfExpert, Plain
+
+__all__ = ["Conv1D", "Entry", "Family", "ImageInput", "InterleavedHeads", "Layout", "Plain", "Spec"]
 
 BLOCK_NORMS = ("attn_norm", "ffn_norm")
-BLOCK_READERS = ("q", "k", "v", "up", "gate")
-BLOCK_WRITERS = ("o", "down")
+POST_NORMS = ("attn_post_norm", "ffn_post_norm")
+ATTN_READERS = ("q", "k", "v")
+FFN_READERS = ("up", "gate", "router", "switch", "experts_up", "experts_gate")
+BLOCK_READERS = ATTN_READERS + FFN_READERS
+BLOCK_WRITERS = ("o", "down", "experts_down")
+END_ROWS = ("embed", "positions", "types", "cls", "distill", "mask")  # each row is added to the stream
+END_WRITERS = ("patch",)  # writes with its columns
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """Square images cut into square patches."""
+
+    size: int
+    patch: int
+    channels: int
+
+    @property
+    def patches(self) -> int:
+        return (self.size // self.patch) ** 2
 
 
 @dataclass(frozen=True)
@@ -31,15 +60,15 @@ class Spec:
     family: str
     layers: int
     width: int
-    vocab: int
+    vocab: int  # classes of an image classifier, features of a tower
     heads: int
     kv_heads: int
     head_dim: int
-    ffn_width: int
+    ffn_width: int  # 0: only experts
     max_positions: int
     norm: str  # "layernorm" or "rmsnorm"
     norm_eps: float
-    activation: str  # a key of engine.block.ACTIVATIONS
+    activation: str  # a key of engine.ffn.ACTIVATIONS
     gated: bool
     parallel: bool  # attention and FFN both read the block's input
     tied: bool  # the head is the embedding table
@@ -47,6 +76,38 @@ class Spec:
     position_table: bool = False
     inv_freq: tuple[float, ...] = ()  # one per rotary pair (i, i + rotary_dim/2); empty: no RoPE
     rope_scaling: float = 1.0  # factor on cos and sin (YaRN's attention factor)
+    # where the norms are: "pre" x + f(n(x)) · "branch" x + n(f(x)) · "sandwich" x + n'(f(n(x))) · "post" n(x + f(x))
+    placement: str = "pre"
+    parametric: bool = True  # norms have gains (and, LayerNorm, biases)
+    shared_norm: bool = False  # attention and FFN read the same normalised stream
+    embed_norm: bool = False  # the embedded input is normalised before the first block
+    qk_norm: str = ""  # RMSNorm on queries and keys: "head" by head with one gain, "full" over all heads together
+    clip_qkv: float = 0.0  # queries, keys and values are clamped to [-c, c]; 0: they are not
+    alibi: float = 0.0  # factor on ALiBi's distance penalty; 0: none
+    alibi_rounded: bool = False  # the penalty is rounded to bfloat16, as Falcon does
+    logit_scale: float = 0.0  # factor on q·k; 0: 1/sqrt(head_dim)
+    attn_softcap: float = 0.0  # c tanh(s/c) on attention scores; 0: none
+    head_softcap: float = 0.0  # the same on the model's logits
+    windows: tuple[int, ...] = ()  # per block: how many tokens back it sees, itself included; 0: all; empty: all do
+    local_inv_freq: tuple[float, ...] = ()  # RoPE of the blocks with a window, where it differs
+    embed_scale: float = 1.0  # factor on token embeddings
+    position_offset: int = 0  # the row of the positions table that the first token takes
+    pad_token: int = -1  # positions count only tokens other than this one (RoBERTa); -1: all count
+    layer_scale: bool = False  # a factor for each channel of what a branch adds
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_width: int = 0
+    renormalised: bool = False  # the chosen experts' probabilities are scaled to sum 1
+    switched: bool = False  # up, gate, down are a shared expert with a sigmoid switch
+    causal: bool = True
+    task: str = "causal"  # "causal" or "masked" language model, "image" classifier, "features" of an image or a text
+    image: ImageInput | None = None
+    front: int = 0  # class and distillation tokens before the patches
+    pooling: str = ""  # what the head reads: "" every token, "cls", "cls+mean" of the patches, "end" token's place
+    end_token: int = -1  # of pooling "end"; -1: the largest id
+    types: int = 0  # rows of the token type table; type 0 is used
+    table: int = 0  # token embeddings, where the head does not have a row for each
+    head_transform: bool = False  # dense, activation and LayerNorm before the head
 
     @property
     def rotary_dim(self) -> int:
@@ -56,87 +117,92 @@ class Spec:
     def queries_per_group(self) -> int:
         return self.heads // self.kv_heads
 
+    @property
+    def position_rows(self) -> int:
+        return self.image.patches + self.front if self.image else self.max_positions + self.position_offset
+
+    def window(self, block: int) -> int:
+        """How many tokens back a block sees; 0: all."""
+        return self.windows[block] if self.windows else 0
+
     def shape(self, slot: str) -> tuple[int, ...] | None:
         """Shape of a slot, or None where this architecture has none of that name."""
         return self._shapes.get(slot)
 
-    @property
+    @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         d, q, kv = self.width, self.heads * self.head_dim, self.kv_heads * self.head_dim
         linear = {"q": (q, d), "k": (kv, d), "v": (kv, d), "o": (d, q)}
-        linear |= {"up": (self.ffn_width, d), "down": (d, self.ffn_width), "head": (self.vocab, d)}
-        if self.gated:
-            linear["gate"] = linear["up"]
+        if self.ffn_width:
+            linear |= {"up": (self.ffn_width, d), "down": (d, self.ffn_width)}
+            if self.gated:
+                linear["gate"] = linear["up"]
+        linear["head"] = (self.vocab, d * (2 if self.pooling == "cls+mean" else 1))
+        if self.image:
+            linear["patch"] = (d, self.image.channels * self.image.patch**2)
+        if self.head_transform:
+            linear |= {"head_transform": (d, d), "pooler": (d, d), "relation": (2, d)}
         shapes: dict[str, tuple[int, ...]] = dict(linear)
         shapes |= {f"{slot}_bias": shape[:1] for slot, shape in linear.items() if slot in self.biases}
-        for norm in ("attn_norm", "ffn_norm", "final_norm"):
+        if self.experts:
+            expert = (self.experts, self.expert_width, d)
+            shapes |= {"router": (self.experts, d), "experts_up": expert, "experts_gate": expert}
+            shapes["experts_down"] = (self.experts, d, self.expert_width)
+            if self.switched:
+                shapes["switch"] = (1, d)
+        for norm in self._norms if self.parametric else ():
             shapes[norm] = (d,)
             if self.norm == "layernorm":
                 shapes[f"{norm}_bias"] = (d,)
-        shapes["embed"] = (self.vocab, d)
+        if self.qk_norm:
+            head = (self.head_dim,)
+            shapes |= {"q_norm": (q,), "k_norm": (kv,)} if self.qk_norm == "full" else {"q_norm": head, "k_norm": head}
+        if self.layer_scale:
+            shapes |= {"attn_scale": (d,), "ffn_scale": (d,)}
+        return shapes | self._inputs
+
+    @property
+    def _norms(self) -> list[str]:
+        norms = ["attn_norm"] + (["ffn_norm"] if not self.shared_norm else [])
+        names = {"pre": norms, "branch": [*POST_NORMS], "sandwich": [*norms, *POST_NORMS], "post": [*POST_NORMS]}
+        ends = (["embed_norm"] if self.embed_norm else []) + (["head_norm"] if self.head_transform else [])
+        return names[self.placement] + ends + ([] if self.placement == "post" else ["final_norm"])
+
+    @property
+    def _inputs(self) -> dict[str, tuple[int, ...]]:
+        d = self.width
+        shapes: dict[str, tuple[int, ...]] = {}
+        if not self.image:
+            shapes["embed"] = (self.table or self.vocab, d)
         if self.position_table:
-            shapes["positions"] = (self.max_positions, d)
+            shapes["positions"] = (self.position_rows, d)
+        if self.types:
+            shapes["types"] = (self.types, d)
+        if self.image:
+            shapes |= {"cls": (1, d), "mask": (1, d)}
+            if self.front == 2:
+                shapes["distill"] = (1, d)
         return shapes
-
-
-class Layout(Protocol):
-    """How the parts of one checkpoint tensor lie in it."""
-
-    def split(self, tensor: Tensor, spec: Spec) -> Sequence[Tensor]: ...
-
-    def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor: ...
-
-
-class Plain:
-    """One slot, stored as it is."""
-
-    def split(self, tensor: Tensor, spec: Spec) -> Sequence[Tensor]:
-        return (tensor,)
-
-    def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor:
-        return parts[0]
-
-
-@dataclass(frozen=True)
-class Conv1D:
-    """Slots of equal width side by side in an (in, out) matrix, as in GPT-2; biases are concatenated."""
-
-    parts: int = 1
-
-    def split(self, tensor: Tensor, spec: Spec) -> Sequence[Tensor]:
-        return tensor.mT.chunk(self.parts) if tensor.dim() == 2 else tensor.chunk(self.parts)
-
-    def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor:
-        return torch.cat(list(parts)).mT if parts[0].dim() == 2 else torch.cat(list(parts))
-
-
-class InterleavedHeads:
-    """q, k and v of head 0, then of head 1, ...: rows (head, [q, k, v], head_dim), as in GPT-NeoX and BLOOM."""
-
-    def split(self, tensor: Tensor, spec: Spec) -> Sequence[Tensor]:
-        rows = tensor.unflatten(0, (spec.heads, 3, spec.head_dim))
-        return tuple(rows[:, i].flatten(0, 1) for i in range(3))
-
-    def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor:
-        return torch.stack([p.unflatten(0, (spec.heads, spec.head_dim)) for p in parts], dim=1).flatten(0, 2)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a checkpoint: its name on disk ({i} is the block's index) and the slots it holds."""
+    """One tensor of a checkpoint: its name on disk ({i} the block's index, {j} the expert's) and the slots it holds."""
 
     name: str
     slots: tuple[str, ...]
     layout: Layout = field(default_factory=Plain)
+    optional: bool = False  # some checkpoints leave it out
+    when: Callable[[Spec], bool] | None = None  # holds where a slot has this name and not another
 
     def present(self, spec: Spec) -> bool:
-        return spec.shape(self.slots[0]) is not None
+        return spec.shape(self.slots[0]) is not None and (self.when is None or self.when(spec))
 
     def shape(self, spec: Spec) -> tuple[int, ...]:
         """Shape on disk."""
         shapes = [spec.shape(slot) for slot in self.slots]
         assert None not in shapes, self
-        return tuple(self.layout.join([torch.empty(s, device="meta") for s in shapes if s], spec).shape)
+        return tuple(self.layout.join([empty(s, device="meta") for s in shapes if s], spec).shape)
 
 
 @dataclass(frozen=True)
@@ -149,6 +215,8 @@ class Family:
     block: tuple[Entry, ...]
     prefix: str  # in front of every name but the head's; some hub checkpoints leave it out
     buffers: tuple[str, ...] = ()  # regular expressions of stored tensors that carry no weights
+    architectures: tuple[str, ...] = ("ForCausalLM", "LMHeadModel", "Model")  # class names end in one of these
+    older_names: tuple[tuple[str, str], ...] = ()  # (now, before): parts of names that old checkpoints spell otherwise
 
     def entries(self, spec: Spec, tied: bool = False) -> list[tuple[str, Entry, int | None]]:
         """(name on disk, entry, block index or None) of every tensor that a checkpoint of this spec must hold."""
@@ -156,5 +224,17 @@ class Family:
             (e.name, e, None) for e in self.ends if e.present(spec) and not (tied and e.slots == ("head",))
         ]
         for i in range(spec.layers):
-            rows += [(e.name.format(i=i), e, i) for e in self.block if e.present(spec)]
+            for e in self.block:
+                if not e.present(spec):
+                    continue
+                if "{j}" in e.name:
+                    experts = (replace(e, layout=OfExpert(j)) for j in range(spec.experts))
+                    rows += [(x.name.format(i=i, j=j), x, i) for j, x in enumerate(experts)]
+                else:
+                    rows.append((e.name.format(i=i), e, i))
         return rows
+
+
+def linear(name: str, slot: str) -> tuple[Entry, Entry]:
+    """The weight and, where the spec has it, the bias of one linear layer."""
+    return Entry(f"{name}.weight", (slot,)), Entry(f"{name}.bias", (f"{slot}_bias",))

@@ -17,6 +17,7 @@ _INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 _HUB_FILES = ["*.safetensors", _INDEX, "*.json", "*.txt", "*.model", "*.jinja"]
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_GGUF = "GGUF is not read; convert with transformers: from_pretrained(DIR, gguf_file=FILE), then save_pretrained"
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
@@ -25,6 +26,8 @@ def resolve(path: str | Path) -> Path:
     local = Path(path).expanduser()
     if local.is_dir():
         return local
+    if local.suffix == ".gguf":
+        raise LmcError(f"{path}: {_GGUF}")
     if local.exists():
         raise LmcError(f"{path} is a file; give the directory that holds config.json and model.safetensors")
     if not _HUB_ID.match(str(path)) or str(path).startswith("."):
@@ -49,9 +52,16 @@ class Checkpoint:
     def __init__(self, path: str | Path):
         self.source = str(path)
         self.path = resolve(path)
+        if any(self.path.glob("*.gguf")) and not any(self.path.glob("*.safetensors")):
+            raise LmcError(f"{path}: {_GGUF}")
         self.config = self._read_json(self.path / "config.json")
         if self.config.get("quantization_config"):
-            raise LmcError(f"{path} is quantised; use the original float checkpoint (alignment needs exact weights)")
+            method = self.config["quantization_config"]
+            method = method.get("quant_method", "") if isinstance(method, dict) else ""
+            raise LmcError(
+                f"{path} is quantised ({method or 'unknown method'}); alignment needs float weights: use the original "
+                "checkpoint, or save a dequantised copy with transformers first"
+            )
         self._file_of = self._locate()
         self._open: dict[str, Any] = {name: self._open_file(name) for name in sorted(set(self._file_of.values()))}
         for tensor, file in self._file_of.items():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..architectures import FAMILIES, Family, Spec
+from ..architectures.layouts import OfExpert
 from ..errors import LmcError
 from .reader import Checkpoint
 from .writer import write_checkpoint
@@ -78,16 +79,22 @@ class Model:
     def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Weights:
         """All weights in normal form. A tied head is materialised, and the result's spec says untied."""
         ends = self._load(None, dtype, device)
-        ends.setdefault("head", ends["embed"])
+        if self.spec.tied:
+            ends.setdefault("head", ends["embed"])
         blocks = [self._load(i, dtype, device) for i in range(self.spec.layers)]
         return Weights(replace(self.spec, tied=False), ends, blocks)
 
     def _load(self, block: int | None, dtype: torch.dtype, device: torch.device | str) -> Slots:
         slots: Slots = {}
+        experts: dict[str, list[Tensor]] = {}
         for name, entry, index in self.family.entries(self.spec, self.spec.tied):
-            if index == block:
+            if index == block and name in self._disk_name:
                 tensor = self.checkpoint.read(self._disk_name[name]).to(device=device, dtype=dtype)
-                slots |= zip(entry.slots, entry.layout.split(tensor, self.spec), strict=True)
+                if isinstance(entry.layout, OfExpert):
+                    experts.setdefault(entry.slots[0], []).append(tensor)
+                else:
+                    slots |= zip(entry.slots, entry.layout.split(tensor, self.spec), strict=True)
+        slots |= {slot: torch.stack(parts) for slot, parts in experts.items()}
         return {name: tensor.contiguous() for name, tensor in slots.items()}
 
     def _check_coverage(self) -> dict[str, str]:
@@ -98,6 +105,11 @@ class Model:
         found = {}
         for name, entry, _ in self.family.entries(self.spec, self.spec.tied):
             disk = name.removeprefix(prefix) if bare else name
+            for now, before in self.family.older_names:
+                if disk not in left:
+                    disk = disk.replace(now, before)
+            if disk not in left and entry.optional:
+                continue
             if disk not in left:
                 raise LmcError(f"{self.path}: tensor {disk} is missing; the {self.family.name} architecture needs it")
             shape, expected = self.checkpoint.shape(disk), entry.shape(self.spec)
@@ -123,18 +135,26 @@ def read_spec(checkpoint: Checkpoint) -> tuple[Family, Spec]:
     from transformers import AutoConfig
 
     kind = checkpoint.config.get("model_type")
+    nested = [name for name in ("text_config", "vision_config") if name in checkpoint.config]
+    if nested and kind not in FAMILIES:
+        raise LmcError(
+            f"{checkpoint.path}: model_type {kind!r} nests several models ({', '.join(nested)}); save the one to align "
+            "on its own with transformers (for example model.language_model.save_pretrained) and give that directory"
+        )
     if kind not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise LmcError(f"{checkpoint.path}: model_type {kind!r} is not supported; supported are {known}")
-    heads = checkpoint.config.get("architectures") or []
-    if heads and not any(name.endswith(("ForCausalLM", "LMHeadModel", "Model")) for name in heads):
-        raise LmcError(f"{checkpoint.path}: {heads[0]} is not a causal language model")
+    family = FAMILIES[kind]
+    names = checkpoint.config.get("architectures") or []
+    if names and not any(name.endswith(family.architectures) for name in names):
+        ends = " or ".join(family.architectures)
+        wanted = "causal language model" if "ForCausalLM" in family.architectures else f"{kind} model with its head"
+        raise LmcError(f"{checkpoint.path}: {names[0]} is not a {wanted}; give a checkpoint of a class named ...{ends}")
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     except Exception as error:  # transformers validates with many exception types
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise LmcError(f"{checkpoint.path / 'config.json'} is refused by transformers: {reason}") from error
-    family = FAMILIES[kind]
     return family, family.spec(config)
 
 
@@ -144,7 +164,8 @@ def export(
     """Writes `weights` as a stock checkpoint with the config and tokenizer of `like`; dtype: that of `like`."""
     dtype = dtype or like.dtype
     config = dict(like.checkpoint.config)
-    config["tie_word_embeddings"] = weights.spec.tied
+    if "tie_word_embeddings" in config or like.spec.tied:
+        config["tie_word_embeddings"] = weights.spec.tied
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     config.pop("_name_or_path", None)
@@ -156,6 +177,8 @@ def _stored(weights: Weights, family: Family, dtype: torch.dtype) -> Iterator[tu
     spec = weights.spec
     for name, entry, index in family.entries(spec, spec.tied):
         slots = weights.ends if index is None else weights.blocks[index]
+        if entry.optional and entry.slots[0] not in slots:
+            continue
         tensor = entry.layout.join([slots[slot] for slot in entry.slots], spec).to("cpu", dtype)
         if not tensor.isfinite().all():
             raise LmcError(

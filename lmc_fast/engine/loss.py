@@ -20,7 +20,9 @@ class _LinearLoss(torch.autograd.Function):
     """Gradients are computed together with the loss, chunk by chunk, and scaled in backward (as in Liger-Kernel)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, row_loss: _RowLoss, rows: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, row_loss: _RowLoss, rows: int, softcap: float
+    ) -> Tensor:
         wanted = ctx.needs_input_grad
         dx = torch.empty_like(x) if wanted[0] else None
         dweight = torch.zeros_like(weight) if wanted[1] else None
@@ -28,9 +30,11 @@ class _LinearLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         for start in range(0, len(x), rows):
             chunk = slice(start, start + rows)
-            log_p = F.linear(x[chunk], weight, bias).to(total.dtype).log_softmax(1)
-            loss, slope = row_loss(chunk, log_p)
+            logits = capped(F.linear(x[chunk], weight, bias).to(total.dtype), softcap)
+            loss, slope = row_loss(chunk, logits.log_softmax(1))
             total += loss / len(x)
+            if softcap:
+                slope = slope * (1 - (logits / softcap).square())
             slope = slope.div_(len(x)).to(x.dtype)
             if dx is not None:
                 torch.mm(slope, weight, out=dx[chunk])
@@ -44,18 +48,25 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (slope,) = grad_outputs
-        return (*(None if g is None else g * slope.to(g.dtype) for g in ctx.gradients), None, None)
+        return (*(None if g is None else g * slope.to(g.dtype) for g in ctx.gradients), None, None, None)
+
+
+def capped(logits: Tensor, softcap: float) -> Tensor:
+    """c tanh(logits / c), or the logits where c is 0."""
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
 def _rows(weight: Tensor, rows: int | None) -> int:
     return rows or max(1, CHUNK_ELEMENTS // len(weight))
 
 
-def cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, rows: int | None = None) -> Tensor:
+def cross_entropy(
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, rows: int | None = None, softcap: float = 0.0
+) -> Tensor:
     """Mean over tokens of -log softmax(x Wᵀ + b)[target], in at least float32.
 
     x (T, d), weight (V, d), bias (V,) or None, target (T,) int64; `rows` tokens are processed at a time (default: as
-    many as keep the logits within CHUNK_ELEMENTS). Differentiable once in x, weight and bias.
+    many as keep the logits within CHUNK_ELEMENTS). softcap: c of `capped`. Differentiable once in x, weight and bias.
     """
 
     def row_loss(chunk: slice, log_p: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +74,7 @@ def cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
         loss = -log_p.gather(1, label).sum()
         return loss, log_p.exp_().scatter_add_(1, label, log_p.new_full(label.shape, -1.0))
 
-    return _LinearLoss.apply(x, weight, bias, row_loss, _rows(weight, rows))
+    return _LinearLoss.apply(x, weight, bias, row_loss, _rows(weight, rows), softcap)
 
 
 @dataclass(frozen=True)
@@ -77,16 +88,21 @@ class Teacher:
 
 
 def divergence(
-    x: Tensor, weight: Tensor, bias: Tensor | None, teachers: list[Teacher], rows: int | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teachers: list[Teacher],
+    rows: int | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Mean over tokens of KL(Σ shares of teachers ‖ softmax(x Wᵀ + b)); shapes and gradients as in cross_entropy."""
 
     def row_loss(chunk: slice, log_p: Tensor) -> tuple[Tensor, Tensor]:
         target = torch.zeros_like(log_p)
         for t in teachers:
-            logits = F.linear(t.hidden[chunk], t.weight, t.bias).to(log_p.dtype)
+            logits = capped(F.linear(t.hidden[chunk], t.weight, t.bias).to(log_p.dtype), softcap)
             target.add_(logits.softmax(1), alpha=t.share)
         loss = torch.xlogy(target, target).sum() - (target * log_p).sum()
         return loss, log_p.exp_().sub_(target)
 
-    return _LinearLoss.apply(x, weight, bias, row_loss, _rows(weight, rows))
+    return _LinearLoss.apply(x, weight, bias, row_loss, _rows(weight, rows), softcap)

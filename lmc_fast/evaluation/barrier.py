@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..checkpoints import Weights, lerp
-from ..engine.model import mean_loss
+from ..engine.model import accuracy, mean_loss
+from ..examples import Data, Examples
 
 DEFINITION = "barrier = max over the grid of L(lambda) - [(1 - lambda) L(A) + lambda L(B)], L in nats per token"
 
@@ -23,6 +23,7 @@ class Curve:
     lambdas: list[float]
     losses: list[float]
     name: str = "line"
+    accuracies: list[float] | None = None  # top-1, of image classifiers
 
     @property
     def excess(self) -> list[float]:
@@ -57,17 +58,20 @@ class Curve:
 def curve_between(
     a: Weights,
     b: Weights,
-    tokens: Tensor,
+    tokens: Data,
     points: int = 11,
     name: str = "line",
     batch: int = 32,
     progress: Callable[[float], None] | None = None,
 ) -> Curve:
-    """Losses at `points` evenly spaced lambdas between two models of one spec; tokens (n, T)."""
+    """Losses at `points` evenly spaced lambdas between two models of one spec; tokens (n, T), or examples."""
     lambdas = [i / (points - 1) for i in range(points)]
-    losses = []
+    losses, accuracies = [], []
     for t in lambdas:
-        losses.append(mean_loss(a if t == 0 else b if t == 1 else lerp(a, b, t), tokens, batch))
+        between = a if t == 0 else b if t == 1 else lerp(a, b, t)
+        losses.append(mean_loss(between, tokens, batch))
+        if isinstance(tokens, Examples) and a.spec.task == "image":
+            accuracies.append(accuracy(between, tokens))
         if progress:
             progress(t)
-    return Curve(lambdas, losses, name)
+    return Curve(lambdas, losses, name, accuracies or None)

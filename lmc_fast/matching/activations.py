@@ -9,8 +9,10 @@ from torch import Tensor
 
 from ..architectures import Spec
 from ..checkpoints.weights import Weights
-from ..engine.block import block, rope_table
+from ..engine.attention import Positions
+from ..engine.block import block
 from ..engine.model import embed
+from ..examples import Data, inputs_of
 
 
 class Covariance:
@@ -47,7 +49,7 @@ class BlockStatistics:
     k: Tensor
     v: Tensor
     mixed: Tensor  # attention output before the output projection
-    hidden: Tensor  # FFN units
+    hidden: Tensor | None  # FFN units, where there are any outside experts
 
 
 @dataclass
@@ -57,20 +59,20 @@ class Statistics:
 
 
 @torch.no_grad()
-def gather_statistics(a: Weights, b: Weights, tokens: Tensor, batch: int = 16) -> Statistics:
-    """tokens (n, T) through both endpoints; a and b canonical and balanced, on one device."""
+def gather_statistics(a: Weights, b: Weights, data: Data, batch: int = 16) -> Statistics:
+    """Tokens (n, T), or examples, through both endpoints; a and b canonical and balanced, on one device."""
     spec = a.spec
     stream = Covariance()
-    names = ("q", "k", "v", "mixed", "hidden")
+    names = ("q", "k", "v", "mixed") + (("hidden",) if spec.ffn_width else ())
     parts = [{name: Covariance() for name in names} for _ in range(spec.layers)]
-    rope = rope_table(spec, tokens.shape[1], a.ends["embed"].dtype, tokens.device)
-    for ids in tokens.split(batch):
-        x, y = embed(a, ids), embed(b, ids)
-        for w, u, part in zip(a.blocks, b.blocks, parts, strict=True):
+    for some in data.split(batch):
+        x, y = embed(a, inputs_of(some)), embed(b, inputs_of(some))
+        positions = Positions.of(spec, x.shape[1], x.dtype, x.device)
+        for i, (w, u, part) in enumerate(zip(a.blocks, b.blocks, parts, strict=True)):
             seen_a: dict[str, Tensor] = {}
             seen_b: dict[str, Tensor] = {}
-            x = block(spec, w, x, rope, seen_a.__setitem__)
-            y = block(spec, u, y, rope, seen_b.__setitem__)
+            x = block(spec, w, x, positions, i, seen_a.__setitem__)
+            y = block(spec, u, y, positions, i, seen_b.__setitem__)
             for name in names:
                 part[name].add(seen_a[name], seen_b[name])
             for name in ("attn_in", "ffn_in"):
@@ -80,4 +82,4 @@ def gather_statistics(a: Weights, b: Weights, tokens: Tensor, batch: int = 16) -
 
 def _block_statistics(spec: Spec, part: dict[str, Covariance]) -> BlockStatistics:
     maps = {name: part[name].covariance for name in ("q", "k", "v", "mixed")}
-    return BlockStatistics(**maps, hidden=part["hidden"].correlation)
+    return BlockStatistics(**maps, hidden=part["hidden"].correlation if spec.ffn_width else None)

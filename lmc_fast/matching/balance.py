@@ -5,12 +5,14 @@ After it, what is left to match between two endpoints is nearly orthogonal (meas
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ..architectures import Spec
 from ..checkpoints.weights import Slots, Weights
-from ..symmetry.groups import unit_scale_signs
+from ..symmetry.groups import query_key_maps, unit_scale_signs, value_maps
 from ..symmetry.transform import BlockTransform, Transform, rotary_map
 
 _RIDGE = 1e-8
@@ -24,17 +26,26 @@ def balance(weights: Weights) -> Transform:
 def _balance_block(spec: Spec, w: Slots) -> BlockTransform:
     w = {name: tensor.double() for name, tensor in w.items()}
     g, r, e = spec.kv_heads, spec.queries_per_group, spec.head_dim
-    o = w["o"].view(-1, g, r, e).permute(1, 2, 0, 3).flatten(1, 2)  # (g, r d, e)
-    vo = _equaliser(_gram(_with_bias(w, "v", (g, e))), o.mT @ o)
-
-    q = _with_bias(w, "q", (g, r, e)).transpose(1, 2).flatten(2)
-    k = _with_bias(w, "k", (g, e))
-    rotary, half = spec.rotary_dim, spec.rotary_dim // 2
-    pair_norm = lambda x: x[:, :rotary].square().sum(-1).view(g, 2, half).sum(1)  # noqa: E731
-    scale = ((pair_norm(q) + _tiny(q)) / (pair_norm(k) + _tiny(k))) ** 0.25
-    rest = _equaliser(_gram(k[:, rotary:]), _gram(q[:, rotary:]))
-    qk = rotary_map(scale, torch.zeros_like(scale), rest)
-    return BlockTransform(vo=vo, qk=qk, unit_scale=None if unit_scale_signs(spec) == "none" else _unit_balance(w))
+    found = BlockTransform()
+    if value_maps(spec) == "general":
+        o = w["o"].view(-1, g, r, e).permute(1, 2, 0, 3).flatten(1, 2)  # (g, r d, e)
+        found = replace(found, vo=_equaliser(_gram(_with_bias(w, "v", (g, e))), o.mT @ o))
+    if query_key_maps(spec) == "general":
+        q = _with_bias(w, "q", (g, r, e)).transpose(1, 2).flatten(2)
+        k = _with_bias(w, "k", (g, e))
+        rotary, half = spec.rotary_dim, spec.rotary_dim // 2
+        pair_norm = lambda x: x[:, :rotary].square().sum(-1).view(g, 2, half).sum(1)  # noqa: E731
+        scale = ((pair_norm(q) + _tiny(q)) / (pair_norm(k) + _tiny(k))) ** 0.25
+        rest = _equaliser(_gram(k[:, rotary:]), _gram(q[:, rotary:]))
+        found = replace(found, qk=rotary_map(scale, torch.zeros_like(scale), rest))
+    if unit_scale_signs(spec) != "none":
+        if spec.ffn_width:
+            found = replace(found, unit_scale=_unit_balance(w))
+        if spec.experts:
+            experts = zip(w["experts_up"], w["experts_down"], strict=True)
+            scales = [_unit_balance({"up": up, "down": down}) for up, down in experts]
+            found = replace(found, expert_scale=torch.stack(scales))
+    return found
 
 
 def _unit_balance(w: Slots) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..checkpoints.weights import Weights, lerp
 from ..engine.loss import Teacher, divergence
-from ..engine.model import final_stream, mean_loss, next_token_loss
+from ..engine.model import mean_loss, prediction_rows, task_loss
+from ..examples import Data
 from ..symmetry.charts import Chart
 from .muon import muon_step
 
@@ -89,9 +90,9 @@ class Learner:
     schedule.seed and the step's number, so that a restored learner goes on as if it had never stopped.
     """
 
-    def __init__(self, a: Weights, b: Weights, tokens: Tensor, schedule: Schedule):
+    def __init__(self, a: Weights, b: Weights, tokens: Data, schedule: Schedule):
         self.a, self.b, self.tokens, self.schedule = a, b, tokens, schedule
-        some = a.ends["embed"]
+        some = a.ends["head"]
         self.chart = Chart(a.spec, schedule.sides, some.dtype, some.device)
         self.history = History()
         self.best: dict[str, Tensor] | None = None
@@ -119,16 +120,17 @@ class Learner:
         self.history.loss.append(loss.item())
         return self.history.loss[-1]
 
-    def _loss(self, weights: Weights, batch: Tensor, position: float) -> Tensor:
+    def _loss(self, weights: Weights, batch: Data, position: float) -> Tensor:
         if self.schedule.objective == "text":
-            return next_token_loss(weights, batch)
-        inputs, teachers = batch[:, :-1], []
+            return task_loss(weights, batch)
+        teachers = []
         with torch.no_grad():
             for share, model in ((1 - position, self.a), (position, self.b)):
-                hidden = final_stream(model, inputs).flatten(0, 1)
+                hidden = prediction_rows(model, batch)
                 teachers.append(Teacher(share, hidden, model.ends["head"], model.ends.get("head_bias")))
-        hidden = final_stream(weights, inputs).flatten(0, 1)
-        return divergence(hidden, weights.ends["head"], weights.ends.get("head_bias"), teachers)
+        hidden, w = prediction_rows(weights, batch), weights.ends
+        cap = weights.spec.head_softcap
+        return divergence(hidden, w["head"], w.get("head_bias"), teachers, softcap=cap)
 
     def _update(self, gradients: dict[str, Tensor], rate: float) -> None:
         for name, momentum in self._momentum.items():
@@ -144,7 +146,7 @@ class Learner:
         self.chart.clamp_()
 
     @torch.no_grad()
-    def validate(self, tokens: Tensor, ends: tuple[float, float]) -> float:
+    def validate(self, tokens: Data, ends: tuple[float, float]) -> float:
         """Mean excess over the straight line between the endpoints' losses `ends`; remembers the best chart."""
         moved = self.chart.relative().apply(self.b)
         excess = 0.0

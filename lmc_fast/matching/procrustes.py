@@ -1,4 +1,4 @@
-"""Closed-form best fits: orthogonal, orthogonal fixing the ones vector, and rotary."""
+"""Closed-form best fits within each group: orthogonal, fixing the ones vector, rotary, signed permutations, signs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from ..architectures import Spec
+from ..solvers import solve_assignments
+from ..symmetry.groups import FIXING_ONES, ORTHOGONAL, PERMUTATION, query_key_maps, residual_group, value_maps
 from ..symmetry.transform import rotary_map
 
 
@@ -23,9 +25,77 @@ def nearest_rotation_fixing_ones(x: Tensor) -> Tensor:
     return nearest_orthogonal(centred + mean * centred.norm().clamp(min=1))
 
 
-def residual_rotation(spec: Spec, x: Tensor) -> Tensor:
-    """The legal residual rotation R that maximises tr(Rᵀ x)."""
-    return nearest_rotation_fixing_ones(x) if spec.norm == "layernorm" else nearest_orthogonal(x)
+def nearest_signed_permutation(x: Tensor, gains: Tensor | None = None, one_sign: bool = False) -> Tensor:
+    """The signed permutation Q (n, n) that maximises tr(Qᵀ x) + tr(|Q|ᵀ gains); `one_sign`: plus or minus for all."""
+    gains = torch.zeros_like(x) if gains is None else gains
+    options = [x + gains, gains - x] if one_sign else [x.abs() + gains]
+    places = solve_assignments(options, maximize=True)
+    rows = torch.arange(len(x), device=x.device)
+    scores = [option[rows, p.to(x.device)].sum() for option, p in zip(options, places, strict=True)]
+    best = max(range(len(options)), key=lambda i: float(scores[i]))
+    p = places[best].to(x.device)
+    signs = torch.full_like(x[:, 0], 1.0 - 2 * best) if one_sign else torch.where(x[rows, p] < 0, -1.0, 1.0).to(x)
+    out = torch.zeros_like(x)
+    out[rows, p] = signs
+    return out
+
+
+def residual_rotation(spec: Spec, x: Tensor, gains: Tensor | None = None) -> Tensor:
+    """The legal residual element R that maximises tr(Rᵀ x), and tr(|R|ᵀ gains) where gains lie in the stream."""
+    group = residual_group(spec)
+    if group == FIXING_ONES:
+        return nearest_rotation_fixing_ones(x)
+    if group == ORTHOGONAL:
+        return nearest_orthogonal(x)
+    return nearest_signed_permutation(x, gains, one_sign=group == PERMUTATION)
+
+
+def nearest_value_map(spec: Spec, x: Tensor) -> Tensor:
+    """The legal value/output maps that maximise tr(Mᵀ x) among the orthogonal ones; x (G, e, e)."""
+    if value_maps(spec) == "general":
+        return nearest_orthogonal(x)
+    return torch.stack([nearest_signed_permutation(m) for m in x])
+
+
+def value_score(spec: Spec, x: Tensor) -> Tensor:
+    """The maximum that nearest_value_map reaches, for x (..., e, e)."""
+    return nuclear_norm(x) if value_maps(spec) == "general" else _assignment_score(x)
+
+
+def nearest_query_key_map(spec: Spec, x: Tensor) -> Tensor:
+    """The legal query/key maps that maximise tr(Nᵀ x) among the orthogonal ones; x (G, e, e)."""
+    kind, rotary = query_key_maps(spec), spec.rotary_dim
+    if kind == "general":
+        return nearest_rotary(x, rotary)
+    dot, cross = _plane_fit(x, rotary)
+    rest = x[..., rotary:, rotary:]
+    sign = lambda t: torch.where(t < 0, -1.0, 1.0).to(t)  # noqa: E731
+    if kind == "signs":
+        return rotary_map(sign(dot), torch.zeros_like(dot), torch.diag_embed(sign(rest.diagonal(dim1=-2, dim2=-1))))
+    upright = dot.abs() >= cross.abs()
+    zero = torch.zeros_like(dot)
+    passing = torch.stack([nearest_signed_permutation(m) for m in rest]) if rest.numel() else rest
+    return rotary_map(torch.where(upright, sign(dot), zero), torch.where(upright, zero, sign(cross)), passing)
+
+
+def query_key_score(spec: Spec, x: Tensor) -> Tensor:
+    """The maximum that nearest_query_key_map reaches, for x (..., e, e)."""
+    kind, rotary = query_key_maps(spec), spec.rotary_dim
+    if kind == "general":
+        return rotary_score(x, rotary)
+    dot, cross = (t.abs() for t in _plane_fit(x, rotary))
+    rest = x[..., rotary:, rotary:]
+    if kind == "signs":
+        return dot.sum(-1) + rest.diagonal(dim1=-2, dim2=-1).abs().sum(-1)
+    return torch.maximum(dot, cross).sum(-1) + _assignment_score(rest)
+
+
+def _assignment_score(x: Tensor) -> Tensor:
+    """Best sum of absolute values that a permutation picks, for each matrix of x (..., n, n)."""
+    size = x.abs().flatten(0, -3) if x.dim() > 2 else x.abs()[None]
+    rows = torch.arange(x.shape[-1], device=x.device)
+    found = [m[rows, p.to(x.device)].sum() for m, p in zip(size, solve_assignments(list(size)), strict=True)]
+    return torch.stack(found).view(x.shape[:-2])
 
 
 def nearest_rotary(x: Tensor, rotary: int) -> Tensor:

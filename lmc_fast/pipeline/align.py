@@ -15,6 +15,7 @@ from ..alignment import Alignment
 from ..checkpoints import Weights
 from ..engine.model import mean_loss
 from ..errors import LmcError
+from ..examples import Data
 from ..matching.activations import gather_statistics
 from ..matching.balance import balance
 from ..matching.closed_form import Evidence, match
@@ -44,11 +45,11 @@ class Progress:
 
 def align(
     pair: Pair,
-    tokens: Tensor,
+    tokens: Data,
     *,
     method: str = "dual",
     schedule: Schedule | None = None,
-    validation: Tensor | None = None,
+    validation: Data | None = None,
     activations: float = 0.3,
     device: torch.device | str = "cpu",
     progress: Callable[[Progress], None] | None = None,
@@ -57,7 +58,8 @@ def align(
 ) -> Alignment:
     """Finds g_A and g_B such that the line between g_A A and g_B B is flat.
 
-    tokens (n, T) int64: calibration text, see data.read_tokens. method: one of METHODS; the last two use no gradients.
+    tokens: calibration data, see data.read_data: text (n, T) int64, or examples. method: one of METHODS; the last two
+    use no gradients.
     `options` are fields of Schedule (steps, batch, ...). validation (m, T): picks the best of VALIDATIONS states.
     activations: how much activation evidence counts beside the weights in the matching that learning starts from.
     state_file: written every SAVE_SECONDS and on interruption; if it exists, the run goes on from there, to the same
@@ -67,6 +69,8 @@ def align(
     """
     if method not in METHODS:
         raise LmcError(f"method {method!r} is unknown; choose one of {', '.join(METHODS)}")
+    if pair.spec.task == "features" and method not in ("weight", "activation"):
+        raise LmcError(f"{pair.spec.family} computes features and has no loss to learn from; use --method weight")
     schedule = schedule or Schedule(sides=1 if method == "one-sided" else 2, **options)
     tokens = tokens.to(device)
     a, b = (canonicalize(model.load(torch.float32, device)) for model in (pair.a, pair.b))
@@ -94,13 +98,14 @@ def align(
     return Alignment(moved[0].compose(base[0]), moved[1].compose(base[1]), base, info)
 
 
-def _match(a: Weights, b: Weights, tokens: Tensor, evidence: Evidence) -> tuple[Transform, Transform]:
+def _match(a: Weights, b: Weights, tokens: Data, evidence: Evidence) -> tuple[Transform, Transform]:
     """Balance both endpoints, then match B to A."""
     even_a, even_b = balance(a), balance(b)
     a, b = even_a.apply(a), even_b.apply(b)
     statistics = None
     if evidence.activations:
-        count = max(1, min(len(tokens), STATISTICS_TOKENS // tokens.shape[1]))
+        length = a.spec.position_rows if a.spec.image else tokens.shape[1]
+        count = max(1, min(len(tokens), STATISTICS_TOKENS // length))
         statistics = gather_statistics(a, b, tokens[:: len(tokens) // count][:count])
     found = match(a, b, evidence, statistics).compose(even_b)
     return even_a.map(_plain), found.map(_plain)
@@ -112,7 +117,7 @@ def _plain(t: Tensor) -> Tensor:
 
 
 def _learn(
-    learner: Learner, validation: Tensor | None, progress: Callable[[Progress], None] | None, save: Callable[[], None]
+    learner: Learner, validation: Data | None, progress: Callable[[Progress], None] | None, save: Callable[[], None]
 ) -> None:
     """Runs the learner to its end, validating and saving on the way."""
     steps = learner.schedule.steps

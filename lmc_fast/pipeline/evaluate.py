@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..alignment import Alignment
 from ..checkpoints import Model
 from ..errors import LmcError
 from ..evaluation import Curve, Difference, curve_between, difference
 from ..evaluation.function import tolerance
+from ..examples import Data, Examples
 from ..pair import Pair
 from ..symmetry import canonicalize
 
@@ -21,7 +21,7 @@ Device = torch.device | str
 
 def barrier(
     pair: Pair,
-    tokens: Tensor,
+    tokens: Data,
     alignment: Alignment | None = None,
     points: int = 11,
     *,
@@ -38,12 +38,10 @@ def barrier(
     return curve_between(a, b, tokens.to(device), points, name, progress=progress)
 
 
-def verify(
-    a: str | Path, b: str | Path, tokens: Tensor | None = None, device: Device = "cpu"
-) -> tuple[Difference, bool]:
+def verify(a: str | Path, b: str | Path, tokens: Data | None = None, device: Device = "cpu") -> tuple[Difference, bool]:
     """How far the functions of two checkpoints are apart, and whether that is within their dtypes' rounding.
 
-    tokens (n, T): text to compare on; by default random token ids.
+    tokens: data to compare on; by default random token ids or images.
     """
     x, y = Model(a), Model(b)
     if (x.spec.family, x.spec.vocab) != (y.spec.family, y.spec.vocab):
@@ -51,7 +49,17 @@ def verify(
             f"{a} and {b} are not comparable: {x.spec.family}/{x.spec.vocab} and {y.spec.family}/{y.spec.vocab}"
         )
     if tokens is None:
-        length = min(128, x.spec.max_positions, y.spec.max_positions)
-        tokens = torch.randint(x.spec.vocab, (8, length), generator=torch.Generator().manual_seed(0))
+        tokens = _random_inputs(x, y)
     found = difference(x.load(device=device), y.load(device=device), tokens.to(device))
     return found, found.kl <= tolerance(x.dtype, y.dtype)
+
+
+def _random_inputs(x: Model, y: Model) -> Data:
+    """Random tokens, or random images with random labels."""
+    generator, spec = torch.Generator().manual_seed(0), x.spec
+    if spec.image:
+        shape = (8, spec.image.channels, spec.image.size, spec.image.size)
+        return Examples(torch.randn(shape, generator=generator), torch.randint(spec.vocab, (8,), generator=generator))
+    length = min(128, spec.max_positions, y.spec.max_positions)
+    tokens = torch.randint(spec.table or spec.vocab, (8, length), generator=generator)
+    return Examples(tokens, tokens) if spec.task == "masked" else tokens

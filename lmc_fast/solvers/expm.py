@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lmc_fast.backends import extension
+from lmc_fast.native import extension
 from lmc_fast.solvers import expm_torch
 from lmc_fast.solvers._checks import (
     as_batch,

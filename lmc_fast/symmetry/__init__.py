@@ -2,6 +2,7 @@
 
 from .canonical import canonicalize
 from .groups import Group, legal_groups
-from .transform import BlockTransform, Transform, check_legal
+from .legality import check_legal
+from .transform import BlockTransform, Transform
 
 __all__ = ["BlockTransform", "Group", "Transform", "canonicalize", "check_legal", "legal_groups"]

@@ -1,18 +1,21 @@
 """Canonical form (norm absorption): what no output can see is folded away.
 
-Afterwards every norm has gain 1; a LayerNorm model's writers have zero mean, so that its residual stream does; the
-value bias is gone into the output bias; key biases that the softmax cannot see are 0; the head's mean row is 0. Each
-step leaves the model's log-probabilities as they are.
+Afterwards every norm that readers see directly has gain 1; a LayerNorm model's writers have zero mean, so that its
+residual stream does; the value bias is gone into the output bias; key biases that the softmax cannot see are 0;
+layer-scales are 1; router rows and (where logits are read through a softmax) head rows have zero mean; gains of queries
+and keys are positive and balanced. Each step leaves the model's log-probabilities as they are.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..architectures import Spec
+from ..architectures import ATTN_READERS, END_ROWS, END_WRITERS, FFN_READERS, Spec
 from ..checkpoints.weights import Slots, Weights
 from ..errors import LmcError
+from .groups import folds_value_bias, hides_head_mean, hides_key_bias, resolves_embedding
 
 
 def canonicalize(weights: Weights) -> Weights:
@@ -26,20 +29,33 @@ def canonicalize(weights: Weights) -> Weights:
 def canonical_block(spec: Spec, block: Slots) -> Slots:
     """One block in canonical form; the input is not changed."""
     w = dict(block)
-    _absorb(spec, w, "attn_norm", ("q", "k", "v"))
-    _absorb(spec, w, "ffn_norm", ("up", "gate"))
-    if "v_bias" in w and "o_bias" in w:  # attention rows sum to one
+    if spec.shared_norm:
+        _absorb(spec, w, "attn_norm", ATTN_READERS + FFN_READERS)
+    else:
+        _absorb(spec, w, "attn_norm", ATTN_READERS)
+        _absorb(spec, w, "ffn_norm", FFN_READERS)
+    for scale, writer in (("attn_scale", "o"), ("ffn_scale", "down")):
+        if scale in w:
+            w[writer] = w[scale][:, None] * w[writer]
+            if f"{writer}_bias" in w:
+                w[f"{writer}_bias"] = w[scale] * w[f"{writer}_bias"]
+            w[scale] = torch.ones_like(w[scale])
+    if "v_bias" in w and "o_bias" in w and folds_value_bias(spec):
         per_query = w["v_bias"].unflatten(0, (spec.kv_heads, 1, spec.head_dim)).expand(-1, spec.queries_per_group, -1)
         w["o_bias"] = w["o_bias"] + w["o"] @ per_query.flatten()
         w["v_bias"] = torch.zeros_like(w["v_bias"])
-    if "k_bias" in w:  # q·b adds the same to every key, unless RoPE turns it by position
+    if "k_bias" in w and hides_key_bias(spec):  # RoPE turns it by position, and so shows it
         bias = w["k_bias"].unflatten(0, (spec.kv_heads, spec.head_dim)).clone()
         bias[:, spec.rotary_dim :] = 0
         w["k_bias"] = bias.flatten()
-    if spec.norm == "layernorm":
+    if spec.qk_norm:
+        _balance_gains(spec, w)
+    if spec.norm == "layernorm" and spec.placement in ("pre", "post"):
         for name in ("o", "o_bias", "down", "down_bias"):
             if name in w:
                 w[name] = w[name] - w[name].mean(dim=0)
+    if "router" in w:
+        w["router"] = w["router"] - w["router"].mean(dim=0)
     return w
 
 
@@ -47,28 +63,40 @@ def canonical_ends(spec: Spec, ends: Slots) -> Slots:
     """Embeddings, final norm and head in canonical form; the input is not changed."""
     w = dict(ends)
     _absorb(spec, w, "final_norm", ("head",))
-    if spec.norm == "layernorm":
-        for name in ("embed", "positions"):
+    _absorb(spec, w, "head_norm", ("head",))
+    if resolves_embedding(spec):
+        _resolve_embedding(spec, w)
+    if spec.norm == "layernorm" and (spec.placement == "pre" or spec.embed_norm):
+        for name in END_ROWS:
             if name in w:
                 w[name] = w[name] - w[name].mean(dim=1, keepdim=True)
-    w["head"] = w["head"] - w["head"].mean(dim=0)
-    if "head_bias" in w:
-        w["head_bias"] = w["head_bias"] - w["head_bias"].mean()
+        for name in END_WRITERS:
+            for part in (name, f"{name}_bias"):
+                if part in w:
+                    w[part] = w[part] - w[part].mean(dim=0)
+    if hides_head_mean(spec):
+        w["head"] = w["head"] - w["head"].mean(dim=0)
+        if "head_bias" in w:
+            w["head_bias"] = w["head_bias"] - w["head_bias"].mean()
     return w
 
 
 def _absorb(spec: Spec, w: Slots, name: str, readers: tuple[str, ...]) -> None:
     """Moves a norm's gain, and its bias where every reader can take it, into the readers."""
+    if name not in w:
+        return
     readers = tuple(reader for reader in readers if reader in w)
     gain, shift = w[name], w.get(f"{name}_bias")
+    # a reader may see several normalised vectors side by side, as DINOv2's classifier does
+    times = {reader: w[reader].shape[-1] // len(gain) for reader in readers}
     if shift is not None and all(f"{reader}_bias" in w for reader in readers):
         for reader in readers:
-            w[f"{reader}_bias"] = w[f"{reader}_bias"] + w[reader] @ shift
+            w[f"{reader}_bias"] = w[f"{reader}_bias"] + w[reader] @ shift.repeat(times[reader])
         w[f"{name}_bias"] = torch.zeros_like(shift)
     elif shift is not None:
         w[f"{name}_bias"] = _unscaled(gain, shift, [w[reader] for reader in readers], name)
     for reader in readers:
-        w[reader] = w[reader] * gain
+        w[reader] = w[reader] * gain.repeat(times[reader])
     w[name] = torch.ones_like(gain)
 
 
@@ -77,7 +105,7 @@ def _unscaled(gain: Tensor, shift: Tensor, readers: list[Tensor], name: str) -> 
     dead = gain == 0
     if not (dead & (shift != 0)).any():
         return torch.where(dead, torch.zeros_like(shift), shift / torch.where(dead, torch.ones_like(gain), gain))
-    stacked = torch.cat(readers).double()
+    stacked = torch.cat([reader.reshape(-1, len(gain)) for reader in readers]).double()
     scaled, wanted = stacked * gain.double(), stacked @ shift.double()
     solution = torch.linalg.lstsq(scaled, wanted[:, None], driver="gelsd").solution[:, 0]
     residual = (scaled @ solution - wanted).norm() / wanted.norm()
@@ -86,3 +114,48 @@ def _unscaled(gain: Tensor, shift: Tensor, readers: list[Tensor], name: str) -> 
             f"{name} has a zero gain with a non-zero bias that its readers cannot absorb ({residual:.1e} off)"
         )
     return solution.to(shift)
+
+
+def _balance_gains(spec: Spec, w: Slots) -> None:
+    """Gains of queries and keys: signs go into the rows; each rotary pair's (or channel's) two gains get equal size.
+
+    Clamped queries and keys keep the sizes.
+    """
+    groups, e = spec.kv_heads, spec.head_dim
+    gains: dict[str, Tensor] = {}
+    for slot in ("q", "k"):
+        gain = w[f"{slot}_norm"]
+        sign = torch.where(gain < 0, -torch.ones_like(gain), torch.ones_like(gain))
+        gains[slot] = gain.abs()
+        rows = sign.repeat(w[slot].shape[0] // len(sign))
+        w[slot] = w[slot] * rows[:, None]
+        if f"{slot}_bias" in w:
+            w[f"{slot}_bias"] = w[f"{slot}_bias"] * rows
+        w[f"{slot}_norm"] = gains[slot]
+    if spec.clip_qkv:
+        return
+    count = groups if spec.qk_norm == "full" else 1
+    sizes = [gains[slot].view(count, -1, e).square().mean(1) for slot in ("q", "k")]  # (count, e)
+    half = spec.rotary_dim // 2
+    for size in sizes:
+        pair = (size[:, :half] + size[:, half : 2 * half]) / 2
+        size[:, : 2 * half] = pair.repeat(1, 2)
+    live = (sizes[0] > 0) & (sizes[1] > 0)
+    one = torch.ones_like(sizes[0])
+    factor = (torch.where(live, sizes[1], one) / torch.where(live, sizes[0], one)) ** 0.25
+    for slot, change in (("q", factor), ("k", 1 / factor)):
+        w[f"{slot}_norm"] = (gains[slot].view(count, -1, e) * change[:, None]).reshape(-1)
+
+
+def _resolve_embedding(spec: Spec, w: Slots) -> None:
+    """A new table whose norm has one gain c for all channels and no bias, and yields what the old one did.
+
+    y = centred outcome, r = var(y)/c² ≤ 1/2; e' = (y/c) √(ε/(1-r)) has variance rε/(1-r), so its norm is c·(y/c).
+    """
+    y = F.layer_norm(w["embed"], w["embed"].shape[-1:], w["embed_norm"], w["embed_norm_bias"], spec.norm_eps)
+    y = y - y.mean(dim=1, keepdim=True)
+    variance = y.square().mean(dim=1, keepdim=True)
+    c = (2 * variance.max()).sqrt()
+    w["embed"] = y / c * (spec.norm_eps / (1 - variance / c**2)).sqrt()
+    w["embed_norm"] = torch.full_like(w["embed_norm"], 1.0) * c
+    w["embed_norm_bias"] = torch.zeros_like(w["embed_norm_bias"])

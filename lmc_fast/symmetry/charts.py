@@ -5,7 +5,7 @@
     Q/K maps   the same on the dimensions that RoPE passes by; exp(s) times a plane rotation on each rotary pair
     units      D = exp(s), where the FFN allows scales
 
-Permutations are discrete and stay what matching found.
+Only continuous legal groups have coordinates. Permutations and signs are discrete and stay what matching found.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..architectures import Spec
 from ..solvers import cayley, polar
-from .groups import unit_scale_signs
+from .groups import query_key_maps, rotates, unit_scale_signs, value_maps
 from .transform import BlockTransform, Transform, rotary_map
 
 MAX_STRETCH = 10.0  # singular values of head maps, and scales, stay within [1/10, 10]
@@ -27,25 +27,29 @@ class Chart:
     """Learnable elements g of the group, one for each of `sides` endpoints (1: B alone, 2: A and B).
 
     `tensors` are the leaves, all zero at the identity: rotation (S, d, d); vo (S, L, G, e, e); qk (S, L, G, n, n) for
-    the n dimensions without RoPE; pair_scale, pair_angle (S, L, G, p); unit_scale (S, L, f). S sides, L blocks,
-    G groups, p pairs.
+    the n dimensions without RoPE; pair_scale, pair_angle (S, L, G, p); unit_scale (S, L, f); expert_scale
+    (S, L, E, x). S sides, L blocks, G groups, p pairs.
     """
 
     def __init__(self, spec: Spec, sides: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
         self.spec, self.sides = spec, sides
-        pairs = len(spec.inv_freq)
-        rest = spec.head_dim - spec.rotary_dim
         per_group = (sides, spec.layers, spec.kv_heads)
-        shapes: dict[str, tuple[int, ...]] = {
-            "rotation": (sides, spec.width, spec.width),
-            "vo": (*per_group, spec.head_dim, spec.head_dim),
-        }
-        if rest:
-            shapes["qk"] = (*per_group, rest, rest)
-        if pairs:
-            shapes |= {"pair_scale": (*per_group, pairs), "pair_angle": (*per_group, pairs)}
+        shapes: dict[str, tuple[int, ...]] = {}
+        if rotates(spec):
+            shapes["rotation"] = (sides, spec.width, spec.width)
+        if value_maps(spec) == "general":
+            shapes["vo"] = (*per_group, spec.head_dim, spec.head_dim)
+        if query_key_maps(spec) == "general":
+            pairs, rest = len(spec.inv_freq), spec.head_dim - spec.rotary_dim
+            if rest:
+                shapes["qk"] = (*per_group, rest, rest)
+            if pairs:
+                shapes |= {"pair_scale": (*per_group, pairs), "pair_angle": (*per_group, pairs)}
         if unit_scale_signs(spec) != "none":
-            shapes["unit_scale"] = (sides, spec.layers, spec.ffn_width)
+            if spec.ffn_width:
+                shapes["unit_scale"] = (sides, spec.layers, spec.ffn_width)
+            if spec.experts:
+                shapes["expert_scale"] = (sides, spec.layers, spec.experts, spec.expert_width)
         self.tensors = {
             name: torch.zeros(shape, dtype=dtype, device=device, requires_grad=True) for name, shape in shapes.items()
         }
@@ -53,23 +57,19 @@ class Chart:
     def elements(self) -> list[Transform]:
         """One group element per side; differentiable in `tensors`."""
         t, spec = self.tensors, self.spec
-        rotations = cayley(_skew(self._projected(t["rotation"])))
-        vo, vo_inverse = _polar_map(t["vo"])
-        qk, qk_inverse = self._query_key_maps()
-        scale = t["unit_scale"].exp() if "unit_scale" in t else None
+        parts: dict[str, Tensor] = {}
+        if "vo" in t:
+            parts["vo"], parts["vo_inverse"] = _polar_map(t["vo"])
+        if "qk" in t or "pair_angle" in t:
+            parts["qk"], parts["qk_inverse"] = self._query_key_maps()
+        for name in ("unit_scale", "expert_scale"):
+            if name in t:
+                parts[name] = t[name].exp()
+        rotations = cayley(_skew(self._projected(t["rotation"]))) if "rotation" in t else None
         return [
             Transform(
-                rotations[s],
-                [
-                    BlockTransform(
-                        vo=vo[s, i],
-                        vo_inverse=vo_inverse[s, i],
-                        qk=qk[s, i],
-                        qk_inverse=qk_inverse[s, i],
-                        unit_scale=None if scale is None else scale[s, i],
-                    )
-                    for i in range(spec.layers)
-                ],
+                None if rotations is None else rotations[s],
+                [BlockTransform(**{name: part[s, i] for name, part in parts.items()}) for i in range(spec.layers)],
             )
             for s in range(self.sides)
         ]
@@ -91,7 +91,7 @@ class Chart:
                     continue
                 h *= (limit / torch.linalg.matrix_norm(h, 2).clamp(min=limit))[..., None, None]
                 d.copy_((d - d.mT) / 2 + h)
-        for name in ("pair_scale", "unit_scale"):
+        for name in ("pair_scale", "unit_scale", "expert_scale"):
             if name in self.tensors:
                 self.tensors[name].clamp_(-limit, limit)
 
@@ -104,11 +104,10 @@ class Chart:
 
     def _query_key_maps(self) -> tuple[Tensor, Tensor]:
         t, spec = self.tensors, self.spec
-        some = t["vo"]
         if "qk" in t:
             rest, rest_inverse = _polar_map(t["qk"])
         else:
-            rest = rest_inverse = some.new_zeros(*some.shape[:-2], 0, 0)
+            rest = rest_inverse = t["pair_angle"].new_zeros(*t["pair_angle"].shape[:-1], 0, 0)
         if not spec.inv_freq:
             return rest, rest_inverse
         grow, angle = t["pair_scale"], t["pair_angle"]

@@ -1,4 +1,4 @@
-"""Which symmetries a spec has, and why the others are off."""
+"""Which symmetries a spec has, and why the others are off: all derived from the spec's features."""
 
 from __future__ import annotations
 
@@ -17,40 +17,54 @@ class Group:
     why: str
 
 
-def legal_groups(spec: Spec) -> list[Group]:
-    """Every symmetry this library knows, legal for `spec` or not, with the reason."""
-    layernorm = spec.norm == "layernorm"
-    e, rotary = spec.head_dim, spec.rotary_dim
-    rest = e - rotary
-    qk = " and ".join(([f"{rotary // 2} scaled plane rotations"] if rotary else []) + ([f"GL({rest})"] if rest else []))
-    return [
-        Group("norm absorption", True, "gains and biases fold into their readers", f"pre-{spec.norm}"),
-        Group(
-            "residual rotation",
-            True,
-            f"O({spec.width}) fixing the ones vector" if layernorm else f"O({spec.width})",
-            "LayerNorm subtracts the mean, so 1 must stay where it is" if layernorm else "RMSNorm sees only the length",
-        ),
-        Group("residual scale", False, "one factor on the stream", "inexact: the norms' epsilon stays as it is"),
-        Group("heads", True, f"permutations of {spec.kv_heads} key/value groups", "attention sums over heads"),
-        Group(
-            "queries",
-            spec.queries_per_group > 1,
-            f"permutations of {spec.queries_per_group} query heads within each group",
-            "they share one key and value" if spec.queries_per_group > 1 else "one query head per key head",
-        ),
-        Group("value/output maps", True, f"GL({e}) per key/value group", "no nonlinearity between value and output"),
-        Group(
-            "query/key maps",
-            True,
-            f"{qk} per key/value group",
-            f"must commute with RoPE on {rotary} of {e} dimensions"
-            if rotary
-            else "without RoPE only the product q·k counts",
-        ),
-        Group("FFN units", True, f"permutations of {spec.ffn_width} units", "the FFN sums over units"),
-        Group("FFN scales", *_unit_scales(spec)),
-    ]
+# The residual groups, by name:
+ORTHOGONAL = "orthogonal"  # O(d)
+FIXING_ONES = "orthogonal, fixing the ones vector"  # R 1 = ±1
+SIGNED = "signed permutation"
+PERMUTATION = "permutation"  # one permutation, or its negative
+
+
+def residual_group(spec: Spec) -> str:
+    """What may act on the residual stream.
+
+    A norm's gain in the stream's own path cannot be folded away, and only moves with coordinates. One norm of token
+    embeddings alone can: the embedding table is solved anew behind it (see canonical).
+    """
+    if spec.placement == "pre" and not _stream_is_normed(spec):
+        return FIXING_ONES if spec.norm == "layernorm" else ORTHOGONAL
+    return PERMUTATION if spec.norm == "layernorm" else SIGNED
+
+
+def rotates(spec: Spec) -> bool:
+    """The residual group is continuous."""
+    return residual_group(spec) in (ORTHOGONAL, FIXING_ONES)
+
+
+def resolves_embedding(spec: Spec) -> bool:
+    """Each row of the embedding table is normalised on its own, so that the table can be solved for any outcome."""
+    alone = not (spec.position_table or spec.types or spec.image)
+    return spec.embed_norm and spec.parametric and spec.placement == "pre" and spec.norm == "layernorm" and alone
+
+
+def _stream_is_normed(spec: Spec) -> bool:
+    return spec.embed_norm and spec.parametric and not resolves_embedding(spec)
+
+
+def heads_move(spec: Spec) -> bool:
+    """Heads may be permuted: ALiBi's slopes belong to a head's index."""
+    return not spec.alibi
+
+
+def value_maps(spec: Spec) -> str:
+    """'general' (invertible) or 'signed' (permutation with signs) maps between value and output."""
+    return "signed" if spec.clip_qkv else "general"
+
+
+def query_key_maps(spec: Spec) -> str:
+    """'general' (commuting with RoPE), 'turns' (also signed permutations) or 'signs' (equal within a rotary pair)."""
+    if spec.qk_norm:
+        return "signs"
+    return "turns" if spec.clip_qkv else "general"
 
 
 def unit_scale_signs(spec: Spec) -> str:
@@ -58,6 +72,118 @@ def unit_scale_signs(spec: Spec) -> str:
     if spec.gated:
         return "any"
     return "positive" if spec.activation == "relu" else "none"
+
+
+def folds_value_bias(spec: Spec) -> bool:
+    """Attention rows sum to one: a value bias is an output bias, unless values are clamped in between."""
+    return not spec.clip_qkv
+
+
+def hides_key_bias(spec: Spec) -> bool:
+    """q·b adds the same to every score, which the softmax does not see, unless something nonlinear sees it first."""
+    return not (spec.qk_norm or spec.clip_qkv or spec.attn_softcap)
+
+
+def hides_head_mean(spec: Spec) -> bool:
+    """A common shift of all logits of a token is invisible: not behind a soft cap, nor where logits are used raw."""
+    return spec.task in ("causal", "masked") and not spec.head_softcap
+
+
+def legal_groups(spec: Spec) -> list[Group]:
+    """Every symmetry this library knows, legal for `spec` or not, with the reason."""
+    return [
+        Group("norm absorption", *_absorption(spec)),
+        Group("residual rotation", *_residual(spec)),
+        Group("residual scale", False, "one factor on the stream", "inexact: the norms' epsilon stays as it is"),
+        Group("heads", *_heads(spec)),
+        Group(
+            "queries",
+            spec.queries_per_group > 1 and heads_move(spec),
+            f"permutations of {spec.queries_per_group} query heads within each group",
+            "one query head per key head"
+            if spec.queries_per_group == 1
+            else "they share one key and value"
+            if heads_move(spec)
+            else "ALiBi's slope belongs to the head's index",
+        ),
+        Group("value/output maps", True, *_value_maps(spec)),
+        Group("query/key maps", True, *_query_key_maps(spec)),
+        *_units(spec),
+        *_mixture(spec),
+    ]
+
+
+def _absorption(spec: Spec) -> tuple[bool, str, str]:
+    if not spec.parametric:
+        return False, "gains and biases fold into their readers", f"the {spec.norm} has none"
+    if spec.placement in ("pre", "sandwich"):
+        return True, "gains and biases fold into their readers", f"pre-{spec.norm}"
+    what = (
+        "the final norm's gain folds into the head" if spec.placement == "branch" else "the head's norm folds into it"
+    )
+    return True, what, "the other norms lie in the stream's own path"
+
+
+def _residual(spec: Spec) -> tuple[bool, str, str]:
+    kind, d = residual_group(spec), spec.width
+    if kind == ORTHOGONAL:
+        return True, f"O({d})", "RMSNorm sees only the length"
+    if kind == FIXING_ONES:
+        why = "LayerNorm subtracts the mean, so 1 must stay where it is"
+        if resolves_embedding(spec):
+            why += "; the embedding table is solved anew behind its norm"
+        return True, f"O({d}) fixing the ones vector", why
+    gains = "the input's norm has a gain" if spec.placement == "pre" else f"{spec.placement}-norms have gains"
+    if kind == SIGNED:
+        return True, f"signed permutations of {d} channels", f"{gains} in the stream, which only move with channels"
+    return True, f"permutations of {d} channels, or one's negative", f"{gains} and biases in the stream"
+
+
+def _heads(spec: Spec) -> tuple[bool, str, str]:
+    why = "attention sums over heads" if heads_move(spec) else "ALiBi's slope belongs to the head's index"
+    return heads_move(spec), f"permutations of {spec.kv_heads} key/value groups", why
+
+
+def _value_maps(spec: Spec) -> tuple[str, str]:
+    if value_maps(spec) == "general":
+        return f"GL({spec.head_dim}) per key/value group", "no nonlinearity between value and output"
+    return f"signed permutations of {spec.head_dim} per key/value group", "values are clamped"
+
+
+def _query_key_maps(spec: Spec) -> tuple[str, str]:
+    e, rotary = spec.head_dim, spec.rotary_dim
+    rest, kind = e - rotary, query_key_maps(spec)
+    if kind == "signs":
+        pairs = f"{rotary // 2} rotary pairs" + (f" and {rest} channels" if rest else "")
+        return f"signs of {pairs} per key/value group", "queries and keys are normalised with a gain"
+    if kind == "turns":
+        parts = [f"quarter turns of {rotary // 2} planes"] if rotary else []
+        parts += [f"signed permutations of {rest}"] if rest else []
+        return " and ".join(parts) + " per key/value group", "queries and keys are clamped"
+    parts = [f"{rotary // 2} scaled plane rotations"] if rotary else []
+    parts += [f"GL({rest})"] if rest else []
+    why = f"must commute with RoPE on {rotary} of {e} dimensions" if rotary else "without RoPE only the product counts"
+    return " and ".join(parts) + " per key/value group", why
+
+
+def _units(spec: Spec) -> list[Group]:
+    if not spec.ffn_width:
+        return []
+    return [
+        Group("FFN units", True, f"permutations of {spec.ffn_width} units", "the FFN sums over units"),
+        Group("FFN scales", *_unit_scales(spec)),
+    ]
+
+
+def _mixture(spec: Spec) -> list[Group]:
+    if not spec.experts:
+        return []
+    each = f"in each expert: permutations of {spec.expert_width} units, any non-zero scales"
+    return [
+        Group("experts", True, f"permutations of {spec.experts} experts", "the router's rows move with them"),
+        Group("expert units", True, each, "each expert is a gated FFN"),
+        Group("router shift", True, "one vector added to every router row", "the softmax does not see it"),
+    ]
 
 
 def _unit_scales(spec: Spec) -> tuple[bool, str, str]:

@@ -18,8 +18,10 @@ from .transform import BlockTransform, Transform
 
 
 def pack(transform: Transform, prefix: str) -> dict[str, Tensor]:
-    """The tensors of a transform, named prefix.rotation and prefix.blocks.i.part."""
+    """The tensors of a transform, named prefix.rotation, prefix.head_units and prefix.blocks.i.part."""
     out = {} if transform.rotation is None else {f"{prefix}.rotation": transform.rotation}
+    if transform.head_units is not None:
+        out[f"{prefix}.head_units"] = transform.head_units
     for i, block in enumerate(transform.blocks):
         parts = {f.name: getattr(block, f.name) for f in fields(BlockTransform)}
         out |= {f"{prefix}.blocks.{i}.{name}": t for name, t in parts.items() if t is not None}
@@ -32,7 +34,7 @@ def unpack(tensors: dict[str, Tensor], prefix: str, layers: int) -> Transform:
     blocks = [
         BlockTransform(**{name: tensors.get(f"{prefix}.blocks.{i}.{name}") for name in names}) for i in range(layers)
     ]
-    return Transform(tensors.get(f"{prefix}.rotation"), blocks)
+    return Transform(tensors.get(f"{prefix}.rotation"), blocks, tensors.get(f"{prefix}.head_units"))
 
 
 def save_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:

@@ -3,12 +3,16 @@
 The group acts on weights in canonical form. With R the rotation, p and s permutations, M, N head maps, D a diagonal:
 
     embed, positions   E -> E Rᵀ                     head, norm biases   W -> W Rᵀ,  c -> R c
+    patch              W -> R W                      gains in the stream γ -> |R| γ  (R a signed permutation there)
     q (head h)         W -> N⁻ᵀ W[p] Rᵀ              k                   W -> N W[p] Rᵀ
     v                  W -> M W[p] Rᵀ                o (columns of h)    W -> R W[p] M⁻¹
     up, gate           W -> D W[s] Rᵀ, W[s] Rᵀ       down                W -> R W[:, s] D⁻¹
+    router             W -> W[x] Rᵀ                  experts             as up, gate, down, each with its own s, D
+    head transform     W -> W[h] Rᵀ                  head                W -> W[:, h]
 
 Permutations act first, then maps and scales, the rotation last. `W[p]` takes key/value group p[h] to place h; within a
-group, `queries` does the same for its query heads. None stands for the identity everywhere.
+group, `queries` does the same for its query heads. Gains of queries and keys that differ by head move with the heads.
+None stands for the identity everywhere.
 """
 
 from __future__ import annotations
@@ -19,15 +23,17 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from ..architectures import Spec
+from ..architectures import BLOCK_READERS, BLOCK_WRITERS, END_ROWS, END_WRITERS, POST_NORMS, Spec
 from ..checkpoints.weights import Slots, Weights
-from ..errors import LmcError
-from .groups import unit_scale_signs
+from .groups import rotates
 
 
 @dataclass
 class BlockTransform:
-    """The part of a group element inside one block. G key/value groups, r queries each, e head_dim, f units."""
+    """The part of a group element inside one block.
+
+    G key/value groups, r queries each, e head_dim, f units, E experts of x units.
+    """
 
     heads: Tensor | None = None  # (G,) int64 permutation of key/value groups
     queries: Tensor | None = None  # (G, r) int64, a permutation in each row
@@ -37,6 +43,9 @@ class BlockTransform:
     qk_inverse: Tensor | None = None
     units: Tensor | None = None  # (f,) int64 permutation
     unit_scale: Tensor | None = None  # (f,) D
+    experts: Tensor | None = None  # (E,) int64 permutation
+    expert_units: Tensor | None = None  # (E, x) int64, a permutation in each row; row j acts on what is at place j
+    expert_scale: Tensor | None = None  # (E, x)
 
     def __post_init__(self) -> None:
         if self.vo is not None and self.vo_inverse is None:
@@ -49,8 +58,9 @@ class BlockTransform:
 class Transform:
     """A group element for a whole model."""
 
-    rotation: Tensor | None  # (d, d) orthogonal R
+    rotation: Tensor | None  # (d, d) orthogonal R; a signed permutation where gains lie in the stream
     blocks: list[BlockTransform]
+    head_units: Tensor | None = None  # (d,) int64 permutation between a head transform and the head
 
     @staticmethod
     def identity(spec: Spec) -> Transform:
@@ -60,7 +70,7 @@ class Transform:
         """Applies `function` to every floating-point tensor (e.g. a change of dtype or device)."""
         change = lambda t: function(t) if t is not None and t.is_floating_point() else t  # noqa: E731
         blocks = [BlockTransform(**{f.name: change(getattr(b, f.name)) for f in fields(b)}) for b in self.blocks]
-        return Transform(change(self.rotation), blocks)
+        return Transform(change(self.rotation), blocks, self.head_units)
 
     def apply(self, weights: Weights) -> Weights:
         """g · weights, block by block in the wider dtype of both, returned in that of `weights`; differentiable."""
@@ -68,7 +78,7 @@ class Transform:
         dtype = max((x.dtype for x in self._floats()), key=lambda d: d.itemsize, default=torch.float32)
         return weights.in_dtype(
             dtype,
-            lambda ends: apply_ends(rotation, ends),
+            lambda ends: apply_ends(spec, rotation, ends, self.head_units),
             lambda i, w: apply_block(spec, rotation, self.blocks[i], w),
         )
 
@@ -80,12 +90,16 @@ class Transform:
     def inverse(self) -> Transform:
         """g⁻¹."""
         rotation = None if self.rotation is None else self.rotation.mT
-        return Transform(rotation, [_inverse_block(block) for block in self.blocks])
+        head = None if self.head_units is None else _inverse_permutation(self.head_units)
+        return Transform(rotation, [_inverse_block(block) for block in self.blocks], head)
 
     def compose(self, first: Transform) -> Transform:
         """self · first: what applying `first` and then self does."""
         blocks = [_compose_block(a, b) for a, b in zip(self.blocks, first.blocks, strict=True)]
-        return Transform(_product(self.rotation, first.rotation), blocks)
+        head = first.head_units if self.head_units is None else self.head_units
+        if first.head_units is not None and self.head_units is not None:
+            head = first.head_units[self.head_units]
+        return Transform(_product(self.rotation, first.rotation), blocks, head)
 
 
 def inverse_of(maps: Tensor) -> Tensor:
@@ -93,11 +107,33 @@ def inverse_of(maps: Tensor) -> Tensor:
     return torch.stack([torch.linalg.inv(m) for m in maps])
 
 
-def apply_ends(rotation: Tensor | None, ends: Slots) -> Slots:
+def apply_ends(spec: Spec, rotation: Tensor | None, ends: Slots, head_units: Tensor | None = None) -> Slots:
+    """The action on everything outside the blocks; differentiable."""
+    out = dict(ends)
+    if head_units is not None:
+        for name in ("head_transform", "head_transform_bias", "head_norm", "head_norm_bias"):
+            out[name] = out[name][head_units]
+        out["head"] = out["head"][:, head_units]
     if rotation is None:
-        return dict(ends)
-    turned = {"embed", "positions", "head", "final_norm_bias"}
-    return {name: w @ rotation.mT if name in turned else w for name, w in ends.items()}
+        return out
+    readers = ("head_transform", "pooler") if spec.head_transform else ("head", "final_norm_bias")
+    for name in (*END_ROWS, *readers):
+        if name in out:  # the head may read several vectors side by side
+            out[name] = (out[name].unflatten(-1, (-1, spec.width)) @ rotation.mT).flatten(-2)
+    for name in (*END_WRITERS, *(f"{name}_bias" for name in END_WRITERS)):
+        if name in out:
+            out[name] = rotation @ out[name]
+    _move_norms(spec, rotation, out, ("embed_norm",))
+    return out
+
+
+def _move_norms(spec: Spec, rotation: Tensor, out: Slots, names: tuple[str, ...]) -> None:
+    """Norms in the stream's own path. Where R is not a signed permutation, their gains are equal and stay."""
+    for name in names:
+        if name in out and not rotates(spec):
+            out[name] = rotation.abs() @ out[name]
+        if f"{name}_bias" in out:
+            out[f"{name}_bias"] = rotation @ out[f"{name}_bias"]
 
 
 def apply_block(spec: Spec, rotation: Tensor | None, t: BlockTransform, w: Slots) -> Slots:
@@ -121,25 +157,51 @@ def apply_block(spec: Spec, rotation: Tensor | None, t: BlockTransform, w: Slots
         columns = columns @ t.vo_inverse[:, None]
     out["o"] = columns.permute(2, 0, 1, 3).reshape(w["o"].shape)
 
+    if spec.qk_norm == "full":
+        for name, count in (("q_norm", r), ("k_norm", 1)):
+            out[name] = _permute_heads(t, w[name].view(g, count, e)).reshape(-1)
     for name in ("up", "up_bias", "gate", "gate_bias", "down"):
-        if name not in w:
-            continue
-        unit = w[name].mT if name == "down" else w[name]
-        if t.units is not None:
-            unit = unit[t.units]
-        if t.unit_scale is not None and not name.startswith("gate"):
-            scale = 1 / t.unit_scale if name == "down" else t.unit_scale
-            unit = unit * (scale[:, None] if unit.dim() == 2 else scale)
-        out[name] = unit.mT if name == "down" else unit
+        if name in w:
+            out[name] = _move_units(w[name], name, t.units, t.unit_scale)
+    _move_experts(t, out)
 
     if rotation is not None:
-        for name in ("q", "k", "v", "up", "gate", "attn_norm_bias", "ffn_norm_bias"):
+        for name in (*BLOCK_READERS, "attn_norm_bias", "ffn_norm_bias"):
             if name in out:
                 out[name] = out[name] @ rotation.mT
-        for name in ("o", "down", "o_bias", "down_bias"):
-            if name in out:
-                out[name] = rotation @ out[name]
+        for name in BLOCK_WRITERS:
+            for part in (name, f"{name}_bias"):
+                if part in out:
+                    out[part] = rotation @ out[part]
+        _move_norms(spec, rotation, out, POST_NORMS)
     return out
+
+
+def _move_units(w: Tensor, name: str, units: Tensor | None, scale: Tensor | None) -> Tensor:
+    """One FFN slot, its units permuted, then (but for the gate) scaled."""
+    unit = w.mT if name == "down" else w
+    if units is not None:
+        unit = unit[units]
+    if scale is not None and not name.startswith("gate"):
+        factor = 1 / scale if name == "down" else scale
+        unit = unit * (factor[:, None] if unit.dim() == 2 else factor)
+    return unit.mT if name == "down" else unit
+
+
+def _move_experts(t: BlockTransform, out: Slots) -> None:
+    """Experts to their new places, then the units of each."""
+    for name in ("router", "experts_up", "experts_gate", "experts_down"):
+        if name in out and t.experts is not None:
+            out[name] = out[name][t.experts]
+    if "router" not in out or (t.expert_units is None and t.expert_scale is None):
+        return
+    pick = lambda x, j: None if x is None else x[j]  # noqa: E731
+    for name in ("up", "gate", "down"):
+        moved = [
+            _move_units(w, name, pick(t.expert_units, j), pick(t.expert_scale, j))
+            for j, w in enumerate(out[f"experts_{name}"])
+        ]
+        out[f"experts_{name}"] = torch.stack(moved)
 
 
 def _permute_heads(t: BlockTransform, rows: Tensor) -> Tensor:
@@ -160,6 +222,12 @@ def _inverse_block(t: BlockTransform) -> BlockTransform:
     moved = lambda x: x if x is None or back is None else x[back]  # noqa: E731
     units = None if t.units is None else _inverse_permutation(t.units)
     scale = None if t.unit_scale is None else 1 / t.unit_scale
+    places = None if t.experts is None else _inverse_permutation(t.experts)
+    at_place = lambda x: x if x is None or places is None else x[places]  # noqa: E731
+    inner = None if t.expert_units is None else _inverse_permutation(t.expert_units)
+    expert_scale = None if t.expert_scale is None else 1 / t.expert_scale
+    if expert_scale is not None and inner is not None:
+        expert_scale = expert_scale.gather(1, inner)
     return BlockTransform(
         heads=back,
         queries=None if t.queries is None else moved(_inverse_permutation(t.queries)),
@@ -169,6 +237,9 @@ def _inverse_block(t: BlockTransform) -> BlockTransform:
         qk_inverse=moved(t.qk),
         units=units,
         unit_scale=scale if scale is None or units is None else scale[units],
+        experts=places,
+        expert_units=at_place(inner),
+        expert_scale=at_place(expert_scale),
     )
 
 
@@ -189,6 +260,14 @@ def _compose_block(second: BlockTransform, first: BlockTransform) -> BlockTransf
     scale = by_units(first.unit_scale)
     if second.unit_scale is not None:
         scale = second.unit_scale if scale is None else second.unit_scale * scale
+    by_experts = lambda x: x if x is None or second.experts is None else x[second.experts]  # noqa: E731
+    expert_units, expert_scale = by_experts(first.expert_units), by_experts(first.expert_scale)
+    if second.expert_units is not None:
+        inner = second.expert_units
+        expert_units = inner if expert_units is None else expert_units.gather(1, inner)
+        expert_scale = None if expert_scale is None else expert_scale.gather(1, inner)
+    if second.expert_scale is not None:
+        expert_scale = second.expert_scale if expert_scale is None else second.expert_scale * expert_scale
     return BlockTransform(
         heads=second.heads if first.heads is None else by_heads(first.heads),
         queries=queries,
@@ -198,59 +277,10 @@ def _compose_block(second: BlockTransform, first: BlockTransform) -> BlockTransf
         qk_inverse=_product(by_heads(first.qk_inverse), second.qk_inverse),
         units=second.units if first.units is None else by_units(first.units),
         unit_scale=scale,
+        experts=second.experts if first.experts is None else by_experts(first.experts),
+        expert_units=expert_units,
+        expert_scale=expert_scale,
     )
-
-
-def check_legal(transform: Transform, spec: Spec, tolerance: float = 1e-6) -> None:
-    """Raises LmcError, naming the part, unless `transform` preserves the function of every model of this spec."""
-
-    def require(holds: bool | Tensor, what: str) -> None:
-        if not bool(holds):
-            raise LmcError(f"not a symmetry of {spec.family}: {what}")
-
-    def close(x: Tensor, y: Tensor) -> bool:
-        return x.shape == y.shape and bool((x - y).abs().max() <= tolerance * y.abs().max().clamp(min=1))
-
-    require(len(transform.blocks) == spec.layers, f"it has {len(transform.blocks)} blocks, the model {spec.layers}")
-    r = transform.rotation
-    if r is not None:
-        eye = torch.eye(spec.width, dtype=r.dtype, device=r.device)
-        require(r.shape == eye.shape and close(r @ r.mT, eye), "the rotation is not orthogonal")
-        ones = eye.sum(0)
-        if spec.norm == "layernorm":
-            require(close((r @ ones).abs(), ones), "the rotation moves the ones vector, which LayerNorm subtracts")
-    group, e = spec.kv_heads, spec.head_dim
-    for i, t in enumerate(transform.blocks):
-        at = f"block {i}"
-        for p, shape in (
-            (t.heads, (group,)),
-            (t.queries, (group, spec.queries_per_group)),
-            (t.units, (spec.ffn_width,)),
-        ):
-            if p is not None:
-                require(p.shape == shape, f"{at}: a permutation has shape {list(p.shape)}, not {list(shape)}")
-                require((p.sort(-1)[0] == torch.arange(shape[-1], device=p.device)).all(), f"{at}: not a permutation")
-        for m, inverse in ((t.vo, t.vo_inverse), (t.qk, t.qk_inverse)):
-            if m is not None and inverse is not None:
-                unit = torch.eye(e, dtype=m.dtype, device=m.device).expand(group, e, e)
-                require(m.shape == unit.shape and close(m @ inverse, unit), f"{at}: a head map is not invertible")
-        if t.qk is not None and spec.rotary_dim:
-            require(close(_nearest_rotary(t.qk, spec.rotary_dim), t.qk), f"{at}: a query/key map mixes rotary planes")
-        if t.unit_scale is not None:
-            signs = unit_scale_signs(spec)
-            require(signs != "none", f"{at}: {spec.activation} is not homogeneous, so its units cannot be scaled")
-            require(signs == "any" or (t.unit_scale > 0).all(), f"{at}: ReLU units need positive scales")
-            require((t.unit_scale != 0).all(), f"{at}: a unit scale is zero")
-
-
-def _nearest_rotary(maps: Tensor, rotary: int) -> Tensor:
-    """The part of (G, e, e) maps that commutes with RoPE: a + b·J on each pair, anything on the passing dimensions."""
-    half = rotary // 2
-    first, second = slice(0, half), slice(half, rotary)
-    diag = lambda rows, cols: maps[:, rows, cols].diagonal(dim1=1, dim2=2)  # noqa: E731
-    a = (diag(first, first) + diag(second, second)) / 2
-    b = (diag(second, first) - diag(first, second)) / 2
-    return rotary_map(a, b, maps[:, rotary:, rotary:])
 
 
 def rotary_map(a: Tensor, b: Tensor, rest: Tensor) -> Tensor:

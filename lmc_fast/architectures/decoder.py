@@ -1,0 +1,88 @@
+"""What the many relatives of Llama share: config fields, tensor names, and the options that set them apart."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ..errors import LmcError
+from .layouts import Layout, Plain
+from .rope import inverse_frequencies
+from .spec import Entry, Spec, linear
+
+LAYER = "model.layers.{i}."
+ROPE_BUFFERS = (r"rotary_emb\.inv_freq$",)
+
+
+def decoder_spec(config: Any, **features: Any) -> Spec:
+    """The spec of a Llama-like config; `features` are fields of Spec that the family sets otherwise."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if "inv_freq" not in features:
+        inv_freq, scaling = inverse_frequencies(config, head_dim)
+        features |= {"inv_freq": inv_freq, "rope_scaling": scaling}
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    fields: dict[str, Any] = {
+        "family": config.model_type,
+        "layers": config.num_hidden_layers,
+        "width": config.hidden_size,
+        "vocab": config.vocab_size,
+        "heads": config.num_attention_heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "ffn_width": config.intermediate_size,
+        "max_positions": config.max_position_embeddings,
+        "norm": "rmsnorm",
+        "norm_eps": getattr(config, "rms_norm_eps", None),
+        "activation": getattr(config, "hidden_act", None),
+        "gated": True,
+        "parallel": False,
+        "tied": config.tie_word_embeddings,
+        "biases": frozenset("qkvo") if getattr(config, "attention_bias", False) else frozenset(),
+    }
+    return Spec(**(fields | features))
+
+
+def windows(config: Any) -> tuple[int, ...]:
+    """Each block's sliding window, from config.layer_types or one for all; () where every block sees everything."""
+    size = getattr(config, "sliding_window", None)
+    if not size:
+        return ()
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    unknown = set(types) - {"sliding_attention", "full_attention"}
+    if unknown:
+        raise LmcError(f"layer type {min(unknown)!r} is not supported; use a checkpoint with full or sliding attention")
+    found = tuple(size if kind == "sliding_attention" else 0 for kind in types)
+    return found if any(found) else ()
+
+
+def embeddings(*norms: str, layout: Layout | None = None) -> tuple[Entry, ...]:
+    """Token embeddings, the final norm under each of the endings, the head."""
+    return (
+        Entry("model.embed_tokens.weight", ("embed",)),
+        *(Entry(f"model.norm.{end}", (_norm_slot("final_norm", end),), layout or Plain()) for end in norms),
+        Entry("lm_head.weight", ("head",)),
+    )
+
+
+def block_norms(names: dict[str, str], *ends: str, layout: Layout | None = None) -> tuple[Entry, ...]:
+    """Norms of a block: slot -> name on disk."""
+    return tuple(
+        Entry(f"{LAYER}{name}.{end}", (_norm_slot(slot, end),), layout or Plain())
+        for slot, name in names.items()
+        for end in ends
+    )
+
+
+def _norm_slot(slot: str, end: str) -> str:
+    return f"{slot}_bias" if end == "bias" else slot
+
+
+PRE_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+ATTENTION = tuple(e for n in "qkvo" for e in linear(f"{LAYER}self_attn.{n}_proj", n))
+QK_NORMS = tuple(Entry(f"{LAYER}self_attn.{n}_norm.weight", (f"{n}_norm",)) for n in "qk")
+GATED = tuple(e for n in ("gate", "up", "down") for e in linear(f"{LAYER}mlp.{n}_proj", n))
+
+
+def stored_as(entries: tuple[Entry, ...], layout: Layout) -> tuple[Entry, ...]:
+    """The same tensors in another layout."""
+    return tuple(replace(entry, layout=layout) for entry in entries)

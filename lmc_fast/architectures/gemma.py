@@ -1,0 +1,78 @@
+"""Gemma (gains stored less 1, scaled embeddings), Gemma-2 (sandwich norms, soft caps), Gemma-3 (QK-norm, two RoPEs)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import LmcError
+from .decoder import (
+    ATTENTION,
+    GATED,
+    PRE_NORMS,
+    QK_NORMS,
+    ROPE_BUFFERS,
+    block_norms,
+    decoder_spec,
+    embeddings,
+    stored_as,
+    windows,
+)
+from .layouts import LessOne
+from .rope import inverse_frequencies
+from .spec import Family, Spec
+
+
+def _gemma(config: Any, **features: Any) -> Spec:
+    if getattr(config, "use_bidirectional_attention", None):
+        raise LmcError(
+            f"{config.model_type} with use_bidirectional_attention is not supported; use a causal checkpoint"
+        )
+    act = getattr(config, "hidden_activation", None) or config.hidden_act
+    return decoder_spec(config, embed_scale=config.hidden_size**0.5, activation=act, **features)
+
+
+def _gemma2(config: Any, **features: Any) -> Spec:
+    return _gemma(
+        config,
+        placement="sandwich",
+        logit_scale=config.query_pre_attn_scalar**-0.5,
+        attn_softcap=config.attn_logit_softcapping or 0.0,
+        head_softcap=config.final_logit_softcapping or 0.0,
+        windows=windows(config),
+        **features,
+    )
+
+
+def _gemma3(config: Any) -> Spec:
+    kinds = set(config.layer_types)
+    everywhere = "full_attention" if "full_attention" in kinds else "sliding_attention"
+    inv_freq, scaling = inverse_frequencies(config, config.head_dim, everywhere)
+    local, local_scaling = (
+        inverse_frequencies(config, config.head_dim, "sliding_attention")
+        if "sliding_attention" in kinds
+        else (inv_freq, 1.0)
+    )
+    if local_scaling != 1.0:
+        raise LmcError("a scaled RoPE in sliding-window layers is not supported; use a checkpoint without it")
+    return _gemma2(config, qk_norm="head", inv_freq=inv_freq, rope_scaling=scaling, local_inv_freq=local)
+
+
+_SANDWICH = {
+    "attn_norm": "input_layernorm",
+    "attn_post_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "ffn_post_norm": "post_feedforward_layernorm",
+}
+_LINEAR = ATTENTION + GATED
+_NORMS = block_norms(_SANDWICH, "weight", layout=LessOne())
+_SHARED: dict[str, Any] = {
+    "ends": embeddings("weight", layout=LessOne()),
+    "prefix": "model.",
+    "buffers": ROPE_BUFFERS,
+}
+
+FAMILIES = (
+    Family(name="gemma", spec=_gemma, block=block_norms(PRE_NORMS, "weight", layout=LessOne()) + _LINEAR, **_SHARED),
+    Family(name="gemma2", spec=_gemma2, block=_NORMS + _LINEAR, **_SHARED),
+    Family(name="gemma3_text", spec=_gemma3, block=_NORMS + _LINEAR + stored_as(QK_NORMS, LessOne()), **_SHARED),
+)

@@ -1,0 +1,143 @@
+"""How slots lie in a checkpoint's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .spec import Spec
+
+
+class Layout(Protocol):
+    """How the parts of one checkpoint tensor lie in it."""
+
+    def split(self, tensor: Tensor, spec: Spec) -> Sequence[Tensor]: ...
+
+    def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor: ...
+
+
+class Plain:
+    """One slot, stored as it is."""
+
+    def split(self, tensor: Tensor, spec: Spec) -> Sequence[Tensor]:
+        return (tensor,)
+
+    def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor:
+        return parts[0]
+
+
+@dataclass(frozen=True)
+class Conv1D:
+    """Slots of equal width side by side in an (in, out) matrix, as in GPT-2; biases are concatenated."""
+
+    parts: int = 1
+
+    def split(self, tensor: Tensor, spec: Spec) -> Sequence[Tensor]:
+        return tensor.mT.chunk(self.parts) if tensor.dim() == 2 else tensor.chunk(self.parts)
+
+    def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor:
+        return torch.cat(list(parts)).mT if parts[0].dim() == 2 else torch.cat(list(parts))
+
+
+class InterleavedHeads:
+    """q, k and v of head 0, then of head 1, ...: rows (head, [q, k, v], head_dim), as in GPT-NeoX and BLOOM."""
+
+    def split(self, tensor: Tensor, spec: Spec) -> Sequence[Tensor]:
+        rows = tensor.unflatten(0, (spec.heads, 3, spec.head_dim))
+        return tuple(rows[:, i].flatten(0, 1) for i in range(3))
+
+    def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor:
+        return torch.stack([p.unflatten(0, (spec.heads, spec.head_dim)) for p in parts], dim=1).flatten(0, 2)
+
+
+class InterleavedGroups:
+    """For each key/value group its queries, its key, its value, as in Falcon: rows (G, r + 2, head_dim)."""
+
+    def split(self, tensor: Tensor, spec: Spec) -> Sequence[Tensor]:
+        r = spec.queries_per_group
+        rows = tensor.unflatten(0, (spec.kv_heads, r + 2, spec.head_dim))
+        return tuple(part.flatten(0, 2) for part in (rows[:, :r], rows[:, r : r + 1], rows[:, r + 1 :]))
+
+    def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor:
+        return torch.cat([p.unflatten(0, (spec.kv_heads, -1, spec.head_dim)) for p in parts], dim=1).flatten(0, 2)
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Slots one below the other, such as [q; k; v] or [gate; up]; their own row counts tell where to cut."""
+
+    slots: tuple[str, ...]
+
+    def split(self, tensor: Tensor, spec: Spec) -> Sequence[Tensor]:
+        shapes = [spec.shape(slot) for slot in self.slots]
+        return tensor.split([shape[0] for shape in shapes if shape])
+
+    def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor:
+        return torch.cat(list(parts))
+
+
+class InterleavedPairs:
+    """Rows of a query or key projection whose rotary pairs are neighbours (2i, 2i + 1), as in GPT-J."""
+
+    def split(self, tensor: Tensor, spec: Spec) -> Sequence[Tensor]:
+        rows = tensor.unflatten(0, (-1, spec.head_dim))
+        turned, rest = rows[:, : spec.rotary_dim], rows[:, spec.rotary_dim :]
+        return (torch.cat([turned[:, ::2], turned[:, 1::2], rest], dim=1).flatten(0, 1),)
+
+    def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor:
+        rows = parts[0].unflatten(0, (-1, spec.head_dim))
+        half = spec.rotary_dim // 2
+        turned = torch.stack([rows[:, :half], rows[:, half : 2 * half]], dim=2).flatten(1, 2)
+        return torch.cat([turned, rows[:, 2 * half :]], dim=1).flatten(0, 1)
+
+
+class LessOne:
+    """A gain stored less 1, as in Gemma."""
+
+    def split(self, tensor: Tensor, spec: Spec) -> Sequence[Tensor]:
+        return (tensor + 1,)
+
+    def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor:
+        return parts[0] - 1
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """A slot stored under another shape, such as (1, 1, d) for (1, d)."""
+
+    stored: tuple[int, ...]  # 0 stands for the slot's width, -1 for the rest
+
+    def split(self, tensor: Tensor, spec: Spec) -> Sequence[Tensor]:
+        return (tensor.reshape(-1, spec.width),)
+
+    def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor:
+        return parts[0].reshape([spec.width if n == 0 else n for n in self.stored])
+
+
+class PatchConvolution:
+    """The patch embedding's (d, c, p, p) convolution as a matrix (d, c·p²)."""
+
+    def split(self, tensor: Tensor, spec: Spec) -> Sequence[Tensor]:
+        return (tensor.flatten(1),)
+
+    def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor:
+        assert spec.image is not None
+        return parts[0].unflatten(1, (spec.image.channels, spec.image.patch, spec.image.patch))
+
+
+@dataclass(frozen=True)
+class OfExpert:
+    """One expert's matrix; the slot holds those of all experts, stacked."""
+
+    index: int
+
+    def split(self, tensor: Tensor, spec: Spec) -> Sequence[Tensor]:
+        return (tensor,)
+
+    def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor:
+        return parts[0][self.index]

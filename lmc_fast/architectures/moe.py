@@ -1,0 +1,93 @@
+"""Mixtures of experts: Mixtral, OLMoE, Qwen2-MoE (with a shared expert), Qwen3-MoE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import LmcError
+from .decoder import (
+    ATTENTION,
+    LAYER,
+    PRE_NORMS,
+    QK_NORMS,
+    ROPE_BUFFERS,
+    block_norms,
+    decoder_spec,
+    embeddings,
+    windows,
+)
+from .spec import Entry, Family, Spec, linear
+
+
+def _mixtral(config: Any) -> Spec:
+    return decoder_spec(
+        config,
+        ffn_width=0,
+        experts=config.num_local_experts,
+        experts_per_token=config.num_experts_per_tok,
+        expert_width=config.intermediate_size,
+        renormalised=True,
+        windows=windows(config),
+    )
+
+
+def _mixture(config: Any, width: int, **features: Any) -> Spec:
+    return decoder_spec(
+        config,
+        **{
+            "ffn_width": 0,
+            "experts": config.num_experts,
+            "experts_per_token": config.num_experts_per_tok,
+            "expert_width": width,
+            "renormalised": config.norm_topk_prob,
+            **features,
+        },
+    )
+
+
+def _olmoe(config: Any) -> Spec:
+    return _mixture(config, config.intermediate_size, qk_norm="full", clip_qkv=config.clip_qkv or 0.0)
+
+
+def _require_experts_everywhere(config: Any) -> None:
+    if config.mlp_only_layers or config.decoder_sparse_step != 1:
+        raise LmcError(f"{config.model_type} with layers that have no experts is not supported; use another checkpoint")
+
+
+def _qwen2_moe(config: Any) -> Spec:
+    _require_experts_everywhere(config)
+    return _mixture(
+        config,
+        config.moe_intermediate_size,
+        ffn_width=config.shared_expert_intermediate_size,
+        switched=True,
+        biases=frozenset("qkv") if config.qkv_bias else frozenset(),
+        windows=windows(config),
+    )
+
+
+def _qwen3_moe(config: Any) -> Spec:
+    _require_experts_everywhere(config)
+    return _mixture(config, config.moe_intermediate_size, qk_norm="head", windows=windows(config))
+
+
+def _experts(home: str, gate: str, up: str, down: str) -> tuple[Entry, ...]:
+    names = {"experts_gate": gate, "experts_up": up, "experts_down": down}
+    experts = tuple(Entry(f"{LAYER}{home}.experts.{{j}}.{name}.weight", (slot,)) for slot, name in names.items())
+    return (Entry(f"{LAYER}{home}.gate.weight", ("router",)), *experts)
+
+
+_COMMON = block_norms(PRE_NORMS, "weight") + ATTENTION
+_MLP = _experts("mlp", "gate_proj", "up_proj", "down_proj")
+_SHARED_EXPERT = (
+    *(e for n in ("gate", "up", "down") for e in linear(f"{LAYER}mlp.shared_expert.{n}_proj", n)),
+    Entry(f"{LAYER}mlp.shared_expert_gate.weight", ("switch",)),
+)
+_SHARED: dict[str, Any] = {"ends": embeddings("weight"), "prefix": "model.", "buffers": ROPE_BUFFERS}
+
+FAMILIES = (
+    Family(name="mixtral", spec=_mixtral, block=_COMMON + _experts("block_sparse_moe", "w1", "w3", "w2"), **_SHARED),
+    Family(name="olmoe", spec=_olmoe, block=_COMMON + QK_NORMS + _MLP, **_SHARED),
+    Family(name="qwen2_moe", spec=_qwen2_moe, block=_COMMON + _MLP + _SHARED_EXPERT, **_SHARED),
+    Family(name="qwen3_moe", spec=_qwen3_moe, block=_COMMON + QK_NORMS + _MLP, **_SHARED),
+)

@@ -1,0 +1,126 @@
+"""Attention of every family: RoPE or ALiBi, grouped queries, norms on queries and keys, windows, soft caps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..architectures import Spec
+from ..checkpoints.weights import Slots
+
+Rope = tuple[Tensor, Tensor]  # cos, sin: (T, rotary_dim / 2)
+Observer = Callable[[str, Tensor], None]  # called with the name and value of an intermediate
+
+
+def ignore(name: str, value: Tensor) -> None:
+    """The observer that looks at nothing."""
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What attention knows about positions, for one sequence length: made once, used by every block."""
+
+    rope: Rope | None
+    local_rope: Rope | None  # of the blocks with a window
+    bias: dict[int, Tensor]  # window -> (heads or 1, T, T) added to the scores; none for plain causal or full attention
+
+    @staticmethod
+    def of(spec: Spec, length: int, dtype: torch.dtype, device: torch.device | str) -> Positions:
+        rope = rope_table(spec, length, dtype, device)
+        local = rope
+        if spec.local_inv_freq:
+            local = _table(spec.local_inv_freq, 1.0, length, dtype, device)
+        windows = set(spec.windows) if spec.windows else {0}
+        special = {w for w in windows if w or spec.alibi or (spec.attn_softcap and spec.causal)}
+        return Positions(rope, local, {w: score_bias(spec, w, length, dtype, device) for w in special})
+
+    def rope_of(self, spec: Spec, block: int) -> Rope | None:
+        return self.local_rope if spec.window(block) else self.rope
+
+
+def rope_table(spec: Spec, length: int, dtype: torch.dtype, device: torch.device | str) -> Rope | None:
+    """cos and sin of every position and rotary pair, computed in float64 and rounded once."""
+    return _table(spec.inv_freq, spec.rope_scaling, length, dtype, device) if spec.inv_freq else None
+
+
+def _table(
+    inv_freq: tuple[float, ...], scaling: float, length: int, dtype: torch.dtype, device: torch.device | str
+) -> Rope:
+    frequencies = torch.tensor(inv_freq, dtype=torch.float64, device=device)
+    angles = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequencies
+    return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
+
+
+def rotate(x: Tensor, rope: Rope | None) -> Tensor:
+    """RoPE on x (..., T, head_dim): pairs (i, i + rotary_dim/2), the rest passes."""
+    if rope is None:
+        return x
+    cos, sin = rope
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def score_bias(spec: Spec, window: int, length: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """(heads or 1, T, T): -inf where a token must not look, ALiBi's penalty elsewhere."""
+    place = torch.arange(length, device=device)
+    back = place[:, None] - place
+    hidden = back < 0 if spec.causal else torch.zeros_like(back, dtype=torch.bool)
+    if window:
+        hidden = hidden | (back >= window)
+    bias = torch.zeros(1, length, length, dtype=dtype, device=device)
+    if spec.alibi:
+        slopes = alibi_slopes(spec.heads).to(device, torch.bfloat16 if spec.alibi_rounded else torch.float64)
+        penalty = (slopes[:, None] * place).to(torch.float64)  # counted from the start: the softmax sees differences
+        bias = (penalty * spec.alibi).to(dtype)[:, None].expand(-1, length, -1)
+    return bias.masked_fill(hidden, -torch.inf)
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """One slope for each head (float64), as in the ALiBi paper."""
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(heads - power)]
+    return torch.tensor(slopes, dtype=torch.float64)
+
+
+def attention(
+    spec: Spec, w: Slots, x: Tensor, positions: Positions, index: int = 0, observe: Observer = ignore
+) -> Tensor:
+    """Attention of x (batch, T, d) in block `index`."""
+
+    def heads(slot: str, count: int) -> Tensor:
+        y = F.linear(x, w[slot], w.get(f"{slot}_bias"))
+        observe(slot, y)
+        if spec.qk_norm == "full" and slot != "v":
+            y = F.rms_norm(y, y.shape[-1:], w[f"{slot}_norm"], spec.norm_eps)
+        if spec.clip_qkv:
+            y = y.clamp(-spec.clip_qkv, spec.clip_qkv)
+        y = y.unflatten(-1, (count, spec.head_dim)).transpose(1, 2)
+        if spec.qk_norm == "head" and slot != "v":
+            y = F.rms_norm(y, y.shape[-1:], w[f"{slot}_norm"], spec.norm_eps)
+        return y
+
+    rope = positions.rope_of(spec, index)
+    q, k = rotate(heads("q", spec.heads), rope), rotate(heads("k", spec.kv_heads), rope)
+    v = heads("v", spec.kv_heads)
+    if spec.queries_per_group > 1:
+        k, v = (t.repeat_interleave(spec.queries_per_group, dim=1) for t in (k, v))
+    mixed = _mix(spec, q, k, v, positions.bias.get(spec.window(index))).transpose(1, 2).flatten(2)
+    observe("mixed", mixed)
+    return F.linear(mixed, w["o"], w.get("o_bias"))
+
+
+def _mix(spec: Spec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """softmax(q·k) v for (batch, heads, T, e) each."""
+    scale = spec.logit_scale or spec.head_dim**-0.5
+    if not spec.attn_softcap:
+        causal = spec.causal and bias is None
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale)
+    scores = spec.attn_softcap * torch.tanh(q @ k.mT * (scale / spec.attn_softcap))
+    return (scores if bias is None else scores + bias).softmax(-1) @ v

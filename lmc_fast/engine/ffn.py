@@ -1,0 +1,63 @@
+"""Feed-forward parts of a block: plain, gated, and mixtures of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..architectures import Spec
+from ..checkpoints.weights import Slots
+from .attention import Observer, ignore
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "bloom_gelu": lambda x: x * 0.5 * (1 + torch.tanh(0.79788456 * x * (1 + 0.044715 * x * x))),
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_fast": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+}
+
+
+def feed_forward(spec: Spec, w: Slots, x: Tensor, observe: Observer = ignore) -> Tensor:
+    """Plain or gated FFN, or mixture, of x (..., d)."""
+    out = _dense(spec, w, x, observe) if spec.ffn_width else None
+    if not spec.experts:
+        assert out is not None
+        return out
+    mixture = _mixture(spec, w, x.flatten(0, -2)).view_as(x)
+    if out is None:
+        return mixture
+    return mixture + (F.linear(x, w["switch"]).sigmoid() * out if spec.switched else out)
+
+
+def _dense(spec: Spec, w: Slots, x: Tensor, observe: Observer) -> Tensor:
+    hidden = F.linear(x, w["up"], w.get("up_bias"))
+    if spec.gated:
+        hidden = hidden * ACTIVATIONS[spec.activation](F.linear(x, w["gate"], w.get("gate_bias")))
+    else:
+        hidden = ACTIVATIONS[spec.activation](hidden)
+    observe("hidden", hidden)
+    return F.linear(hidden, w["down"], w.get("down_bias"))
+
+
+def _mixture(spec: Spec, w: Slots, x: Tensor) -> Tensor:
+    """x (n, d) through the experts_per_token most probable experts of each row, weighted by their probability."""
+    share, chosen = F.linear(x, w["router"]).softmax(-1).topk(spec.experts_per_token, dim=-1)
+    if spec.renormalised:
+        share = share / share.sum(-1, keepdim=True)
+    out = torch.zeros_like(x)
+    for j in range(spec.experts):
+        rows, rank = (chosen == j).nonzero(as_tuple=True)
+        if len(rows):
+            part = x[rows]
+            hidden = ACTIVATIONS[spec.activation](part @ w["experts_gate"][j].mT) * (part @ w["experts_up"][j].mT)
+            out = out.index_add(0, rows, (hidden @ w["experts_down"][j].mT) * share[rows, rank, None])
+    return out

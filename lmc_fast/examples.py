@@ -1,0 +1,52 @@
+"""Inputs with targets: labelled images and text with masked tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Examples:
+    """n inputs and their targets. Behaves like a tensor of n rows where data is counted, picked, split and moved.
+
+    Images: inputs (n, c, size, size) float, targets (n,) int64. Masked text: inputs and targets (n, T) int64, the
+    target -1 wherever nothing is to be predicted.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, rows: slice | Tensor) -> Examples:
+        return Examples(self.inputs[rows], self.targets[rows])
+
+    def split(self, size: int) -> list[Examples]:
+        return [Examples(x, y) for x, y in zip(self.inputs.split(size), self.targets.split(size), strict=True)]
+
+    def to(self, device: torch.device | str) -> Examples:
+        return Examples(self.inputs.to(device), self.targets.to(device))
+
+    @property
+    def device(self) -> torch.device:
+        return self.inputs.device
+
+    @property
+    def shape(self) -> torch.Size:
+        """(n, predictions to each at most)."""
+        return self.targets.shape if self.targets.dim() == 2 else torch.Size((len(self), 1))
+
+    def numel(self) -> int:
+        return int((self.targets >= 0).sum())
+
+
+Data = Tensor | Examples  # tokens (n, T) int64, or examples
+
+
+def inputs_of(data: Data) -> Tensor:
+    """What a model reads of a batch."""
+    return data.inputs if isinstance(data, Examples) else data

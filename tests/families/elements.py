@@ -1,0 +1,158 @@
+"""The legal group of each family as it was found by experiment, and random elements of it.
+
+Written down by hand, so that what the library derives from a spec's features is checked against something else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from random_elements import rotation_fixing_ones
+from scipy.stats import ortho_group
+from torch import Tensor
+
+from lmc_fast.architectures import Spec
+from lmc_fast.symmetry import BlockTransform, Transform
+
+
+@dataclass(frozen=True)
+class Known:
+    residual: str  # "any", "ones", "signed", "plain"
+    qk: str = "rope"  # "rope" scaled rotations and GL on the rest, "turns", "signs"
+    vo: str = "gl"  # or "signed"
+    heads: bool = True
+    scale: str = "none"  # "any", "positive"
+
+
+_LLAMA = Known("any", scale="any")
+_VIT = Known("ones")
+
+KNOWN = {
+    "llama": _LLAMA,
+    "llama-tied-biased": _LLAMA,
+    "neox": Known("ones"),
+    "neox-sequential": Known("ones", scale="positive"),
+    "gpt2": Known("ones"),
+    "gpt2-tied": Known("ones"),
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen2-tied-window": _LLAMA,
+    "phi3": _LLAMA,
+    "phi3-partial": _LLAMA,
+    "stablelm": Known("ones", scale="any"),
+    "stablelm-parallel-biased": Known("ones", scale="any"),
+    "olmo": Known("ones", scale="any"),
+    "olmo-clipped": Known("ones", qk="turns", vo="signed", scale="any"),
+    "phi": Known("ones"),
+    "gptj": Known("ones"),
+    "falcon-7b": Known("ones"),
+    "falcon-40b": Known("ones"),
+    "falcon-rw": Known("ones", heads=False),
+    "opt": Known("ones", scale="positive"),
+    "opt-tied": Known("ones", scale="positive"),
+    "gemma": _LLAMA,
+    "qwen3": Known("any", qk="signs", scale="any"),
+    "qwen3-tied-biased": Known("any", qk="signs", scale="any"),
+    "olmo2": Known("signed", qk="signs", scale="any"),
+    "gemma2": Known("signed", scale="any"),
+    "gemma3": Known("signed", qk="signs", scale="any"),
+    "mixtral": _LLAMA,
+    "olmoe": Known("any", qk="signs", scale="any"),
+    "qwen2-moe": _LLAMA,
+    "qwen3-moe": Known("any", qk="signs", scale="any"),
+    "bloom": Known("ones", heads=False),
+    "vit": _VIT,
+    "deit": _VIT,
+    "dinov2": _VIT,
+    "dinov2-swiglu": Known("ones", scale="any"),
+    "clip-vision": Known("plain"),
+    "clip-text": _VIT,
+    "clip-text-argmax": _VIT,
+    "bert": Known("plain"),
+    "bert-pretraining": Known("plain"),
+    "roberta": Known("plain"),
+}
+
+
+class Random:
+    """Draws float64 matrices of many kinds."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def signs(self, *shape: int) -> Tensor:
+        return torch.randint(2, shape, generator=self.generator).double() * 2 - 1
+
+    def places(self, n: int) -> Tensor:
+        return torch.randperm(n, generator=self.generator)
+
+    def scales(self, *shape: int) -> Tensor:
+        return 0.5 + torch.rand(shape, generator=self.generator, dtype=torch.float64)
+
+    def general(self, n: int) -> Tensor:
+        left, right = (torch.linalg.qr(self.normal(n, n))[0] if n else self.normal(0, 0) for _ in range(2))
+        return left @ torch.diag(self.scales(n)) @ right
+
+    def signed(self, n: int) -> Tensor:
+        return torch.diag(self.signs(n)) @ torch.eye(n, dtype=torch.float64)[self.places(n)]
+
+    def residual(self, kind: str, n: int) -> Tensor:
+        if kind == "any":
+            return torch.from_numpy(ortho_group.rvs(n, random_state=self.seed))
+        if kind == "ones":
+            return rotation_fixing_ones(n, self.seed)
+        if kind == "signed":
+            return self.signed(n)
+        return self.signs(1) * torch.eye(n, dtype=torch.float64)[self.places(n)]
+
+    def query_key(self, kind: str, e: int, rotary: int) -> Tensor:
+        out, half = torch.zeros(e, e, dtype=torch.float64), rotary // 2
+        for i in range(half):
+            j = i + half
+            if kind == "rope":
+                c, s = self.normal(2)
+            elif kind == "signs":
+                c, s = self.signs(1)[0], 0.0
+            else:
+                c, s = [(1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0)][int(self.places(4)[0])]
+            out[i, i], out[i, j], out[j, i], out[j, j] = c, -s, s, c
+        rest = e - rotary
+        if rest:
+            make = {"rope": self.general, "turns": self.signed, "signs": lambda n: torch.diag(self.signs(n))}
+            out[rotary:, rotary:] = make[kind](rest)
+        return out
+
+
+def random_element(known: Known, spec: Spec, seed: int) -> Transform:
+    """An element of the group with nothing left at the identity."""
+    draw = Random(seed)
+    groups, r, e = spec.kv_heads, spec.queries_per_group, spec.head_dim
+
+    def unit_scale(*shape: int) -> Tensor | None:
+        if known.scale == "none" or not all(shape):
+            return None
+        return draw.scales(*shape) * (draw.signs(*shape) if known.scale == "any" else 1)
+
+    def block() -> BlockTransform:
+        value = draw.general if known.vo == "gl" else draw.signed
+        experts, width = spec.experts, spec.expert_width
+        return BlockTransform(
+            heads=draw.places(groups) if known.heads else None,
+            queries=torch.stack([draw.places(r) for _ in range(groups)]) if known.heads and r > 1 else None,
+            vo=torch.stack([value(e) for _ in range(groups)]),
+            qk=torch.stack([draw.query_key(known.qk, e, spec.rotary_dim) for _ in range(groups)]),
+            units=draw.places(spec.ffn_width) if spec.ffn_width else None,
+            unit_scale=unit_scale(spec.ffn_width),
+            experts=draw.places(experts) if experts else None,
+            expert_units=torch.stack([draw.places(width) for _ in range(experts)]) if experts else None,
+            expert_scale=unit_scale(experts, width),
+        )
+
+    rotation = draw.residual(known.residual, spec.width)
+    head = draw.places(spec.width) if spec.head_transform else None
+    return Transform(rotation, [block() for _ in range(spec.layers)], head)

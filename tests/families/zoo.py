@@ -1,0 +1,267 @@
+"""Tiny models of every family, built by transformers with random parameters, and what transformers computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import VARIANTS, VOCAB, randomize, true_float64
+from torch import Tensor, nn
+from transformers.utils.logging import disable_progress_bar
+
+disable_progress_bar()
+
+_DECODER = {
+    "vocab_size": VOCAB,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 40,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+_DIMS = {"head_dim": 8}
+_VISION = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "image_size": 8,
+    "patch_size": 4,
+    "num_channels": 3,
+}
+_LABELS = {"num_labels": 5}
+_BERT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "max_position_embeddings": 34,
+    "type_vocab_size": 2,
+    "pad_token_id": 1,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+
+
+def _rope(**changes: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4} | changes}
+
+
+def _of(config: str, model: str, *options: dict[str, Any], **more: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        merged: dict[str, Any] = {}
+        for part in (*options, more):
+            merged |= part
+        return getattr(transformers, model)(getattr(transformers, config)(**merged))
+
+    return build
+
+
+ZOO: dict[str, Callable[[], nn.Module]] = {
+    **{name: VARIANTS[name] for name in ("llama", "llama-tied-biased", "neox", "neox-sequential", "gpt2", "gpt2-tied")},
+    "mistral": _of("MistralConfig", "MistralForCausalLM", _DECODER, _DIMS, sliding_window=6, tie_word_embeddings=False),
+    "qwen2": _of("Qwen2Config", "Qwen2ForCausalLM", _DECODER, tie_word_embeddings=False),
+    "qwen2-tied-window": _of(
+        "Qwen2Config",
+        "Qwen2ForCausalLM",
+        _DECODER,
+        tie_word_embeddings=True,
+        use_sliding_window=True,
+        sliding_window=5,
+        max_window_layers=1,
+    ),
+    "phi3": _of("Phi3Config", "Phi3ForCausalLM", _DECODER, sliding_window=7),
+    "phi3-partial": _of(
+        "Phi3Config",
+        "Phi3ForCausalLM",
+        _DECODER | {"hidden_size": 32},
+        _rope(partial_rotary_factor=0.5),
+        tie_word_embeddings=True,
+    ),
+    "stablelm": _of(
+        "StableLmConfig", "StableLmForCausalLM", _DECODER | {"hidden_size": 32}, _rope(partial_rotary_factor=0.5)
+    ),
+    "stablelm-parallel-biased": _of(
+        "StableLmConfig",
+        "StableLmForCausalLM",
+        _DECODER | {"hidden_size": 32},
+        _rope(partial_rotary_factor=0.25),
+        use_parallel_residual=True,
+        use_qkv_bias=True,
+    ),
+    "olmo": _of("OlmoConfig", "OlmoForCausalLM", _DECODER),
+    "olmo-clipped": _of("OlmoConfig", "OlmoForCausalLM", _DECODER, clip_qkv=0.8, tie_word_embeddings=True),
+    "phi": _of("PhiConfig", "PhiForCausalLM", _DECODER | {"hidden_size": 32}, _rope(partial_rotary_factor=0.5)),
+    "gptj": _of(
+        "GPTJConfig",
+        "GPTJForCausalLM",
+        vocab_size=VOCAB,
+        n_positions=32,
+        n_embd=24,
+        n_layer=2,
+        n_head=3,
+        rotary_dim=4,
+        bos_token_id=0,
+        eos_token_id=0,
+    ),
+    "falcon-7b": _of(
+        "FalconConfig",
+        "FalconForCausalLM",
+        _DECODER,
+        multi_query=True,
+        parallel_attn=True,
+        bias=False,
+        alibi=False,
+        new_decoder_architecture=False,
+    ),
+    "falcon-40b": _of(
+        "FalconConfig",
+        "FalconForCausalLM",
+        _DECODER,
+        num_kv_heads=2,
+        new_decoder_architecture=True,
+        bias=False,
+        alibi=False,
+        tie_word_embeddings=False,
+    ),
+    "falcon-rw": _of(
+        "FalconConfig",
+        "FalconForCausalLM",
+        _DECODER,
+        multi_query=False,
+        parallel_attn=False,
+        bias=True,
+        alibi=True,
+        new_decoder_architecture=False,
+    ),
+    "opt": _of("OPTConfig", "OPTForCausalLM", _DECODER, ffn_dim=40, word_embed_proj_dim=24, tie_word_embeddings=False),
+    "opt-tied": _of("OPTConfig", "OPTForCausalLM", _DECODER, ffn_dim=40, word_embed_proj_dim=24),
+    "gemma": _of("GemmaConfig", "GemmaForCausalLM", _DECODER, _DIMS),
+    "qwen3": _of("Qwen3Config", "Qwen3ForCausalLM", _DECODER, _DIMS, tie_word_embeddings=False),
+    "qwen3-tied-biased": _of(
+        "Qwen3Config", "Qwen3ForCausalLM", _DECODER, _DIMS, attention_bias=True, tie_word_embeddings=True
+    ),
+    "olmo2": _of("Olmo2Config", "Olmo2ForCausalLM", _DECODER),
+    "gemma2": _of("Gemma2Config", "Gemma2ForCausalLM", _DECODER, _DIMS, sliding_window=6, query_pre_attn_scalar=12),
+    "gemma3": _of(
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        _DECODER,
+        _DIMS,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "mixtral": _of("MixtralConfig", "MixtralForCausalLM", _DECODER, _DIMS, num_local_experts=4, num_experts_per_tok=2),
+    "olmoe": _of("OlmoeConfig", "OlmoeForCausalLM", _DECODER, num_experts=4, num_experts_per_tok=2),
+    "qwen2-moe": _of("Qwen2MoeConfig", "Qwen2MoeForCausalLM", _DECODER, _EXPERTS, shared_expert_intermediate_size=28),
+    "qwen3-moe": _of("Qwen3MoeConfig", "Qwen3MoeForCausalLM", _DECODER, _DIMS, _EXPERTS, norm_topk_prob=True),
+    "bloom": _of("BloomConfig", "BloomForCausalLM", vocab_size=VOCAB, hidden_size=24, n_layer=2, n_head=3),
+    "vit": _of("ViTConfig", "ViTForImageClassification", _VISION, _LABELS),
+    "deit": _of("DeiTConfig", "DeiTForImageClassification", _VISION, _LABELS),
+    "dinov2": _of("Dinov2Config", "Dinov2ForImageClassification", _VISION, _LABELS, mlp_ratio=2),
+    "dinov2-swiglu": _of(
+        "Dinov2Config", "Dinov2ForImageClassification", _VISION, _LABELS, mlp_ratio=2, use_swiglu_ffn=True
+    ),
+    "clip-vision": _of("CLIPVisionConfig", "CLIPVisionModelWithProjection", _VISION, projection_dim=12),
+    "clip-text": _of(
+        "CLIPTextConfig",
+        "CLIPTextModelWithProjection",
+        {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40},
+        vocab_size=VOCAB,
+        max_position_embeddings=32,
+        projection_dim=12,
+        eos_token_id=0,
+        bos_token_id=1,
+        pad_token_id=1,
+    ),
+    "clip-text-argmax": _of(
+        "CLIPTextConfig",
+        "CLIPTextModelWithProjection",
+        {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40},
+        vocab_size=VOCAB,
+        max_position_embeddings=32,
+        projection_dim=12,
+        eos_token_id=2,
+    ),
+    "bert": _of("BertConfig", "BertForMaskedLM", _BERT),
+    "bert-pretraining": _of("BertConfig", "BertForPreTraining", _BERT),
+    "roberta": _of("RobertaConfig", "RobertaForMaskedLM", _BERT),
+}
+
+
+def write(name: str, directory: Path, seed: int = 1, dtype: torch.dtype = torch.float32) -> None:
+    """A checkpoint with random parameters, some gains of queries and keys negative."""
+    model = ZOO[name]()
+    randomize(model, seed)
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if "q_norm" in key or "k_norm" in key:
+                p[::3] *= -1
+    model.to(dtype).save_pretrained(directory)
+
+
+def inputs(name: str) -> Tensor:
+    """Random token ids, the last one 0 (CLIP's end), or random images."""
+    generator = torch.Generator().manual_seed(5)
+    if name.split("-")[0] in ("vit", "deit", "dinov2") or name == "clip-vision":
+        return torch.randn(3, 3, 8, 8, generator=generator, dtype=torch.float64)
+    least = 1 if name.startswith("clip") else 0
+    tokens = torch.randint(least, VOCAB, (3, 20), generator=generator)
+    tokens[:, -1] = 0
+    return tokens
+
+
+def reference(directory: Path, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Logits, or features, of transformers alone, its casts to float32 taken out for float64."""
+    model = stock(directory, dtype)
+    argument = {"pixel_values": x.to(dtype)} if x.is_floating_point() else {"input_ids": x}
+    patch = pytest.MonkeyPatch()
+    with torch.no_grad():
+        if dtype == torch.float64:
+            patch.setattr(torch, "float", torch.float64)
+            with true_float64():
+                out = model(**argument)
+            patch.undo()
+        else:
+            out = model(**argument)
+    for name in ("logits", "prediction_logits", "image_embeds", "text_embeds"):
+        if getattr(out, name, None) is not None:
+            return getattr(out, name)
+    raise AssertionError(type(model))
+
+
+def stock(directory: Path, dtype: torch.dtype) -> nn.Module:
+    """The class that config.json names, loaded with every tensor in place or else an error."""
+    config = transformers.AutoConfig.from_pretrained(directory)
+    cls = getattr(transformers, config.architectures[0])
+    # Falcon's eager attention adds ALiBi twice; Gemma-2's soft cap needs eager attention
+    options = {} if config.model_type == "falcon" else {"attn_implementation": "eager"}
+    if "moe" in config.model_type or config.model_type in ("mixtral", "olmoe"):
+        options["experts_implementation"] = "eager"
+    model, info = cls.from_pretrained(directory, dtype=dtype, output_loading_info=True, **options)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    if config.model_type == "gptj" and dtype == torch.float64:
+        _exact_positions(model, config)
+    return model.eval()
+
+
+def _exact_positions(model: nn.Module, config: Any) -> None:
+    """GPT-J tabulates sines in float32 when it is built; here the same frequencies in float64."""
+    frequencies = 1.0 / 10000 ** (torch.arange(0, config.rotary_dim, 2).float() / config.rotary_dim)
+    angles = torch.arange(config.n_positions).double()[:, None] * frequencies.double()
+    for block in model.transformer.h:
+        block.attn.embed_positions = torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def outcome(name: str, y: Tensor) -> Tensor:
+    """What must not change: log-probabilities of language models, raw outputs of all others."""
+    raw = name.split("-")[0] in ("vit", "deit", "dinov2", "clip")
+    return y if raw else y.log_softmax(-1)

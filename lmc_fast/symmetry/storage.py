@@ -8,7 +8,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -56,7 +55,3 @@ def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise LmcError(f"{file} does not exist") from None
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise LmcError(f"{file} is damaged or not a file of lmc_fast ({error})") from error
-
-
-def to_float64(transform: Transform) -> Transform:
-    return transform.map(lambda t: t.to(torch.float64))

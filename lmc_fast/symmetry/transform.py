@@ -91,11 +91,11 @@ class Transform:
         """g⁻¹."""
         rotation = None if self.rotation is None else self.rotation.mT
         head = None if self.head_units is None else _inverse_permutation(self.head_units)
-        return Transform(rotation, [_inverse_block(block) for block in self.blocks], head)
+        return Transform(rotation, [inverse_block(block) for block in self.blocks], head)
 
     def compose(self, first: Transform) -> Transform:
         """self · first: what applying `first` and then self does."""
-        blocks = [_compose_block(a, b) for a, b in zip(self.blocks, first.blocks, strict=True)]
+        blocks = [compose_block(a, b) for a, b in zip(self.blocks, first.blocks, strict=True)]
         head = first.head_units if self.head_units is None else self.head_units
         if first.head_units is not None and self.head_units is not None:
             head = first.head_units[self.head_units]
@@ -114,19 +114,24 @@ def apply_ends(spec: Spec, rotation: Tensor | None, ends: Slots, head_units: Ten
         for name in ("head_transform", "head_transform_bias", "head_norm", "head_norm_bias"):
             out[name] = out[name][head_units]
         out["head"] = out["head"][:, head_units]
+    return {name: turn_end(spec, rotation, name, w) for name, w in out.items()}
+
+
+def turn_end(spec: Spec, rotation: Tensor | None, name: str, w: Tensor) -> Tensor:
+    """What the residual rotation makes of one slot outside the blocks."""
     if rotation is None:
-        return out
+        return w
     readers = ("head_transform", "pooler") if spec.head_transform else ("head", "final_norm_bias")
-    for name in (*END_ROWS, *readers):
-        if name in out:  # the head may read several vectors side by side
-            out[name] = (out[name].unflatten(-1, (-1, spec.width)) @ rotation.mT).flatten(-2)
-    for name in (*END_WRITERS, *(f"{name}_bias" for name in END_WRITERS)):
-        if name in out:
-            out[name] = rotation @ out[name]
-    for name in ("embed_norm", "embed_norm_bias"):
-        if name in out:
-            out[name] = _turned_norm(spec, rotation, name, out[name])
-    return out
+    if name in END_ROWS or name in readers:  # the head may read several vectors side by side
+        return turn_rows(w, rotation)
+    if name.removesuffix("_bias") in END_WRITERS:
+        return rotation @ w
+    return _turned_norm(spec, rotation, name, w) if name.removesuffix("_bias") == "embed_norm" else w
+
+
+def turn_rows(w: Tensor, rotation: Tensor) -> Tensor:
+    """w Rᵀ, for w (..., n d) on each of its n vectors side by side."""
+    return (w.unflatten(-1, (-1, len(rotation))) @ rotation.mT).flatten(-2)
 
 
 def _turned_norm(spec: Spec, rotation: Tensor, name: str, w: Tensor) -> Tensor:
@@ -235,7 +240,8 @@ def _inverse_permutation(p: Tensor) -> Tensor:
     return torch.argsort(p, dim=-1)
 
 
-def _inverse_block(t: BlockTransform) -> BlockTransform:
+def inverse_block(t: BlockTransform) -> BlockTransform:
+    """The inverse of the part inside a block."""
     back = None if t.heads is None else _inverse_permutation(t.heads)
     moved = lambda x: x if x is None or back is None else x[back]  # noqa: E731
     units = None if t.units is None else _inverse_permutation(t.units)
@@ -268,7 +274,7 @@ def _product(second: Tensor | None, first: Tensor | None) -> Tensor | None:
     return second @ first
 
 
-def _compose_block(second: BlockTransform, first: BlockTransform) -> BlockTransform:
+def compose_block(second: BlockTransform, first: BlockTransform) -> BlockTransform:
     """second · first. With W' = M W[p]: M₂ (M₁ W[p₁])[p₂] = (M₂ M₁[p₂]) W[p₁[p₂]]."""
     by_heads = lambda x: x if x is None or second.heads is None else x[second.heads]  # noqa: E731
     by_units = lambda x: x if x is None or second.units is None else x[second.units]  # noqa: E731

@@ -16,7 +16,7 @@ from .loss import CHUNK_ELEMENTS, capped
 
 @dataclass
 class Reading:
-    """Logits Σ share · x Wᵀ + bias; x (n, d) each. One term for a model, two along the line: x, and x R for B's head."""
+    """Logits Σ share · x Wᵀ + bias; x (n, d) each. A model has one term, the line two: x, and x R for B's head."""
 
     inputs: list[Tensor]
     shares: list[float]

@@ -1,8 +1,8 @@
 """One pass over a pair of endpoints, unit by unit: losses on the line between them, and their gradients.
 
 Every unit (a block, a run of the head's rows) serves all micro-batches while it is loaded. Boundary activations are
-kept, blocks are recomputed in backward (or their graphs kept, see `keep`), gradients are taken within one visit, so that
-no graph holds a weight that is not there any more.
+kept, blocks are recomputed in backward (or their graphs kept, see `learn`), gradients are taken within one visit, so
+that no graph holds a weight that is not there any more.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..examples import Data
-from ..kernels.interp_linear import interpolated
 from ..symmetry.charts import Chart
 from ..symmetry.transform import BlockTransform, turn_rows
 from .attention import Positions
@@ -37,7 +36,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Score:
-    """Of one item: mean loss in nats per prediction, share of predictions whose best guess is right, and their count."""
+    """Of one item: mean loss in nats per prediction, share of predictions that are right, number of predictions."""
 
     loss: float
     accuracy: float
@@ -170,6 +169,28 @@ def evaluate(source: Source, items: Sequence[Item], chart: Chart | None = None, 
     return _Evaluation(source, items, chart, path, learn=False).run()
 
 
+def line_scores(
+    source: Source, data: Data, points: Sequence[float], chart: Chart | None = None, batch: int = 32
+) -> list[Score]:
+    """One score per place of the line, on data taken `batch` rows at a time, in one pass over the units."""
+    parts = data.split(batch)
+    scores = evaluate(source, [Item(part, t) for t in sorted(points) for part in parts], chart)
+    out = []
+    for k in range(len(points)):
+        some = scores[k * len(parts) : (k + 1) * len(parts)]
+        n = sum(s.count for s in some)
+        mean = lambda name, some=some, n=n: sum(getattr(s, name) * s.count for s in some) / n  # noqa: E731
+        out.append(Score(mean("loss"), mean("accuracy"), n))
+    return out
+
+
+def line_losses(
+    source: Source, data: Data, points: Sequence[float], chart: Chart | None = None, batch: int = 32
+) -> list[float]:
+    """The losses of `line_scores`."""
+    return [score.loss for score in line_scores(source, data, points, chart, batch)]
+
+
 class _Learning(_Pass):
     def __init__(
         self, source: Source, items: Sequence[Item], chart: Chart, path: str | None, divergence: bool, keep: bool
@@ -290,12 +311,12 @@ class _Learning(_Pass):
         line.collect(found)
         return dx
 
-    def _backward(self, i: int, a: Slots, b: Slots, slopes: list[Tensor]) -> list[Tensor]:
+    def _backward(self, i: int, a: Slots, b: Slots, slopes: list[Tensor | None]) -> list[Tensor | None]:
         streams = self.inputs.pop()
         if self.keep:
             return self.kept.pop(i).backward(slopes)
         moving = _MovingMaps(self, i)
-        out = list(slopes)
+        out: list[Tensor | None] = list(slopes)
         for position, group in self.groups():
             line = self.line(a, b, position, moving.leaves)
             for m in group:
@@ -368,8 +389,9 @@ class _KeptBlock:
         self.graphs.append((x, y))
         return y.detach()
 
-    def backward(self, slopes: list[Tensor]) -> list[Tensor]:
-        out, turns = [], self.owner._turns
+    def backward(self, slopes: list[Tensor | None]) -> list[Tensor | None]:
+        out: list[Tensor | None] = []
+        turns = self.owner._turns
         for slope in slopes:
             x, y = self.graphs.pop(0)
             dx, *rest = _pull([y], [slope], [x, *turns, *self.moving.tensors])

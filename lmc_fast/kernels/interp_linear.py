@@ -165,17 +165,16 @@ class _Transient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
-        x, a, b, moving, left, right = ctx.saved_tensors
-        parameters = [None if p is None else p.detach() for p in (moving, left, right)]
-        wanted = [p for p, needed in zip(parameters, ctx.needs_input_grad[3:], strict=True) if needed]
-        for p in wanted:
-            p.requires_grad_()
+        x, a, b, *saved = ctx.saved_tensors
+        needed = ctx.needs_input_grad[3:]
+        parameters = [None if p is None else p.detach() for p in saved]
+        wanted = [p.requires_grad_() for p, need in zip(parameters, needed, strict=True) if p is not None and need]
         with torch.enable_grad():
             position = ctx.position if parameters[0] is None else parameters[0]
             w = interpolated(a, b, position, parameters[1], parameters[2])
         dx = dy @ w.detach() if ctx.needs_input_grad[0] else None
-        gradients = iter(())
+        found: list[Tensor] = []
         if wanted:
             dw = dy.flatten(0, -2).mT @ x.flatten(0, -2)
-            gradients = iter(torch.autograd.grad(w, wanted, dw))
-        return dx, None, None, *(next(gradients) if needed else None for needed in ctx.needs_input_grad[3:])
+            found = list(torch.autograd.grad(w, wanted, dw))
+        return dx, None, None, *(found.pop(0) if need else None for need in needed)

@@ -147,7 +147,7 @@ def apply_block(spec: Spec, rotation: Tensor | None, t: BlockTransform, w: Slots
 
 
 def map_inside(spec: Spec, t: BlockTransform, name: str, w: Tensor) -> Tensor:
-    """What permutations, head maps and scales make of one slot of a block; the slot itself where they leave it alone."""
+    """What permutations, head maps and scales make of one slot of a block; itself where they leave it alone."""
     if name.startswith("experts_") or name == "router":
         return _move_experts(t, name, w)
     part = name.removesuffix("_bias")

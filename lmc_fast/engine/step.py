@@ -19,7 +19,7 @@ from ..symmetry.charts import Chart
 from ..symmetry.transform import BlockTransform, turn_rows
 from .attention import Positions
 from .block import block
-from .dispatch import choose
+from .dispatch import Choice, choose
 from .head import HeadLoss, Part, Reading
 from .model import answers, asked, embed, read_out, read_part, require_task
 from .slots import LineSlots, Slots
@@ -33,6 +33,11 @@ class Item:
     data: Data
     position: float
 
+    @property
+    def count(self) -> int:
+        """How many predictions it asks for."""
+        return len(answers(self.data))
+
 
 @dataclass(frozen=True)
 class Score:
@@ -41,6 +46,16 @@ class Score:
     loss: float
     accuracy: float
     count: int
+
+
+def choose_path(source: Source, items: Sequence[Item], keep: bool) -> Choice:
+    """How a step on these items interpolates linear layers, and why."""
+    spec, sample = source.spec, source.sample
+    rows = (read_part(item.data) for item in items)
+    counts = [len(x) * (spec.position_rows if spec.image else x.shape[1]) for x in rows]
+    # a graph that is kept leads to one item's weights; a visit that recomputes makes W once for each lambda
+    shared = len(items) if keep else len({item.position for item in items})
+    return choose(sum(counts) // shared, spec.width, sample.dtype, sample.device, keep)
 
 
 def visits(source: Source, learn: bool, divergence: bool = False) -> list[int]:
@@ -55,7 +70,9 @@ def visits(source: Source, learn: bool, divergence: bool = False) -> list[int]:
 class _Pass:
     """What both kinds of passes share: items on their way through the units."""
 
-    def __init__(self, source: Source, items: Sequence[Item], chart: Chart | None, path: str | None, learn: bool):
+    def __init__(
+        self, source: Source, items: Sequence[Item], chart: Chart | None, path: str | None, learn: bool, keep: bool
+    ):
         require_task(source.spec)
         self.source, self.spec, self.chart = source, source.spec, chart
         self.items = sorted(items, key=lambda item: item.position)
@@ -63,10 +80,10 @@ class _Pass:
             self.rotation_made = chart.rotation() if chart else None
         self.rotation = _leaf(self.rotation_made)
         self._positions: dict[int, Positions] = {}
-        tokens = sum(read_part(item.data).numel() for item in self.items)
-        self.path = path or choose(tokens, self.spec.width, source.sample.dtype, source.sample.device)
         if self.rotation is None:
             self.path = "weight"  # nothing but an interpolation of weights
+        else:
+            self.path = path or choose_path(source, self.items, keep).path
 
     def positions(self, x: Tensor) -> Positions:
         if x.shape[1] not in self._positions:
@@ -160,13 +177,13 @@ class _Evaluation(_Pass):
                     for m in group:
                         losses[m].scan(part, [])
                 start += len(a["head"])
-        counts = [len(answers(item.data)) for item in self.items]
+        counts = [item.count for item in self.items]
         return [Score(h.loss.item() / n, h.right / n, n) for h, n in zip(losses, counts, strict=True)]
 
 
 def evaluate(source: Source, items: Sequence[Item], chart: Chart | None = None, path: str | None = None) -> list[Score]:
     """Scores of `items`, in order of lambda, in one pass over the units. chart: applied to b; None: the plain line."""
-    return _Evaluation(source, items, chart, path, learn=False).run()
+    return _Evaluation(source, items, chart, path, learn=False, keep=False).run()
 
 
 def line_scores(
@@ -195,7 +212,7 @@ class _Learning(_Pass):
     def __init__(
         self, source: Source, items: Sequence[Item], chart: Chart, path: str | None, divergence: bool, keep: bool
     ):
-        super().__init__(source, items, chart, path, learn=True)
+        super().__init__(source, items, chart, path, learn=True, keep=keep)
         self.divergence, self.keep = divergence, keep
         self.gradients = {name: torch.zeros_like(t) for name, t in chart.tensors.items()}
         self.turn_gradient = None if self.rotation is None else torch.zeros_like(self.rotation)
@@ -262,7 +279,7 @@ class _Learning(_Pass):
         """(mean loss, its gradients with respect to the streams behind the last block)."""
         spec, source = self.spec, self.source
         losses = []
-        total = sum(len(answers(item.data)) for item in self.items)
+        total = sum(item.count for item in self.items)
         for m, (item, (line, a, b, _)) in enumerate(zip(self.items, ends, strict=True)):
             rows = asked(read_out(spec, line, streams[m], read_part(item.data)), item.data)
             teachers = None

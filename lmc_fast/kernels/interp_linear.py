@@ -46,7 +46,7 @@ def interp_linear(
     if path is None:
         from ..engine.dispatch import choose
 
-        path = choose(x.numel() // x.shape[-1], a.shape[1], a.dtype, a.device)
+        path = choose(x.numel() // x.shape[-1], a.shape[1], a.dtype, a.device).path
         path = "fused" if path == "concat" and (left is not None or side_by_side(a, b) is None) else path
     if path == "weight":
         y = _Transient.apply(x, a, b, position, left, right)

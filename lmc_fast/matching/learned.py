@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..engine import parallel
 from ..engine.source import Source
-from ..engine.step import Item, learn, line_losses
+from ..engine.step import Item, choose_path, learn, line_losses
 from ..examples import Data
 from ..symmetry.charts import Chart
 from .muon import muon_step
@@ -87,15 +88,26 @@ class Learner:
     """Descends in the chart's coordinates; one call of `step` is one λ, one batch, one update.
 
     source: canonical endpoints, b already matched; frozen. tokens (n, T) int64, or examples. micro_batch: how many of a
-    step's token blocks go through a block of the models at once. keep: see engine.step.learn. Everything random follows
+    step's token blocks go through a block of the models at once. keep, path: see engine.step.learn; the path is chosen
+    once, so that a resumed run computes the same bits. Under torchrun every process takes its share of each batch, and
+    gradients are averaged over all predictions. Everything random follows
     from schedule.seed and the step's number, so that a restored learner goes on as if it had never stopped.
     """
 
     def __init__(
-        self, source: Source, tokens: Data, schedule: Schedule, *, micro_batch: int | None = None, keep: bool = True
+        self,
+        source: Source,
+        tokens: Data,
+        schedule: Schedule,
+        *,
+        micro_batch: int | None = None,
+        keep: bool = True,
+        path: str | None = None,
     ):
         self.source, self.tokens, self.schedule = source, tokens, schedule
         self.micro_batch, self.keep = micro_batch or schedule.batch, keep
+        choice = choose_path(source, self._items(0), keep)
+        self.path, self.why_path = (choice.path, choice.why) if path is None else (path, "as the run began")
         self.chart = Chart(source.spec, schedule.sides, source.sample.dtype, source.sample.device)
         self.history = History()
         self.best: dict[str, Tensor] | None = None
@@ -122,11 +134,17 @@ class Learner:
 
     def gradients(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of the coming step, and its gradients by the chart's tensors."""
-        schedule = self.schedule
-        batch = self.tokens[schedule.rows(self.done, len(self.tokens)).to(self.tokens.device)]
-        items = [Item(part, schedule.position(self.done)) for part in batch.split(self.micro_batch)]
-        divergence = schedule.objective == "endpoints"
-        return learn(self.source, items, self.chart, divergence=divergence, keep=self.keep)
+        divergence = self.schedule.objective == "endpoints"
+        items = self._items(self.done)
+        loss, found = learn(self.source, items, self.chart, divergence=divergence, keep=self.keep, path=self.path)
+        count = sum(item.count for item in items)
+        return parallel.mean(loss, found, count)
+
+    def _items(self, step: int) -> list[Item]:
+        """This process's share of a step, in micro-batches."""
+        rows = parallel.share(self.schedule.rows(step, len(self.tokens)))
+        batch = self.tokens[rows.to(self.tokens.device)]
+        return [Item(part, self.schedule.position(step)) for part in batch.split(self.micro_batch)]
 
     def _update(self, gradients: dict[str, Tensor], rate: float) -> None:
         for name, momentum in self._momentum.items():

@@ -86,8 +86,10 @@ def align(
     if method in ("weight", "activation"):
         return Alignment(*base, matched=base, info={"method": method})
 
-    learner = Learner(Resident(*paired(base[0].apply(a), base[1].apply(b))), tokens, schedule)
+    path = metadata["run"]["path"] if metadata else None
+    learner = Learner(Resident(*paired(base[0].apply(a), base[1].apply(b))), tokens, schedule, path=path)
     run = {"method": method, "schedule": asdict(schedule), "calibration_blocks": list(tokens.shape)}
+    run["path"] = learner.path
     if metadata:
         _require_same_run(metadata["run"], run)
         learner.restore(saved, History(**metadata["history"]))

@@ -13,7 +13,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -134,7 +134,7 @@ class _Case:
         return None
 
 
-def _times(ways: dict[str, Callable[[], None]], device: torch.device, repeats: int = 7) -> dict[str, float]:
+def _times(ways: Mapping[str, Callable[[], object]], device: torch.device, repeats: int = 7) -> dict[str, float]:
     """Seconds of each way at its best: what disturbs a run only ever makes it longer."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):  # the first warms up

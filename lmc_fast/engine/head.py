@@ -140,7 +140,7 @@ class HeadLoss:
             aim = torch.zeros_like(log_p)
             for (share, teacher), t in zip(self.teachers, taught, strict=True):
                 aim.add_(t.sub_(teacher.normaliser[rows, None]).exp_(), alpha=share)
-            self._loss += torch.xlogy(aim, aim).sum() - (aim * log_p).sum()
+            self._loss += torch.xlogy(aim, aim).sub_(aim * log_p).sum(dtype=torch.float64)
             slope = log_p.exp_().sub_(aim)
         if self.softcap:
             slope = slope * (1 - (logits / self.softcap).square())

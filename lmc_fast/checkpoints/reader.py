@@ -1,11 +1,18 @@
-"""Lazy reading of a Hugging Face checkpoint directory: safetensors only, single file or sharded, nothing unpickled."""
+"""Lazy reading of a Hugging Face checkpoint directory: safetensors only, single file or sharded, nothing unpickled.
+
+Tensors are read into memory of their own, not mapped: mapped pages count as the process's memory for as long as the
+file is open.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,9 +23,25 @@ from ..errors import LmcError
 _INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 _HUB_FILES = ["*.safetensors", _INDEX, "*.json", "*.txt", "*.model", "*.jinja"]
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _GGUF = "GGUF is not read; convert with transformers: from_pretrained(DIR, gguf_file=FILE), then save_pretrained"
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+_OTHERS = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+_CHECKED = 1 << 20  # elements that are looked at together for NaN
+
+
+class _Stored(NamedTuple):
+    """Where a tensor lies in its file."""
+
+    kind: str
+    shape: tuple[int, ...]
+    start: int  # bytes from the beginning of the file
 
 
 def resolve(path: str | Path) -> Path:
@@ -63,12 +86,16 @@ class Checkpoint:
                 "checkpoint, or save a dequantised copy with transformers first"
             )
         self._file_of = self._locate()
-        self._open: dict[str, Any] = {name: self._open_file(name) for name in sorted(set(self._file_of.values()))}
-        for tensor, file in self._file_of.items():
-            if tensor not in self._keys[file]:
-                raise LmcError(f"{self.path / file} lacks tensor {tensor} that {_INDEX} promises; download it again")
-        if not self._file_of:
-            self._file_of = {name: file for file, names in self._keys.items() for name in names}
+        self._open: dict[str, Any] = {}
+        self._stored: dict[str, _Stored] = {}
+        for file in sorted(set(self._file_of.values())):
+            self._open[file], headers = self._open_file(file)
+            for tensor in [name for name, home in self._file_of.items() if home == file]:
+                if tensor not in headers:
+                    raise LmcError(
+                        f"{self.path / file} lacks tensor {tensor} that {_INDEX} promises; download it again"
+                    )
+                self._stored[tensor] = headers[tensor]
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -78,33 +105,49 @@ class Checkpoint:
         return sorted(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        return self._stored[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        kind = self._slice(name).get_dtype()
-        if kind not in _DTYPES:
+        kind = self._stored[name].kind
+        if kind not in _FLOATS:
             raise LmcError(f"{self.path}: tensor {name} is {kind}, not a float; use the original float checkpoint")
-        return _DTYPES[kind]
+        return _FLOATS[kind]
 
     def read(self, name: str) -> Tensor:
-        """The tensor in its stored dtype. Raises LmcError if it holds NaN or infinity."""
+        """The tensor in its stored dtype. Raises LmcError if it holds NaN or infinity, or cannot be read."""
+        return self._read(name, self._stored[name].shape, 0)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor's first dimension, and nothing else of it; otherwise as `read`."""
+        rows, *rest = self._stored[name].shape
+        if not 0 <= start <= stop <= rows:
+            raise IndexError(f"rows {start} to {stop} of {name}, which has {rows}")
+        return self._read(name, (stop - start, *rest), start * math.prod(rest))
+
+    def _read(self, name: str, shape: tuple[int, ...], skipped: int) -> Tensor:
+        """`shape` elements of a tensor, from its element number `skipped` on."""
+        kind, file = self._stored[name].kind, self.path / self._file_of[name]
+        dtype = _FLOATS.get(kind) or _OTHERS.get(kind)
+        if dtype is None:
+            raise LmcError(f"{file}: tensor {name} is {kind}, which is not read; use the original float checkpoint")
+        tensor = torch.empty(shape, dtype=dtype)
+        flat = tensor.view(-1)
+        buffer, done = flat.view(torch.uint8).numpy().data, 0
+        offset = self._stored[name].start + skipped * tensor.element_size()
         try:
-            tensor = self._handle(name).get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise LmcError(f"{self.path / self._file_of[name]} is corrupt ({error}); download it again") from error
-        if tensor.dtype in _FLOATS and not tensor.isfinite().all():
-            raise LmcError(f"{self.path / self._file_of[name]}: tensor {name} holds NaN or infinity")
+            while done < len(buffer):  # one call reads 2 GiB at most
+                count = os.preadv(self._open[self._file_of[name]].fileno(), [buffer[done:]], offset + done)
+                if not count:
+                    raise OSError("the file has become shorter")
+                done += count
+        except OSError as error:
+            raise LmcError(f"{file} is corrupt ({error}); download it again") from error
+        if kind in _FLOATS and not all(part.isfinite().all() for part in flat.split(_CHECKED)):
+            raise LmcError(f"{file}: tensor {name} holds NaN or infinity")
         return tensor
 
-    def _handle(self, name: str) -> Any:
-        return self._open[self._file_of[name]]
-
-    def _slice(self, name: str) -> Any:
-        return self._handle(name).get_slice(name)
-
     def _locate(self) -> dict[str, str]:
-        """Tensor name -> file name, both checked; empty where a single file tells by itself."""
-        self._keys: dict[str, set[str]] = {}
+        """Tensor name -> file name, both checked."""
         index = self.path / _INDEX
         if index.exists():
             weight_map = self._read_json(index).get("weight_map")
@@ -117,22 +160,24 @@ class Checkpoint:
                     raise LmcError(f"{index} names '{file}', which is not safetensors; refused")
             return dict(weight_map)
         if (self.path / "model.safetensors").exists():
-            self._open_file("model.safetensors")
-            return dict.fromkeys(self._keys["model.safetensors"], "model.safetensors")
+            file, headers = self._open_file("model.safetensors")
+            file.close()
+            return dict.fromkeys(headers, "model.safetensors")
         if any(self.path.glob("*.bin")) or any(self.path.glob("*.pt*")):
             raise LmcError(f"{self.path} has only pickled weights, which are not loaded; convert to safetensors first")
         raise LmcError(f"{self.path} has no model.safetensors and no {_INDEX}")
 
-    def _open_file(self, name: str) -> Any:
+    def _open_file(self, name: str) -> tuple[Any, dict[str, _Stored]]:
+        """(the open file, what its header says of each tensor)."""
         file = self.path / name
         if not file.exists():
             raise LmcError(f"{file} is missing; download the checkpoint again")
         try:
-            handle = safe_open(file, framework="pt")
-            self._keys[name] = set(handle.keys())
+            with safe_open(file, framework="pt"):  # checks the header: offsets, sizes, the file's length
+                handle = open(file, "rb", buffering=0)  # noqa: SIM115
+            return handle, dict(_headers(handle))
         except (SafetensorError, OSError) as error:
             raise LmcError(f"{file} is corrupt or truncated ({error}); download it again") from error
-        return handle
 
     def _read_json(self, file: Path) -> dict[str, Any]:
         if not file.exists():
@@ -144,3 +189,11 @@ class Checkpoint:
         if not isinstance(value, dict):
             raise LmcError(f"{file} is not a JSON object")
         return value
+
+
+def _headers(handle: Any) -> Iterator[tuple[str, _Stored]]:
+    """A valid safetensors header: its length (8 bytes, little-endian), JSON, then the tensors' bytes."""
+    length = int.from_bytes(handle.read(8), "little")
+    for name, entry in json.loads(handle.read(length)).items():
+        if name != "__metadata__":
+            yield name, _Stored(entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])

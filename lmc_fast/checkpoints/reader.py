@@ -10,9 +10,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,14 +35,6 @@ _OTHERS = {
 _CHECKED = 1 << 20  # elements that are looked at together for NaN
 
 
-class _Stored(NamedTuple):
-    """Where a tensor lies in its file."""
-
-    kind: str
-    shape: tuple[int, ...]
-    start: int  # bytes from the beginning of the file
-
-
 def resolve(path: str | Path) -> Path:
     """A local directory, or the local copy of a hub repository (downloaded if need be). Raises LmcError."""
     local = Path(path).expanduser()
@@ -63,6 +54,72 @@ def resolve(path: str | Path) -> Path:
         raise LmcError(
             f"{path} is no local directory, and the hub did not deliver it ({type(error).__name__}); check the name"
         ) from error
+
+
+class TensorFile:
+    """An open safetensors file. What is read is a copy: nothing of the file stays mapped.
+
+    Raises LmcError for a missing, corrupt or truncated file.
+    """
+
+    def __init__(self, file: Path):
+        self.file = file
+        if not file.exists():
+            raise LmcError(f"{file} is missing; download the checkpoint again")
+        try:
+            with safe_open(file, framework="pt"):  # checks offsets, sizes and the file's length
+                self._handle = open(file, "rb", buffering=0)  # noqa: SIM115
+        except (SafetensorError, OSError) as error:
+            raise LmcError(f"{file} is corrupt or truncated ({error}); download it again") from error
+        # the format: length of the header (8 bytes, little-endian), header in JSON, bytes of the tensors
+        length = int.from_bytes(self._handle.read(8), "little")
+        header = json.loads(self._handle.read(length))
+        self._entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        self._first = 8 + length
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def kind(self, name: str) -> str:
+        """The dtype as the format calls it."""
+        return self._entries[name]["dtype"]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._entries[name]["shape"])
+
+    def read(self, name: str) -> Tensor:
+        """Raises LmcError for NaN or infinity, a dtype that torch does not have, or a file that became shorter."""
+        return self._read(name, self.shape(name), 0)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the first dimension."""
+        rows, *rest = self.shape(name)
+        if not 0 <= start <= stop <= rows:
+            raise IndexError(f"rows {start} to {stop} of {name}, which has {rows}")
+        return self._read(name, (stop - start, *rest), start * math.prod(rest))
+
+    def _read(self, name: str, shape: tuple[int, ...], skipped: int) -> Tensor:
+        """`shape` elements of a tensor, from its element number `skipped` on."""
+        kind = self.kind(name)
+        dtype = _FLOATS.get(kind) or _OTHERS.get(kind)
+        if dtype is None:
+            raise LmcError(f"{self.file}: tensor {name} is {kind}, which is not read; use the original checkpoint")
+        tensor = torch.empty(shape, dtype=dtype)
+        flat = tensor.view(-1)
+        buffer, done = flat.view(torch.uint8).numpy().data, 0
+        offset = self._first + self._entries[name]["data_offsets"][0] + skipped * tensor.element_size()
+        try:
+            while done < len(buffer):  # one call reads 2 GiB at most
+                count = os.preadv(self._handle.fileno(), [buffer[done:]], offset + done)
+                if not count:
+                    raise OSError("the file has become shorter")
+                done += count
+        except OSError as error:
+            raise LmcError(f"{self.file} is corrupt ({error}); download it again") from error
+        if kind in _FLOATS and not all(part.isfinite().all() for part in flat.split(_CHECKED)):
+            raise LmcError(f"{self.file}: tensor {name} holds NaN or infinity")
+        return tensor
 
 
 class Checkpoint:
@@ -86,16 +143,10 @@ class Checkpoint:
                 "checkpoint, or save a dequantised copy with transformers first"
             )
         self._file_of = self._locate()
-        self._open: dict[str, Any] = {}
-        self._stored: dict[str, _Stored] = {}
-        for file in sorted(set(self._file_of.values())):
-            self._open[file], headers = self._open_file(file)
-            for tensor in [name for name, home in self._file_of.items() if home == file]:
-                if tensor not in headers:
-                    raise LmcError(
-                        f"{self.path / file} lacks tensor {tensor} that {_INDEX} promises; download it again"
-                    )
-                self._stored[tensor] = headers[tensor]
+        self._files = {name: TensorFile(self.path / name) for name in sorted(set(self._file_of.values()))}
+        for tensor, file in self._file_of.items():
+            if tensor not in self._files[file].names:
+                raise LmcError(f"{self.path / file} lacks tensor {tensor} that {_INDEX} promises; download it again")
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -105,46 +156,24 @@ class Checkpoint:
         return sorted(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._stored[name].shape
+        return self._home(name).shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        kind = self._stored[name].kind
+        kind = self._home(name).kind(name)
         if kind not in _FLOATS:
             raise LmcError(f"{self.path}: tensor {name} is {kind}, not a float; use the original float checkpoint")
         return _FLOATS[kind]
 
     def read(self, name: str) -> Tensor:
         """The tensor in its stored dtype. Raises LmcError if it holds NaN or infinity, or cannot be read."""
-        return self._read(name, self._stored[name].shape, 0)
+        return self._home(name).read(name)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a tensor's first dimension, and nothing else of it; otherwise as `read`."""
-        rows, *rest = self._stored[name].shape
-        if not 0 <= start <= stop <= rows:
-            raise IndexError(f"rows {start} to {stop} of {name}, which has {rows}")
-        return self._read(name, (stop - start, *rest), start * math.prod(rest))
+        return self._home(name).read_rows(name, start, stop)
 
-    def _read(self, name: str, shape: tuple[int, ...], skipped: int) -> Tensor:
-        """`shape` elements of a tensor, from its element number `skipped` on."""
-        kind, file = self._stored[name].kind, self.path / self._file_of[name]
-        dtype = _FLOATS.get(kind) or _OTHERS.get(kind)
-        if dtype is None:
-            raise LmcError(f"{file}: tensor {name} is {kind}, which is not read; use the original float checkpoint")
-        tensor = torch.empty(shape, dtype=dtype)
-        flat = tensor.view(-1)
-        buffer, done = flat.view(torch.uint8).numpy().data, 0
-        offset = self._stored[name].start + skipped * tensor.element_size()
-        try:
-            while done < len(buffer):  # one call reads 2 GiB at most
-                count = os.preadv(self._open[self._file_of[name]].fileno(), [buffer[done:]], offset + done)
-                if not count:
-                    raise OSError("the file has become shorter")
-                done += count
-        except OSError as error:
-            raise LmcError(f"{file} is corrupt ({error}); download it again") from error
-        if kind in _FLOATS and not all(part.isfinite().all() for part in flat.split(_CHECKED)):
-            raise LmcError(f"{file}: tensor {name} holds NaN or infinity")
-        return tensor
+    def _home(self, name: str) -> TensorFile:
+        return self._files[self._file_of[name]]
 
     def _locate(self) -> dict[str, str]:
         """Tensor name -> file name, both checked."""
@@ -160,24 +189,10 @@ class Checkpoint:
                     raise LmcError(f"{index} names '{file}', which is not safetensors; refused")
             return dict(weight_map)
         if (self.path / "model.safetensors").exists():
-            file, headers = self._open_file("model.safetensors")
-            file.close()
-            return dict.fromkeys(headers, "model.safetensors")
+            return dict.fromkeys(TensorFile(self.path / "model.safetensors").names, "model.safetensors")
         if any(self.path.glob("*.bin")) or any(self.path.glob("*.pt*")):
             raise LmcError(f"{self.path} has only pickled weights, which are not loaded; convert to safetensors first")
         raise LmcError(f"{self.path} has no model.safetensors and no {_INDEX}")
-
-    def _open_file(self, name: str) -> tuple[Any, dict[str, _Stored]]:
-        """(the open file, what its header says of each tensor)."""
-        file = self.path / name
-        if not file.exists():
-            raise LmcError(f"{file} is missing; download the checkpoint again")
-        try:
-            with safe_open(file, framework="pt"):  # checks the header: offsets, sizes, the file's length
-                handle = open(file, "rb", buffering=0)  # noqa: SIM115
-            return handle, dict(_headers(handle))
-        except (SafetensorError, OSError) as error:
-            raise LmcError(f"{file} is corrupt or truncated ({error}); download it again") from error
 
     def _read_json(self, file: Path) -> dict[str, Any]:
         if not file.exists():
@@ -189,11 +204,3 @@ class Checkpoint:
         if not isinstance(value, dict):
             raise LmcError(f"{file} is not a JSON object")
         return value
-
-
-def _headers(handle: Any) -> Iterator[tuple[str, _Stored]]:
-    """A valid safetensors header: its length (8 bytes, little-endian), JSON, then the tensors' bytes."""
-    length = int.from_bytes(handle.read(8), "little")
-    for name, entry in json.loads(handle.read(length)).items():
-        if name != "__metadata__":
-            yield name, _Stored(entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])

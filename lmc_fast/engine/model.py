@@ -54,13 +54,22 @@ def final_stream(weights: Weights, inputs: Tensor) -> Tensor:
     positions = Positions.of(spec, x.shape[1], x.dtype, x.device)
     for i, slots in enumerate(weights.blocks):
         x = block(spec, slots, x, positions, i)
-    return x if spec.placement == "post" else norm(spec, weights.ends, "final_norm", x)
+    return last_norm(weights, x)
+
+
+def last_norm(weights: Weights, x: Tensor) -> Tensor:
+    """What the norm behind the blocks makes of the stream, where there is one."""
+    return x if weights.spec.placement == "post" else norm(weights.spec, weights.ends, "final_norm", x)
 
 
 def head_input(weights: Weights, inputs: Tensor) -> Tensor:
     """What the head reads: (batch, T, d) for language models, (batch, d or 2d) where one vector stands for all."""
+    return read_out(weights, final_stream(weights, inputs), inputs)
+
+
+def read_out(weights: Weights, x: Tensor, inputs: Tensor) -> Tensor:
+    """`head_input` from the stream x (batch, T, d) behind the last norm; needs the small ends alone."""
     spec, w = weights.spec, weights.ends
-    x = final_stream(weights, inputs)
     if spec.head_transform:
         x = ACTIVATIONS[spec.activation](F.linear(x, w["head_transform"], w["head_transform_bias"]))
         return norm(spec, w, "head_norm", x)
@@ -90,10 +99,19 @@ def prediction_rows(weights: Weights, data: Data) -> Tensor:
             f"{weights.spec.family} computes features, not predictions, so that it has no loss to learn from or to "
             "draw a barrier with; match it with --method weight and check it with verify"
         )
+    return predicting(head_input(weights, predicted_from(data)), data)
+
+
+def predicted_from(data: Data) -> Tensor:
+    """The inputs that predictions are made from: tokens without the last one of each block."""
+    return data.inputs if isinstance(data, Examples) else data[:, :-1]
+
+
+def predicting(x: Tensor, data: Data) -> Tensor:
+    """Those rows of the head's input for `predicted_from(data)` that predict something."""
     if isinstance(data, Examples):
-        x = head_input(weights, data.inputs)
         return x[data.targets >= 0] if x.dim() == 3 else x
-    return head_input(weights, data[:, :-1]).flatten(0, 1)
+    return x.flatten(0, 1)
 
 
 def answers(data: Data) -> Tensor:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..architectures import Spec
+from ..checkpoints.lazy import LazyBlocks, Slots
+from ..checkpoints.reader import TensorFile
 from ..checkpoints.weights import Weights
-from ..engine.attention import Positions
-from ..engine.block import block
-from ..engine.model import embed
+from ..checkpoints.writer import save_tensor_file
+from ..engine.walk import Walk
 from ..examples import Data, inputs_of
+from .stream import work_dtype
 
 
 class Covariance:
@@ -25,61 +28,77 @@ class Covariance:
     def add(self, x: Tensor, y: Tensor) -> None:
         """x (..., m), y (..., n): one row each per token."""
         x, y = x.flatten(0, -2), y.flatten(0, -2)
-        new = [x.mT @ y, x.sum(0), y.sum(0), x.square().sum(0), y.square().sum(0)]
-        self.sums = [n.double() if not self.sums else s + n for n, s in zip(new, self.sums or new, strict=True)]
+        for i, new in enumerate((x.mT @ y, x.sum(0), y.sum(0), x.square().sum(0), y.square().sum(0))):
+            if i == len(self.sums):
+                self.sums.append(torch.zeros_like(new, dtype=torch.float64))
+            self.sums[i] += new
         self.count += len(x)
 
     @property
     def covariance(self) -> Tensor:
         cross, x, y, _, _ = self.sums
-        return cross / self.count - torch.outer(x, y) / self.count**2
+        return (cross / self.count).addr_(x, y, alpha=-1 / self.count**2)
 
     @property
     def correlation(self) -> Tensor:
         _, x, y, xx, yy = self.sums
         spread = lambda s, ss: (ss / self.count - (s / self.count) ** 2).clamp(min=1e-12).sqrt()  # noqa: E731
-        return self.covariance / torch.outer(spread(x, xx), spread(y, yy))
-
-
-@dataclass
-class BlockStatistics:
-    """What one block's activations say: matrices C between a part of A (rows) and of B (columns)."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mixed: Tensor  # attention output before the output projection
-    hidden: Tensor | None  # FFN units, where there are any outside experts
+        return self.covariance.div_(spread(x, xx)[:, None]).div_(spread(y, yy))
 
 
 @dataclass
 class Statistics:
+    """What activations say: matrices C between a part of A (rows) and of B (columns).
+
+    Of a block: q, k, v, mixed (attention output before the output projection), and hidden (FFN units), where there are
+    any outside experts.
+    """
+
     stream: Tensor  # (d, d) over the normalised residual stream at every norm
-    blocks: list[BlockStatistics]
+    blocks: Sequence[Slots]
 
 
 @torch.no_grad()
-def gather_statistics(a: Weights, b: Weights, data: Data, batch: int = 16) -> Statistics:
-    """Tokens (n, T), or examples, through both endpoints; a and b canonical and balanced, on one device."""
-    spec = a.spec
+def gather_statistics(a: Weights, b: Weights, data: Data, batch: int = 16, keep: Path | None = None) -> Statistics:
+    """Tokens (n, T), or examples, through both endpoints; a and b canonical and balanced, on one device.
+
+    Of lazy weights one block is in memory at a time, beside the residual streams of all data. keep: a directory for
+    what is found out about each block, which may be larger than the block; by default it stays in memory.
+    """
+    spec, dtype = a.spec, work_dtype(a.spec)
+    batches = [inputs_of(some) for some in data.split(batch)]
+    left, right = Walk(a, batches), Walk(b, batches)
     stream = Covariance()
     names = ("q", "k", "v", "mixed") + (("hidden",) if spec.ffn_width else ())
-    parts = [{name: Covariance() for name in names} for _ in range(spec.layers)]
-    for some in data.split(batch):
-        x, y = embed(a, inputs_of(some)), embed(b, inputs_of(some))
-        positions = Positions.of(spec, x.shape[1], x.dtype, x.device)
-        for i, (w, u, part) in enumerate(zip(a.blocks, b.blocks, parts, strict=True)):
-            seen_a: dict[str, Tensor] = {}
-            seen_b: dict[str, Tensor] = {}
-            x = block(spec, w, x, positions, i, seen_a.__setitem__)
-            y = block(spec, u, y, positions, i, seen_b.__setitem__)
+
+    def visit(i: int) -> Slots:
+        w, u = a.blocks[i], b.blocks[i]
+        parts = {name: Covariance() for name in names}
+        for j in range(len(batches)):
+            seen_a: Slots = {}
+            seen_b: Slots = {}
+            left.advance(j, i, w, seen_a.__setitem__)
+            right.advance(j, i, u, seen_b.__setitem__)
             for name in names:
-                part[name].add(seen_a[name], seen_b[name])
+                parts[name].add(seen_a[name], seen_b[name])
             for name in ("attn_in", "ffn_in"):
                 stream.add(seen_a[name], seen_b[name])
-    return Statistics(stream.covariance, [_block_statistics(spec, part) for part in parts])
+        return {name: _evidence(name, parts.pop(name)).to(dtype) for name in names}
+
+    if keep is None:
+        blocks: Sequence[Slots] = [visit(i) for i in range(spec.layers)]
+    else:
+        files = [keep / f"statistics-{i}.safetensors" for i in range(spec.layers)]
+        for i, file in enumerate(files):
+            save_tensor_file(visit(i), file, {})
+        blocks = LazyBlocks(spec.layers, lambda i: _read(files[i]))
+    return Statistics(stream.covariance, blocks)
 
 
-def _block_statistics(spec: Spec, part: dict[str, Covariance]) -> BlockStatistics:
-    maps = {name: part[name].covariance for name in ("q", "k", "v", "mixed")}
-    return BlockStatistics(**maps, hidden=part["hidden"].correlation if spec.ffn_width else None)
+def _evidence(name: str, found: Covariance) -> Tensor:
+    return found.correlation if name == "hidden" else found.covariance
+
+
+def _read(file: Path) -> Slots:
+    opened = TensorFile(file)
+    return {name: opened.read(name) for name in opened.names}

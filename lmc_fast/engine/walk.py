@@ -1,0 +1,52 @@
+"""A model over several batches, block by block: all of them go through a block before the next one is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.lazy import Slots
+from ..checkpoints.weights import Weights
+from .attention import Observer, Positions, ignore
+from .block import block
+from .model import embed
+
+
+class Walk:
+    """The residual streams of all batches of one model, as far as it has been walked through.
+
+    batches: inputs as in model.embed, of one length. The model may be lazy.
+    """
+
+    def __init__(self, weights: Weights, batches: Sequence[Tensor]):
+        self.weights = weights
+        self.streams = [embed_some(weights, inputs) for inputs in batches]  # (batch, T, d) each
+        first = self.streams[0]
+        self._positions = Positions.of(weights.spec, first.shape[1], first.dtype, first.device)
+
+    def advance(self, batch: int, index: int, slots: Slots, observe: Observer = ignore) -> None:
+        """Takes one batch through block `index`, whose slots are given; `observe` as in engine.block."""
+        spec = self.weights.spec
+        self.streams[batch] = block(spec, slots, self.streams[batch], self._positions, index, observe)
+
+    def advance_all(self, index: int) -> None:
+        """Loads block `index` and takes every batch through it."""
+        slots = self.weights.blocks[index]
+        for batch in range(len(self.streams)):
+            self.advance(batch, index, slots)
+
+
+def embed_some(weights: Weights, inputs: Tensor) -> Tensor:
+    """model.embed, of lazy weights with those rows of the table alone that the inputs name."""
+    table, spec = weights.tables.get("embed"), weights.spec
+    if table is None:
+        return embed(weights, inputs)
+    pad = [spec.pad_token] if spec.pad_token >= 0 else []
+    tokens, places = torch.cat([inputs.flatten(), inputs.new_tensor(pad)]).unique(return_inverse=True)
+    if pad:
+        spec = replace(spec, pad_token=int(places[-1]))
+    some = Weights(spec, weights.ends | {"embed": table.pick(tokens)}, [])
+    return embed(some, places[: inputs.numel()].view_as(inputs))

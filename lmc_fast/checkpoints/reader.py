@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ _OTHERS = {
     "I32": torch.int32,
     "I64": torch.int64,
 }
+DTYPE_NAMES = {dtype: name for name, dtype in (_FLOATS | _OTHERS).items()}  # as the format calls them
 _CHECKED = 1 << 20  # elements that are looked at together for NaN
+RUN_ELEMENTS = 1 << 22  # of a tensor that is read by runs
 
 
 def resolve(path: str | Path) -> Path:
@@ -85,6 +88,12 @@ class TensorFile:
         """The dtype as the format calls it."""
         return self._entries[name]["dtype"]
 
+    def dtype(self, name: str) -> torch.dtype:
+        kind = self.kind(name)
+        if kind not in _FLOATS | _OTHERS:
+            raise LmcError(f"{self.file}: tensor {name} is {kind}, which is not read; use the original checkpoint")
+        return (_FLOATS | _OTHERS)[kind]
+
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._entries[name]["shape"])
 
@@ -101,11 +110,7 @@ class TensorFile:
 
     def _read(self, name: str, shape: tuple[int, ...], skipped: int) -> Tensor:
         """`shape` elements of a tensor, from its element number `skipped` on."""
-        kind = self.kind(name)
-        dtype = _FLOATS.get(kind) or _OTHERS.get(kind)
-        if dtype is None:
-            raise LmcError(f"{self.file}: tensor {name} is {kind}, which is not read; use the original checkpoint")
-        tensor = torch.empty(shape, dtype=dtype)
+        tensor = torch.empty(shape, dtype=self.dtype(name))
         flat = tensor.view(-1)
         buffer, done = flat.view(torch.uint8).numpy().data, 0
         offset = self._first + self._entries[name]["data_offsets"][0] + skipped * tensor.element_size()
@@ -117,7 +122,7 @@ class TensorFile:
                 done += count
         except OSError as error:
             raise LmcError(f"{self.file} is corrupt ({error}); download it again") from error
-        if kind in _FLOATS and not all(part.isfinite().all() for part in flat.split(_CHECKED)):
+        if tensor.is_floating_point() and not all(part.isfinite().all() for part in flat.split(_CHECKED)):
             raise LmcError(f"{self.file}: tensor {name} holds NaN or infinity")
         return tensor
 
@@ -171,6 +176,20 @@ class Checkpoint:
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a tensor's first dimension, and nothing else of it; otherwise as `read`."""
         return self._home(name).read_rows(name, start, stop)
+
+    def read_runs(self, name: str) -> Iterator[Tensor]:
+        """All of a tensor, by runs of its first dimension that have RUN_ELEMENTS, or one row."""
+        if not self.shape(name):
+            yield self.read(name)
+            return
+        rows, *rest = self.shape(name)
+        size = max(1, RUN_ELEMENTS // max(1, math.prod(rest)))
+        for start in range(0, rows, size):
+            yield self.read_rows(name, start, min(start + size, rows))
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """As `dtype`, but not only floats."""
+        return self._home(name).dtype(name)
 
     def _home(self, name: str) -> TensorFile:
         return self._files[self._file_of[name]]

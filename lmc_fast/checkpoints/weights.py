@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..architectures.spec import Entry
 from ..errors import LmcError
 from .lazy import TABLES, LazyBlocks, Slots, Table
 from .reader import Checkpoint
-from .writer import write_checkpoint
+from .writer import Stored, write_checkpoint
 
 
 @dataclass
@@ -237,15 +238,40 @@ def export(
     write_checkpoint(directory, _stored(weights, like.family, dtype), config, like.path, **options)
 
 
-def _stored(weights: Weights, family: Family, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    spec = weights.spec
-    for name, entry, index in family.entries(spec, spec.tied):
-        slots = weights.ends if index is None else weights.blocks[index]
-        if entry.optional and entry.slots[0] not in slots:
-            continue
-        tensor = entry.layout.join([slots[slot] for slot in entry.slots], spec).to("cpu", dtype)
+def _stored(weights: Weights, family: Family, dtype: torch.dtype) -> Iterator[Stored]:
+    """The tensors of a checkpoint, each made from its slots when it is written; one block is held at a time."""
+    spec, held = weights.spec, _Held(weights.blocks)
+
+    def checked(name: str, tensor: Tensor) -> Tensor:
+        tensor = tensor.to("cpu", dtype)
         if not tensor.isfinite().all():
             raise LmcError(
                 f"tensor {name} overflows in {str(dtype).removeprefix('torch.')}; export with --dtype float32"
             )
-        yield name, tensor
+        return tensor
+
+    def parts(name: str, entry: Entry, index: int | None) -> Iterator[Tensor]:
+        table = weights.table(entry.slots[0]) if index is None and entry.slots[0] in TABLES else None
+        if table is not None:
+            yield from (checked(name, rows) for _, rows in table.chunks())
+        else:
+            slots = weights.ends if index is None else held.block(index)
+            yield checked(name, entry.layout.join([slots[slot] for slot in entry.slots], spec))
+
+    for name, entry, index in family.entries(spec, spec.tied):
+        if entry.optional and index is None and entry.slots[0] not in weights.ends:
+            continue
+        yield Stored(name, dtype, entry.shape(spec), partial(parts, name, entry, index))
+
+
+class _Held:
+    """The block that was asked for last."""
+
+    def __init__(self, blocks: Sequence[Slots]):
+        self.blocks, self.index, self.slots = blocks, -1, Slots()
+
+    def block(self, index: int) -> Slots:
+        if index != self.index:
+            self.slots = {}  # not two of them while the next one is made
+            self.index, self.slots = index, self.blocks[index]
+        return self.slots

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..checkpoints.lazy import Slots
 from ..checkpoints.weights import Weights
+from ..examples import Data, inputs_of
 from .attention import Observer, Positions, ignore
 from .block import block
-from .model import embed
+from .model import embed, last_norm, predicted_from, predicting, read_out
 
 
 class Walk:
@@ -50,3 +51,18 @@ def embed_some(weights: Weights, inputs: Tensor) -> Tensor:
         spec = replace(spec, pad_token=int(places[-1]))
     some = Weights(spec, weights.ends | {"embed": table.pick(tokens)}, [])
     return embed(some, places[: inputs.numel()].view_as(inputs))
+
+
+def head_inputs(weights: Weights, data: Data, batch: int) -> Tensor:
+    """What the head reads wherever `data` asks for a prediction, or of towers for every input: (n, d).
+
+    As model.prediction_rows, but with one block at a time in memory, and `batch` inputs going through it together.
+    """
+    parts = data.split(batch)
+    whole = weights.spec.task == "features"
+    inputs = [inputs_of(part) if whole else predicted_from(part) for part in parts]
+    walk = Walk(weights, inputs)
+    for index in range(weights.spec.layers):
+        walk.advance_all(index)
+    read = [read_out(weights, last_norm(weights, x), y) for x, y in zip(walk.streams, inputs, strict=True)]
+    return torch.cat([x if whole else predicting(x, part) for x, part in zip(read, parts, strict=True)])

@@ -110,9 +110,6 @@ class Model:
         self.checkpoint = Checkpoint(path)
         self.family, self.spec = read_spec(self.checkpoint)
         self._disk_name = self._check_coverage()
-        self._entries: dict[int | None, list[tuple[str, Entry]]] = {None: []}  # by block
-        for name, entry, index in self.family.entries(self.spec, self.spec.tied):
-            self._entries.setdefault(index, []).append((name, entry))
 
     @property
     def path(self) -> Path:
@@ -152,8 +149,8 @@ class Model:
     def _load(self, block: int | None, dtype: torch.dtype, device: torch.device | str) -> Slots:
         slots: Slots = {}
         experts: dict[str, list[Tensor]] = {}
-        for name, entry in self._entries[block]:
-            if name in self._disk_name and entry.slots[0] not in TABLES:
+        for name, entry, index in self.family.entries(self.spec, self.spec.tied):
+            if index == block and name in self._disk_name and entry.slots[0] not in TABLES:
                 tensor = self.checkpoint.read(self._disk_name[name]).to(device=device, dtype=dtype)
                 if isinstance(entry.layout, OfExpert):
                     experts.setdefault(entry.slots[0], []).append(tensor)

@@ -73,9 +73,7 @@ class Table:
 
     def runs(self, size: int | None = None) -> Iterator[tuple[int, int]]:
         """(start, stop) of runs of `size` rows, by default as many as make CHUNK_ELEMENTS."""
-        count, width = self.shape
-        size = size or max(1, CHUNK_ELEMENTS // width)
-        return ((start, min(start + size, count)) for start in range(0, count, size))
+        return ((run.start, run.stop) for run in _runs(*self.shape, size))
 
     def chunks(self, size: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """(first row's number, rows) of each of `runs`."""
@@ -88,3 +86,13 @@ class Table:
 
     def _changed(self, rows: Tensor) -> Tensor:
         return rows if self.function is None else self.function(rows)
+
+
+def row_runs(matrix: Tensor) -> Iterator[slice]:
+    """Runs of a large matrix's rows, of CHUNK_ELEMENTS each."""
+    return _runs(len(matrix), matrix.shape[1])
+
+
+def _runs(count: int, width: int, size: int | None = None) -> Iterator[slice]:
+    size = size or max(1, CHUNK_ELEMENTS // width)
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoints.lazy import LazyBlocks, Slots
+from ..checkpoints.lazy import LazyBlocks, Slots, row_runs
 from ..checkpoints.reader import TensorFile
 from ..checkpoints.weights import Weights
 from ..checkpoints.writer import save_tensor_file
@@ -19,31 +19,48 @@ from .stream import work_dtype
 
 
 class Covariance:
-    """Running centred cross-covariance of two streams of rows, in float64; `correlation` scales it by coordinate."""
+    """Running centred cross-covariance of two streams of rows, in float64; `correlation` scales it by coordinate.
+
+    Between many FFN units it is larger than their weights: but for the sum itself, it is worked on by runs of rows.
+    """
 
     def __init__(self) -> None:
         self.count = 0
-        self.sums: list[Tensor] = []
+        self._cross: Tensor | None = None  # (m, n) Σ x yᵀ
+        self._sides: list[tuple[Tensor, Tensor]] = []  # of x and of y: sum and sum of squares
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """x (..., m), y (..., n): one row each per token."""
         x, y = x.flatten(0, -2), y.flatten(0, -2)
-        for i, new in enumerate((x.mT @ y, x.sum(0), y.sum(0), x.square().sum(0), y.square().sum(0))):
-            if i == len(self.sums):
-                self.sums.append(torch.zeros_like(new, dtype=torch.float64))
-            self.sums[i] += new
+        if self._cross is None:
+            zero = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=x.device)  # noqa: E731
+            self._cross = zero(x.shape[1], y.shape[1])
+            self._sides = [(zero(t.shape[1]), zero(t.shape[1])) for t in (x, y)]
+        for run in row_runs(self._cross):
+            self._cross[run] += x[:, run].mT @ y
+        for t, (total, squares) in zip((x, y), self._sides, strict=True):
+            total += t.sum(0)
+            squares += t.square().sum(0)
         self.count += len(x)
 
     @property
     def covariance(self) -> Tensor:
-        cross, x, y, _, _ = self.sums
-        return (cross / self.count).addr_(x, y, alpha=-1 / self.count**2)
+        return self.read(torch.float64, scaled=False)
 
     @property
     def correlation(self) -> Tensor:
-        _, x, y, xx, yy = self.sums
-        spread = lambda s, ss: (ss / self.count - (s / self.count) ** 2).clamp(min=1e-12).sqrt()  # noqa: E731
-        return self.covariance.div_(spread(x, xx)[:, None]).div_(spread(y, yy))
+        return self.read(torch.float64, scaled=True)
+
+    def read(self, dtype: torch.dtype, scaled: bool) -> Tensor:
+        """(m, n) covariance or correlation."""
+        assert self._cross is not None, "nothing was added"
+        (x, xx), (y, yy) = ((total / self.count, squares / self.count) for total, squares in self._sides)
+        left, right = ((square - mean**2).clamp(min=1e-12).sqrt() for mean, square in ((x, xx), (y, yy)))
+        out = torch.empty_like(self._cross, dtype=dtype)
+        for run in row_runs(self._cross):
+            part = (self._cross[run] / self.count).addr_(x[run], y, alpha=-1)
+            out[run] = part.div_(left[run, None]).div_(right) if scaled else part
+        return out
 
 
 @dataclass
@@ -83,7 +100,7 @@ def gather_statistics(a: Weights, b: Weights, data: Data, batch: int = 16, keep:
                 parts[name].add(seen_a[name], seen_b[name])
             for name in ("attn_in", "ffn_in"):
                 stream.add(seen_a[name], seen_b[name])
-        return {name: _evidence(name, parts.pop(name)).to(dtype) for name in names}
+        return {name: parts.pop(name).read(dtype, scaled=name == "hidden") for name in names}
 
     if keep is None:
         blocks: Sequence[Slots] = [visit(i) for i in range(spec.layers)]
@@ -93,10 +110,6 @@ def gather_statistics(a: Weights, b: Weights, data: Data, batch: int = 16, keep:
             save_tensor_file(visit(i), file, {})
         blocks = LazyBlocks(spec.layers, lambda i: _read(files[i]))
     return Statistics(stream.covariance, blocks)
-
-
-def _evidence(name: str, found: Covariance) -> Tensor:
-    return found.correlation if name == "hidden" else found.covariance
 
 
 def _read(file: Path) -> Slots:

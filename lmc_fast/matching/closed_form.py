@@ -55,9 +55,11 @@ def match(
         before = _assignments(spec, found)
         total = StreamEvidence(ends.total.clone(), ends.gains.clone())
         for i in range(spec.layers):
-            seen = statistics.blocks[i] if statistics else None
-            found.blocks[i], part = _match_block(spec, a.blocks[i], b.blocks[i], found.rotation, evidence, seen)
+            x, y = a.blocks[i], b.blocks[i]
+            seen = dict(statistics.blocks[i]) if statistics else {}
+            found.blocks[i], part = _match_block(spec, x, y, found.rotation, evidence, seen)
             total.add(part)
+            del x, y, seen
         if spec.head_transform:
             found.head_units = _match_head(a, b, found.rotation)
             total.total += transform_evidence(a, b, found.head_units)
@@ -68,18 +70,21 @@ def match(
 
 
 def _match_block(
-    spec: Spec, a: Slots, b: Slots, rotation: Tensor | None, evidence: Evidence, s: Slots | None
+    spec: Spec, a: Slots, b: Slots, rotation: Tensor | None, evidence: Evidence, seen: Slots
 ) -> tuple[BlockTransform, StreamEvidence]:
-    """(the transform of b's block, what the block so transformed says about the next rotation)."""
+    """(the transform of b's block, what the block so transformed says about the next rotation).
+
+    seen: statistics of its activations, if there are any; they are dropped as soon as they are used.
+    """
     dtype = work_dtype(spec)
     a, b = at_work(spec, a), at_work(spec, b)
     turned = apply_block(spec, None if rotation is None else rotation.to(dtype), BlockTransform(), b)
-    heads, queries, vo, qk = _match_heads(spec, a, turned, evidence, s)
+    heads, queries, vo, qk = _match_heads(spec, a, turned, evidence, seen)
     found = BlockTransform(heads, queries, vo, qk=qk)
     if spec.experts:
         found.experts, found.expert_units, found.expert_scale = match_experts(spec, a, turned)
     if spec.ffn_width:
-        score, negative = unit_scores(spec, a, turned, s["hidden"] if s else None, evidence.shares)
+        score, negative = unit_scores(spec, a, turned, seen.pop("hidden", None), evidence.shares)
         turned.clear()  # the assignment of many units takes much memory of its own
         found.units, found.unit_scale = match_units(score, negative)
         del score, negative
@@ -95,7 +100,7 @@ def _match_head(a: Weights, b: Weights, rotation: Tensor | None) -> Tensor:
 
 
 def _match_heads(
-    spec: Spec, a: Slots, b: Slots, evidence: Evidence, s: Slots | None
+    spec: Spec, a: Slots, b: Slots, evidence: Evidence, seen: Slots
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """(groups, queries within them, V/O maps, Q/K maps): the assignment whose Procrustes fits are best in sum."""
     g, r, e = spec.kv_heads, spec.queries_per_group, spec.head_dim
@@ -105,11 +110,11 @@ def _match_heads(
         c = (a[slot] @ b[slot].mT).double()
         if f"{slot}_bias" in a:
             c = c + torch.outer(a[f"{slot}_bias"], b[f"{slot}_bias"])
-        c = weigh(c, s[slot] if s else None, evidence.shares)
+        c = weigh(c, seen.pop(slot, None), evidence.shares)
         return c.view(count, e, count, e).transpose(1, 2)
 
     out = (a["o"].mT @ b["o"]).double()
-    out = weigh(out, s["mixed"] if s else None, evidence.shares).view(g * r, e, g * r, e).transpose(1, 2)
+    out = weigh(out, seen.pop("mixed", None), evidence.shares).view(g * r, e, g * r, e).transpose(1, 2)
     q, k, v = rows("q", g * r), rows("k", g), rows("v", g)
 
     if not heads_move(spec):

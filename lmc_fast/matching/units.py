@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..architectures import Spec
-from ..checkpoints.lazy import Slots, Table
+from ..checkpoints.lazy import Slots, Table, row_runs
 from ..solvers import solve_assignments
 from ..symmetry.groups import unit_scale_signs
 from .stream import weigh
@@ -18,14 +18,23 @@ def unit_scores(
     spec: Spec, a: Slots, b: Slots, activations: Tensor | None, shares: tuple[float, float]
 ) -> tuple[Tensor, Tensor | None]:
     """(how well each of a's FFN units (rows) pairs up with each of b's, whether with its negative): (f, f) float64 and
-    bool, or None where signs are not free; b's reads and writes already in a's basis."""
-    score = weigh(_rows(a, b, "up").add_(a["down"].mT @ b["down"]), activations, shares)
+    bool, or None where signs are not free; b's reads and writes already in a's basis.
+
+    The scores may be larger than the block: they are made in place, by runs of rows.
+    """
+    count = len(a["up"])
+    score = torch.empty(count, count, dtype=torch.float64, device=a["up"].device)
+    for run in row_runs(score):
+        score[run] = a["down"][:, run].mT @ b["down"]
+        score[run] += _rows(a, b, "up", run)
+    score = weigh(score, activations, shares)
     negative = None
     if unit_scale_signs(spec) == "any":  # a unit and its negative are one choice
         negative = score < 0
         score.abs_()
     if "gate" in a:
-        score.add_(_rows(a, b, "gate"), alpha=shares[0])
+        for run in row_runs(score):
+            score[run].add_(_rows(a, b, "gate", run), alpha=shares[0])
     return score, negative
 
 
@@ -78,10 +87,10 @@ def _expert_score(a: Slots, b: Slots) -> tuple[Tensor, Tensor]:
     return score.abs_().add_(a["gate"] @ b["gate"].mT), negative
 
 
-def _rows(a: Slots, b: Slots, slot: str) -> Tensor:
-    """Products of all rows of a slot with all of the other's, in float64."""
-    score, bias = (a[slot] @ b[slot].mT).double(), f"{slot}_bias"
-    return score.addr_(a[bias].double(), b[bias].double()) if bias in a else score
+def _rows(a: Slots, b: Slots, slot: str, run: slice = slice(None)) -> Tensor:
+    """Products of a run of rows of a slot, by default of all, with all of the other's, in float64."""
+    score, bias = (a[slot][run] @ b[slot].mT).double(), f"{slot}_bias"
+    return score.addr_(a[bias][run].double(), b[bias].double()) if bias in a else score
 
 
 def _signs(negative: Tensor, units: Tensor) -> Tensor:

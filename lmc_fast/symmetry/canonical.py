@@ -34,8 +34,8 @@ def canonicalize(weights: Weights) -> Weights:
 
 
 def canonical_block(spec: Spec, block: Slots) -> Slots:
-    """One block in canonical form; the input is not changed."""
-    w = dict(block)
+    """One block in canonical form. The dict is used up, no tensor in it is changed."""
+    w = block
     if spec.shared_norm:
         _absorb(spec, w, "attn_norm", ATTN_READERS + FFN_READERS)
     else:

@@ -1,7 +1,7 @@
 """A pair of checkpoints of a real model's shape without its training: random weights, and the same weights moved.
 
-B computes what A does, up to noise: its weights are A's under a planted element of the symmetry group (rotation, head and
-unit permutations, maps inside heads), times (1 + noise). Written block by block; never more than one in memory.
+B's weights are A's under a planted element of the symmetry group (rotation, head and unit permutations, maps inside
+heads), times (1 + noise). Written block by block; never more than one in memory.
 
     python -m benchmarks.synthetic OUT --shape pythia-1.4b
 """

@@ -1,13 +1,17 @@
 """Reading and writing stock checkpoints."""
 
+from .lazy import LazyBlocks, Table
 from .reader import Checkpoint
 from .weights import Model, Slots, Weights, export, lerp
-from .writer import atomic_directory, check_target, disk_errors, publish, write_checkpoint
+from .writer import Stored, atomic_directory, check_target, disk_errors, publish, write_checkpoint
 
 __all__ = [
     "Checkpoint",
+    "LazyBlocks",
     "Model",
     "Slots",
+    "Stored",
+    "Table",
     "Weights",
     "atomic_directory",
     "check_target",

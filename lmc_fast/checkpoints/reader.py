@@ -1,9 +1,16 @@
-"""Lazy reading of a Hugging Face checkpoint directory: safetensors only, single file or sharded, nothing unpickled."""
+"""Lazy reading of a Hugging Face checkpoint directory: safetensors only, single file or sharded, nothing unpickled.
+
+Tensors are read into memory of their own, not mapped: mapped pages count as the process's memory for as long as the
+file is open.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +23,19 @@ from ..errors import LmcError
 _INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 _HUB_FILES = ["*.safetensors", _INDEX, "*.json", "*.txt", "*.model", "*.jinja"]
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _GGUF = "GGUF is not read; convert with transformers: from_pretrained(DIR, gguf_file=FILE), then save_pretrained"
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+_OTHERS = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in (_FLOATS | _OTHERS).items()}  # as the format calls them
+_CHECKED = 1 << 20  # elements that are looked at together for NaN
+RUN_ELEMENTS = 1 << 22  # of a tensor that is read by runs
 
 
 def resolve(path: str | Path) -> Path:
@@ -42,6 +59,74 @@ def resolve(path: str | Path) -> Path:
         ) from error
 
 
+class TensorFile:
+    """An open safetensors file. What is read is a copy: nothing of the file stays mapped.
+
+    Raises LmcError for a missing, corrupt or truncated file.
+    """
+
+    def __init__(self, file: Path):
+        self.file = file
+        if not file.exists():
+            raise LmcError(f"{file} is missing; download the checkpoint again")
+        try:
+            with safe_open(file, framework="pt"):  # checks offsets, sizes and the file's length
+                self._handle = open(file, "rb", buffering=0)  # noqa: SIM115
+        except (SafetensorError, OSError) as error:
+            raise LmcError(f"{file} is corrupt or truncated ({error}); download it again") from error
+        # the format: length of the header (8 bytes, little-endian), header in JSON, bytes of the tensors
+        length = int.from_bytes(self._handle.read(8), "little")
+        header = json.loads(self._handle.read(length))
+        self._entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        self._first = 8 + length
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def kind(self, name: str) -> str:
+        """The dtype as the format calls it."""
+        return self._entries[name]["dtype"]
+
+    def dtype(self, name: str) -> torch.dtype:
+        kind = self.kind(name)
+        if kind not in _FLOATS | _OTHERS:
+            raise LmcError(f"{self.file}: tensor {name} is {kind}, which is not read; use the original checkpoint")
+        return (_FLOATS | _OTHERS)[kind]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._entries[name]["shape"])
+
+    def read(self, name: str) -> Tensor:
+        """Raises LmcError for NaN or infinity, a dtype that torch does not have, or a file that became shorter."""
+        return self._read(name, self.shape(name), 0)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the first dimension."""
+        rows, *rest = self.shape(name)
+        if not 0 <= start <= stop <= rows:
+            raise IndexError(f"rows {start} to {stop} of {name}, which has {rows}")
+        return self._read(name, (stop - start, *rest), start * math.prod(rest))
+
+    def _read(self, name: str, shape: tuple[int, ...], skipped: int) -> Tensor:
+        """`shape` elements of a tensor, from its element number `skipped` on."""
+        tensor = torch.empty(shape, dtype=self.dtype(name))
+        flat = tensor.view(-1)
+        buffer, done = flat.view(torch.uint8).numpy().data, 0
+        offset = self._first + self._entries[name]["data_offsets"][0] + skipped * tensor.element_size()
+        try:
+            while done < len(buffer):  # one call reads 2 GiB at most
+                count = os.preadv(self._handle.fileno(), [buffer[done:]], offset + done)
+                if not count:
+                    raise OSError("the file has become shorter")
+                done += count
+        except OSError as error:
+            raise LmcError(f"{self.file} is corrupt ({error}); download it again") from error
+        if tensor.is_floating_point() and not all(part.isfinite().all() for part in flat.split(_CHECKED)):
+            raise LmcError(f"{self.file}: tensor {name} holds NaN or infinity")
+        return tensor
+
+
 class Checkpoint:
     """Names, shapes and tensors of one checkpoint directory. Opening reads headers only.
 
@@ -63,12 +148,10 @@ class Checkpoint:
                 "checkpoint, or save a dequantised copy with transformers first"
             )
         self._file_of = self._locate()
-        self._open: dict[str, Any] = {name: self._open_file(name) for name in sorted(set(self._file_of.values()))}
+        self._files = {name: TensorFile(self.path / name) for name in sorted(set(self._file_of.values()))}
         for tensor, file in self._file_of.items():
-            if tensor not in self._keys[file]:
+            if tensor not in self._files[file].names:
                 raise LmcError(f"{self.path / file} lacks tensor {tensor} that {_INDEX} promises; download it again")
-        if not self._file_of:
-            self._file_of = {name: file for file, names in self._keys.items() for name in names}
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -78,33 +161,41 @@ class Checkpoint:
         return sorted(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        return self._home(name).shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        kind = self._slice(name).get_dtype()
-        if kind not in _DTYPES:
+        kind = self._home(name).kind(name)
+        if kind not in _FLOATS:
             raise LmcError(f"{self.path}: tensor {name} is {kind}, not a float; use the original float checkpoint")
-        return _DTYPES[kind]
+        return _FLOATS[kind]
 
     def read(self, name: str) -> Tensor:
-        """The tensor in its stored dtype. Raises LmcError if it holds NaN or infinity."""
-        try:
-            tensor = self._handle(name).get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise LmcError(f"{self.path / self._file_of[name]} is corrupt ({error}); download it again") from error
-        if tensor.dtype in _FLOATS and not tensor.isfinite().all():
-            raise LmcError(f"{self.path / self._file_of[name]}: tensor {name} holds NaN or infinity")
-        return tensor
+        """The tensor in its stored dtype. Raises LmcError if it holds NaN or infinity, or cannot be read."""
+        return self._home(name).read(name)
 
-    def _handle(self, name: str) -> Any:
-        return self._open[self._file_of[name]]
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor's first dimension, and nothing else of it; otherwise as `read`."""
+        return self._home(name).read_rows(name, start, stop)
 
-    def _slice(self, name: str) -> Any:
-        return self._handle(name).get_slice(name)
+    def read_runs(self, name: str) -> Iterator[Tensor]:
+        """All of a tensor, by runs of its first dimension that have RUN_ELEMENTS, or one row."""
+        if not self.shape(name):
+            yield self.read(name)
+            return
+        rows, *rest = self.shape(name)
+        size = max(1, RUN_ELEMENTS // max(1, math.prod(rest)))
+        for start in range(0, rows, size):
+            yield self.read_rows(name, start, min(start + size, rows))
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """As `dtype`, but not only floats."""
+        return self._home(name).dtype(name)
+
+    def _home(self, name: str) -> TensorFile:
+        return self._files[self._file_of[name]]
 
     def _locate(self) -> dict[str, str]:
-        """Tensor name -> file name, both checked; empty where a single file tells by itself."""
-        self._keys: dict[str, set[str]] = {}
+        """Tensor name -> file name, both checked."""
         index = self.path / _INDEX
         if index.exists():
             weight_map = self._read_json(index).get("weight_map")
@@ -117,22 +208,10 @@ class Checkpoint:
                     raise LmcError(f"{index} names '{file}', which is not safetensors; refused")
             return dict(weight_map)
         if (self.path / "model.safetensors").exists():
-            self._open_file("model.safetensors")
-            return dict.fromkeys(self._keys["model.safetensors"], "model.safetensors")
+            return dict.fromkeys(TensorFile(self.path / "model.safetensors").names, "model.safetensors")
         if any(self.path.glob("*.bin")) or any(self.path.glob("*.pt*")):
             raise LmcError(f"{self.path} has only pickled weights, which are not loaded; convert to safetensors first")
         raise LmcError(f"{self.path} has no model.safetensors and no {_INDEX}")
-
-    def _open_file(self, name: str) -> Any:
-        file = self.path / name
-        if not file.exists():
-            raise LmcError(f"{file} is missing; download the checkpoint again")
-        try:
-            handle = safe_open(file, framework="pt")
-            self._keys[name] = set(handle.keys())
-        except (SafetensorError, OSError) as error:
-            raise LmcError(f"{file} is corrupt or truncated ({error}); download it again") from error
-        return handle
 
     def _read_json(self, file: Path) -> dict[str, Any]:
         if not file.exists():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,41 +13,84 @@ import torch
 from torch import Tensor
 
 from ..architectures import FAMILIES, Family, Spec
-from ..architectures.layouts import OfExpert
+from ..architectures.layouts import OfExpert, Plain
+from ..architectures.spec import Entry
 from ..errors import LmcError
+from .lazy import TABLES, LazyBlocks, Slots, Table
 from .reader import Checkpoint
-from .writer import write_checkpoint
-
-Slots = dict[str, Tensor]
+from .writer import Stored, write_checkpoint
 
 
 @dataclass
 class Weights:
-    """One model in normal form (slots as in architectures.spec): `ends`, and one dict of slots per block."""
+    """One model in normal form (slots as in architectures.spec): `ends`, and one dict of slots per block.
+
+    Lazy weights (Model.open_weights) have LazyBlocks, and their TABLES are not among the `ends` but in `tables`.
+    """
 
     spec: Spec
     ends: Slots
-    blocks: list[Slots]
+    blocks: Sequence[Slots]
+    tables: dict[str, Table] = field(default_factory=dict)
+
+    def table(self, name: str) -> Table | None:
+        """One of TABLES by rows, lazy or not; None where the architecture has none of that name."""
+        return Table.of(self.ends[name]) if name in self.ends else self.tables.get(name)
+
+    @property
+    def small_ends(self) -> Slots:
+        """`ends` without TABLES."""
+        return {name: t for name, t in self.ends.items() if name not in TABLES}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Weights:
-        apply = lambda slots: {name: function(tensor) for name, tensor in slots.items()}  # noqa: E731
-        return Weights(self.spec, apply(self.ends), [apply(block) for block in self.blocks])
+        """Applies `function` to every tensor; it must treat rows of tables one by one."""
+        tables = {name: table.map(function) for name, table in self.tables.items()}
+        ends = {name: function(t) for name, t in self.ends.items()}
+        return Weights(self.spec, ends, self._map_blocks(lambda _, w: _each(w, function)), tables)
 
     def in_dtype(
         self, dtype: torch.dtype, ends: Callable[[Slots], Slots], block: Callable[[int, Slots], Slots]
     ) -> Weights:
-        """Applies functions to the ends and to each (index, block), in at least `dtype`; the result keeps its own."""
+        """Applies functions to the ends and to each (index, block), in at least `dtype`; the result keeps its own.
+
+        `ends` must treat rows of tables one by one: of lazy weights it is given some rows of a table at a time, and no
+        row of the others.
+        """
 
         def wide(function: Callable[[Slots], Slots], slots: Slots) -> Slots:
             own = {name: t.dtype for name, t in slots.items()}
-            work = {name: t.to(torch.promote_types(t.dtype, dtype)) for name, t in slots.items()}
-            return {name: t.to(own[name]) for name, t in function(work).items()}
+            work = _each(slots, lambda t: t.to(torch.promote_types(t.dtype, dtype)))
+            out = dict(function(work))
+            del work  # a block is large
+            return {name: out.pop(name).to(own[name]) for name in list(out)}
 
-        blocks = [wide(lambda w, i=i: block(i, w), w) for i, w in enumerate(self.blocks)]  # type: ignore[misc]
-        return Weights(self.spec, wide(ends, self.ends), blocks)
+        none = {name: table.read(0, 0) for name, table in self.tables.items()}
+
+        def lazily(name: str) -> Table:
+            return self.tables[name].map(lambda rows: wide(ends, self.ends | none | {name: rows})[name])
+
+        small = {name: t for name, t in wide(ends, self.ends | none).items() if name not in none}
+        blocks = self._map_blocks(lambda i, w: wide(lambda v: block(i, v), w))
+        return Weights(self.spec, small, blocks, {name: lazily(name) for name in self.tables})
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Weights:
         return self.map(lambda t: t.to(device=device, dtype=dtype))
+
+    def load(self) -> Weights:
+        """The same with everything in memory."""
+        tables = {name: table.rows(0, table.shape[0]) for name, table in self.tables.items()}
+        return Weights(self.spec, self.ends | tables, list(self.blocks))
+
+    def _map_blocks(self, function: Callable[[int, Slots], Slots]) -> Sequence[Slots]:
+        """`function` may use up the dict that it is given."""
+        if isinstance(self.blocks, LazyBlocks):
+            return self.blocks.map(function)
+        return [function(i, dict(slots)) for i, slots in enumerate(self.blocks)]
+
+
+def _each(slots: Slots, function: Callable[[Tensor], Tensor]) -> Slots:
+    """`function` of every tensor; each is dropped from `slots` as soon as it is no longer needed."""
+    return {name: function(slots.pop(name)) for name in list(slots)}
 
 
 def lerp(a: Weights, b: Weights, weight: float) -> Weights:
@@ -78,24 +122,42 @@ class Model:
 
     def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Weights:
         """All weights in normal form. A tied head is materialised, and the result's spec says untied."""
-        ends = self._load(None, dtype, device)
-        if self.spec.tied:
-            ends.setdefault("head", ends["embed"])
-        blocks = [self._load(i, dtype, device) for i in range(self.spec.layers)]
-        return Weights(replace(self.spec, tied=False), ends, blocks)
+        lazy = self.open_weights(dtype, device)
+        if not self.spec.tied:
+            return lazy.load()
+        del lazy.tables["head"]
+        weights = lazy.load()
+        weights.ends["head"] = weights.ends["embed"]
+        return weights
+
+    def open_weights(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Weights:
+        """The same, lazy: blocks and rows of tables are read from disk whenever they are asked for."""
+        blocks = LazyBlocks(self.spec.layers, lambda i: self._load(i, dtype, device))
+        tables = {}
+        for slot in TABLES:
+            shape = self.spec.shape(slot)
+            if shape:
+                tables[slot] = self._table(slot, (shape[0], shape[1]), dtype, device)
+        return Weights(replace(self.spec, tied=False), self._load(None, dtype, device), blocks, tables)
+
+    def _table(self, slot: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str) -> Table:
+        stored = "embed" if slot == "head" and self.spec.tied else slot
+        name = next(e.name for e in self.family.ends if e.slots == (stored,) and isinstance(e.layout, Plain))
+        disk = self._disk_name[name]
+        return Table(shape, lambda a, b: self.checkpoint.read_rows(disk, a, b).to(device=device, dtype=dtype))
 
     def _load(self, block: int | None, dtype: torch.dtype, device: torch.device | str) -> Slots:
         slots: Slots = {}
         experts: dict[str, list[Tensor]] = {}
         for name, entry, index in self.family.entries(self.spec, self.spec.tied):
-            if index == block and name in self._disk_name:
+            if index == block and name in self._disk_name and entry.slots[0] not in TABLES:
                 tensor = self.checkpoint.read(self._disk_name[name]).to(device=device, dtype=dtype)
                 if isinstance(entry.layout, OfExpert):
                     experts.setdefault(entry.slots[0], []).append(tensor)
                 else:
                     slots |= zip(entry.slots, entry.layout.split(tensor, self.spec), strict=True)
-        slots |= {slot: torch.stack(parts) for slot, parts in experts.items()}
-        return {name: tensor.contiguous() for name, tensor in slots.items()}
+        slots |= {slot: torch.stack(experts.pop(slot)) for slot in list(experts)}
+        return _each(slots, Tensor.contiguous)
 
     def _check_coverage(self) -> dict[str, str]:
         """Table name -> name on disk. Every expected tensor is there with its shape, and no other."""
@@ -173,15 +235,40 @@ def export(
     write_checkpoint(directory, _stored(weights, like.family, dtype), config, like.path, **options)
 
 
-def _stored(weights: Weights, family: Family, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    spec = weights.spec
-    for name, entry, index in family.entries(spec, spec.tied):
-        slots = weights.ends if index is None else weights.blocks[index]
-        if entry.optional and entry.slots[0] not in slots:
-            continue
-        tensor = entry.layout.join([slots[slot] for slot in entry.slots], spec).to("cpu", dtype)
+def _stored(weights: Weights, family: Family, dtype: torch.dtype) -> Iterator[Stored]:
+    """The tensors of a checkpoint, each made from its slots when it is written; one block is held at a time."""
+    spec, held = weights.spec, _Held(weights.blocks)
+
+    def checked(name: str, tensor: Tensor) -> Tensor:
+        tensor = tensor.to("cpu", dtype)
         if not tensor.isfinite().all():
             raise LmcError(
                 f"tensor {name} overflows in {str(dtype).removeprefix('torch.')}; export with --dtype float32"
             )
-        yield name, tensor
+        return tensor
+
+    def parts(name: str, entry: Entry, index: int | None) -> Iterator[Tensor]:
+        table = weights.table(entry.slots[0]) if index is None and entry.slots[0] in TABLES else None
+        if table is not None:
+            yield from (checked(name, rows) for _, rows in table.chunks())
+        else:
+            slots = weights.ends if index is None else held.block(index)
+            yield checked(name, entry.layout.join([slots[slot] for slot in entry.slots], spec))
+
+    for name, entry, index in family.entries(spec, spec.tied):
+        if entry.optional and index is None and entry.slots[0] not in weights.ends:
+            continue
+        yield Stored(name, dtype, entry.shape(spec), partial(parts, name, entry, index))
+
+
+class _Held:
+    """The block that was asked for last."""
+
+    def __init__(self, blocks: Sequence[Slots]):
+        self.blocks, self.index, self.slots = blocks, -1, Slots()
+
+    def block(self, index: int) -> Slots:
+        if index != self.index:
+            self.slots = {}  # not two of them while the next one is made
+            self.index, self.slots = index, self.blocks[index]
+        return self.slots

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import LmcError
+from .reader import DTYPE_NAMES
 
 SHARD_BYTES = 5_000_000_000
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "LICENSE*")
@@ -80,44 +84,70 @@ def _umask() -> int:
     return mask
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A tensor to be written, made only then: `parts` yields runs of it along the first dimension, all in `dtype`."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: Callable[[], Iterable[Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_file(file: Path, tensors: Sequence[Stored]) -> None:
+    """A safetensors file, written part by part. Raises OSError where the disk does."""
+    ordered = sorted(tensors, key=lambda t: -t.dtype.itemsize)  # keeps every tensor aligned; stable otherwise
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for t in ordered:
+        header[t.name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [end, end + t.nbytes]}
+        end += t.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as handle:
+        handle.write(len(text).to_bytes(8, "little") + text)
+        for t in ordered:
+            left = t.nbytes
+            for part in t.parts():
+                if part.dtype != t.dtype or part.nbytes > left:
+                    raise ValueError(f"{t.name} is not what was announced")
+                handle.write(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+                left -= part.nbytes
+                del part
+            if left:
+                raise ValueError(f"{t.name} lacks {left} bytes")
+
+
 def write_checkpoint(
     directory: Path,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[Stored],
     config: dict[str, Any],
     companions_from: Path,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Fills an empty `directory` with a checkpoint that transformers loads. One shard at a time is held in memory.
+    """Fills an empty `directory` with a checkpoint that transformers loads; one part of a tensor at a time is held.
 
     Tokenizer, generation config and the like are copied from `companions_from`.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    total = size = 0
-
-    def flush() -> None:
-        nonlocal pending, size
-        save_tensor_file(pending, directory / f"shard-{len(shards)}.safetensors", {"format": "pt"})
-        shards.append(list(pending))
-        pending, size = {}, 0
-
-    for name, tensor in tensors:
-        tensor = tensor.contiguous()
-        if any(tensor.data_ptr() == other.data_ptr() for other in pending.values()):
-            tensor = tensor.clone()  # a tied head that is written out
-        if pending and size + tensor.nbytes > shard_bytes:
-            flush()
-        pending[name] = tensor
-        size += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-
+    shards: list[list[Stored]] = []
+    size = total = 0
+    for t in tensors:
+        if not shards or size + t.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(t)
+        size += t.nbytes
+        total += t.nbytes
     weight_map: dict[str, str] = {}
-    for i, names in enumerate(shards):
+    for i, shard in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        os.replace(directory / f"shard-{i}.safetensors", directory / file)
-        weight_map |= dict.fromkeys(names, file)
+        write_file(directory / file, shard)
+        weight_map |= dict.fromkeys([t.name for t in shard], file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -14,6 +14,7 @@ from ..checkpoints.weights import Weights
 from .slots import Slots
 
 TABLES = ("embed", "head", "head_bias")
+HEAD_ROWS = 8192  # of a lazy head, held at a time
 
 
 class Source(Protocol):
@@ -44,38 +45,49 @@ class Source(Protocol):
 
 
 class Resident:
-    """Two models in memory as a Source. Lazy weights work too: a block is read when it is visited."""
-
-    head_parts = 1
+    """Two models in memory as a Source. Of lazy weights, a block or a run of a table is read when it is visited."""
 
     def __init__(self, a: Weights, b: Weights):
         self.spec, self.a, self.b = a.spec, a, b
         self.ends: tuple[Slots, Slots] = (_small(a), _small(b))
+        head = a.tables.get("head")
+        self._runs = [(0, a.spec.vocab)] if head is None else list(head.runs(HEAD_ROWS))
+        self.head_parts = len(self._runs)
 
     @property
     def sample(self) -> Tensor:
-        return self.a.ends["head"]
+        return next(iter(self.ends[0].values()))
 
     def begin(self, visits: Sequence[int]) -> None:
-        """Everything is there."""
+        """Everything is there, or is read when it is wanted."""
 
     @contextmanager
     def visit(self, unit: int) -> Iterator[tuple[Slots, Slots]]:
         if unit < self.spec.layers:
             yield self.a.blocks[unit], self.b.blocks[unit]
         else:
-            yield _head(self.a), _head(self.b)
+            run = self._runs[unit - self.spec.layers]
+            yield _head(self.a, *run), _head(self.b, *run)
 
     def embed_rows(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        return self.a.ends["embed"][tokens], self.b.ends["embed"][tokens]
+        return _rows(self.a, tokens), _rows(self.b, tokens)
 
 
 def _small(weights: Weights) -> Slots:
     return {name: w for name, w in weights.ends.items() if name not in TABLES}
 
 
-def _head(weights: Weights) -> Slots:
-    return {name: weights.ends[name] for name in ("head", "head_bias") if name in weights.ends}
+def _head(weights: Weights, start: int, stop: int) -> Slots:
+    table = weights.table("head")
+    assert table is not None
+    slots = {"head": table.rows(start, stop)}
+    bias = weights.ends.get("head_bias")
+    return slots if bias is None else slots | {"head_bias": bias[start:stop]}
+
+
+def _rows(weights: Weights, tokens: Tensor) -> Tensor:
+    lazy = weights.tables.get("embed")
+    return weights.ends["embed"][tokens] if lazy is None else lazy.pick(tokens)
 
 
 def paired(a: Weights, b: Weights) -> tuple[Weights, Weights]:

@@ -25,6 +25,8 @@ from .model import answers, asked, embed, read_out, read_part, require_task
 from .slots import LineSlots, Slots
 from .source import Source
 
+STREAM_ELEMENTS = 1 << 24  # of residual streams, held at a time by an evaluation: 64 MiB in float32
+
 
 @dataclass(frozen=True)
 class Item:
@@ -189,16 +191,25 @@ def evaluate(source: Source, items: Sequence[Item], chart: Chart | None = None, 
 def line_scores(
     source: Source, data: Data, points: Sequence[float], chart: Chart | None = None, batch: int = 32
 ) -> list[Score]:
-    """One score per place of the line, on data taken `batch` rows at a time, in one pass over the units."""
-    parts = data.split(batch)
-    scores = evaluate(source, [Item(part, t) for t in sorted(points) for part in parts], chart)
-    out = []
-    for k in range(len(points)):
-        some = scores[k * len(parts) : (k + 1) * len(parts)]
-        n = sum(s.count for s in some)
-        mean = lambda name, some=some, n=n: sum(getattr(s, name) * s.count for s in some) / n  # noqa: E731
-        out.append(Score(mean("loss"), mean("accuracy"), n))
-    return out
+    """One score per place of the line, ascending, on data taken `batch` rows at a time.
+
+    All places share a pass over the units; data whose streams exceed STREAM_ELEMENTS takes several passes.
+    """
+    spec = source.spec
+    length = spec.position_rows if spec.image else read_part(data).shape[1]
+    rows = max(batch, STREAM_ELEMENTS // (len(points) * length * spec.width))
+    seen: list[list[Score]] = [[] for _ in points]
+    for some in data.split(rows):
+        parts = [part for part in some.split(batch) if len(answers(part))]
+        scores = evaluate(source, [Item(part, t) for t in sorted(points) for part in parts], chart)
+        for k in range(len(points)):
+            seen[k] += scores[k * len(parts) : (k + 1) * len(parts)]
+    return [_together(scores) for scores in seen]
+
+
+def _together(scores: list[Score]) -> Score:
+    n = sum(s.count for s in scores)
+    return Score(sum(s.loss * s.count for s in scores) / n, sum(s.accuracy * s.count for s in scores) / n, n)
 
 
 def line_losses(

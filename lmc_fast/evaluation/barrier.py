@@ -64,7 +64,8 @@ def curve_between(
 ) -> Curve:
     """Losses at `points` evenly spaced lambdas between two models of one spec; tokens (n, T), or examples.
 
-    One pass over the blocks of both models serves all points. progress: called once per point.
+    A pass over the blocks of both models serves all points; of lazy models it holds one block. progress: called once
+    per point.
     """
     lambdas = [i / (points - 1) for i in range(points)]
     scores = line_scores(Resident(a, b), tokens, lambdas, batch=batch)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..architectures import Spec
-from ..checkpoints.weights import Slots, Weights
+from ..checkpoints.lazy import Slots
+from ..checkpoints.weights import Weights
 from ..symmetry.groups import query_key_maps, unit_scale_signs, value_maps
 from ..symmetry.transform import BlockTransform, Transform, rotary_map
 
@@ -20,17 +21,19 @@ _RIDGE = 1e-8
 
 def balance(weights: Weights) -> Transform:
     """The transform (head maps and unit scales, float64) that balances canonical `weights`."""
-    return Transform(None, [_balance_block(weights.spec, block) for block in weights.blocks])
+    return Transform(None, [_balance_block(weights.spec, weights.blocks[i]) for i in range(weights.spec.layers)])
 
 
-def _balance_block(spec: Spec, w: Slots) -> BlockTransform:
-    w = {name: tensor.double() for name, tensor in w.items()}
+def _balance_block(spec: Spec, block: Slots) -> BlockTransform:
     g, r, e = spec.kv_heads, spec.queries_per_group, spec.head_dim
     found = BlockTransform()
+    double = lambda names: {name: block[name].double() for name in names if name in block}  # noqa: E731
     if value_maps(spec) == "general":
+        w = double(("v", "v_bias", "o"))
         o = w["o"].view(-1, g, r, e).permute(1, 2, 0, 3).flatten(1, 2)  # (g, r d, e)
         found = replace(found, vo=_equaliser(_gram(_with_bias(w, "v", (g, e))), o.mT @ o))
     if query_key_maps(spec) == "general":
+        w = double(("q", "q_bias", "k", "k_bias"))
         q = _with_bias(w, "q", (g, r, e)).transpose(1, 2).flatten(2)
         k = _with_bias(w, "k", (g, e))
         rotary, half = spec.rotary_dim, spec.rotary_dim // 2
@@ -40,10 +43,10 @@ def _balance_block(spec: Spec, w: Slots) -> BlockTransform:
         found = replace(found, qk=rotary_map(scale, torch.zeros_like(scale), rest))
     if unit_scale_signs(spec) != "none":
         if spec.ffn_width:
-            found = replace(found, unit_scale=_unit_balance(w))
+            found = replace(found, unit_scale=_unit_balance(double(("up", "up_bias", "down"))))
         if spec.experts:
-            experts = zip(w["experts_up"], w["experts_down"], strict=True)
-            scales = [_unit_balance({"up": up, "down": down}) for up, down in experts]
+            experts = zip(block["experts_up"], block["experts_down"], strict=True)
+            scales = [_unit_balance({"up": up.double(), "down": down.double()}) for up, down in experts]
             found = replace(found, expert_scale=torch.stack(scales))
     return found
 

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from ..architectures import Spec
-from ..checkpoints.weights import Slots, Weights
+from ..checkpoints.lazy import Slots
+from ..checkpoints.weights import Weights
 from ..solvers import solve_assignments
 from ..symmetry.groups import heads_move, rotates
 from ..symmetry.transform import BlockTransform, Transform, apply_block, apply_ends
-from .activations import BlockStatistics, Statistics
+from .activations import Statistics
 from .procrustes import nearest_query_key_map, nearest_value_map, query_key_score, value_score
-from .stream import double, match_stream, weigh
-from .units import match_experts, match_head_units, match_units
+from .stream import StreamEvidence, at_work, block_evidence, ends_evidence, transform_evidence, weigh, work_dtype
+from .units import match_experts, match_head_units, match_units, unit_scores
 
 MAX_ROUNDS = 50
 
@@ -37,59 +38,83 @@ class Evidence:
         return self.weights, self.activations
 
 
-def match(a: Weights, b: Weights, evidence: Evidence, statistics: Statistics | None = None) -> Transform:
+def match(
+    a: Weights, b: Weights, evidence: Evidence, statistics: Statistics | None = None, rounds: int = MAX_ROUNDS
+) -> Transform:
     """The transform (float64) of canonical, balanced `b` that brings it closest to `a`.
 
-    Rounds go on until no assignment changes (at most MAX_ROUNDS). `statistics` are needed if the activations count.
+    Rounds go on until no assignment changes, at most `rounds`; each loads every block once, one at a time.
+    `statistics` are needed if the activations count.
     """
-    spec = a.spec
-    stats: list[BlockStatistics | None] = list(statistics.blocks) if statistics else [None] * spec.layers
+    spec, shares = a.spec, evidence.shares
     stream = statistics.stream if statistics else None
-    found = Transform(match_stream(a, b, None, stream, evidence.shares), [BlockTransform() for _ in range(spec.layers)])
-    for _ in range(MAX_ROUNDS):
-        before = found
-        blocks = [
-            _match_block(spec, x, y, found.rotation, evidence, s)
-            for x, y, s in zip(a.blocks, b.blocks, stats, strict=True)
-        ]
-        found = Transform(found.rotation, blocks)
+    ends = ends_evidence(a, b)
+    start = StreamEvidence(ends.total.clone(), ends.gains)
+    found = Transform(start.best(spec, stream, shares), [BlockTransform() for _ in range(spec.layers)])
+    for _ in range(rounds):
+        before = _assignments(spec, found)
+        total = StreamEvidence(ends.total.clone(), ends.gains.clone())
+        for i in range(spec.layers):
+            x, y = a.blocks[i], b.blocks[i]
+            seen = dict(statistics.blocks[i]) if statistics else {}
+            found.blocks[i], part = _match_block(spec, x, y, found.rotation, evidence, seen)
+            total.add(part)
+            del x, y, seen
         if spec.head_transform:
-            found.head_units = match_head_units(double(a.ends), apply_ends(spec, found.rotation, double(b.ends)))
-        found.rotation = match_stream(a, b, found, stream, evidence.shares)
-        if _same_assignments(spec, before, found):
+            found.head_units = _match_head(a, b, found.rotation)
+            total.total += transform_evidence(a, b, found.head_units)
+        found.rotation = total.best(spec, stream, shares)
+        if all(_same(p, q) for p, q in zip(before, _assignments(spec, found), strict=True)):
             break
     return found
 
 
 def _match_block(
-    spec: Spec, a: Slots, b: Slots, rotation: Tensor | None, evidence: Evidence, s: BlockStatistics | None
-) -> BlockTransform:
-    a, b = double(a), apply_block(spec, rotation, BlockTransform(), double(b))
-    heads, queries, vo, qk = _match_heads(spec, a, b, evidence, s)
+    spec: Spec, a: Slots, b: Slots, rotation: Tensor | None, evidence: Evidence, seen: Slots
+) -> tuple[BlockTransform, StreamEvidence]:
+    """(the transform of b's block, what the block so transformed says about the next rotation).
+
+    seen: statistics of its activations, if there are any; they are dropped as soon as they are used.
+    """
+    dtype = work_dtype(spec)
+    a, b = at_work(spec, a), at_work(spec, b)
+    turned = apply_block(spec, None if rotation is None else rotation.to(dtype), BlockTransform(), b)
+    heads, queries, vo, qk = _match_heads(spec, a, turned, evidence, seen)
     found = BlockTransform(heads, queries, vo, qk=qk)
-    if spec.ffn_width:
-        found.units, found.unit_scale = match_units(spec, a, b, s.hidden if s else None, evidence.shares)
     if spec.experts:
-        found.experts, found.expert_units, found.expert_scale = match_experts(spec, a, b)
-    return found
+        found.experts, found.expert_units, found.expert_scale = match_experts(spec, a, turned)
+    if spec.ffn_width:
+        score, negative = unit_scores(spec, a, turned, seen.pop("hidden", None), evidence.shares)
+        turned.clear()  # the assignment of many units takes much memory of its own
+        found.units, found.unit_scale = match_units(score, negative)
+        del score, negative
+    moved = apply_block(spec, None, Transform(None, [found]).map(lambda t: t.to(dtype)).blocks[0], b)
+    return found, block_evidence(spec, a, moved)
+
+
+def _match_head(a: Weights, b: Weights, rotation: Tensor | None) -> Tensor:
+    double = lambda w: {name: t.double() for name, t in w.small_ends.items()}  # noqa: E731
+    heads = a.table("head"), b.table("head")
+    assert heads[0] is not None and heads[1] is not None
+    return match_head_units(double(a), apply_ends(a.spec, rotation, double(b)), (heads[0], heads[1]))
 
 
 def _match_heads(
-    spec: Spec, a: Slots, b: Slots, evidence: Evidence, s: BlockStatistics | None
+    spec: Spec, a: Slots, b: Slots, evidence: Evidence, seen: Slots
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """(groups, queries within them, V/O maps, Q/K maps): the assignment whose Procrustes fits are best in sum."""
     g, r, e = spec.kv_heads, spec.queries_per_group, spec.head_dim
 
     def rows(slot: str, count: int) -> Tensor:
         """Evidence for every pair of heads from a reader: (count A, count B, e, e)."""
-        c = a[slot] @ b[slot].mT
+        c = (a[slot] @ b[slot].mT).double()
         if f"{slot}_bias" in a:
             c = c + torch.outer(a[f"{slot}_bias"], b[f"{slot}_bias"])
-        c = weigh(c, getattr(s, slot) if s else None, evidence.shares)
+        c = weigh(c, seen.pop(slot, None), evidence.shares)
         return c.view(count, e, count, e).transpose(1, 2)
 
-    out = a["o"].mT @ b["o"]
-    out = weigh(out, s.mixed if s else None, evidence.shares).view(g * r, e, g * r, e).transpose(1, 2)
+    out = (a["o"].mT @ b["o"]).double()
+    out = weigh(out, seen.pop("mixed", None), evidence.shares).view(g * r, e, g * r, e).transpose(1, 2)
     q, k, v = rows("q", g * r), rows("k", g), rows("v", g)
 
     if not heads_move(spec):
@@ -126,13 +151,12 @@ def _along(c: Tensor, inner: Tensor, g: int, r: int) -> Tensor:
     return c[i, x, j, inner].sum(2)
 
 
-def _same_assignments(spec: Spec, x: Transform, y: Transform) -> bool:
-    def same(p: Tensor | None, q: Tensor | None) -> bool:
-        return (p is None and q is None) or (p is not None and q is not None and torch.equal(p, q))
+def _assignments(spec: Spec, t: Transform) -> list[Tensor | None]:
+    """All of a transform that is discrete."""
+    names = ("heads", "queries", "units", "experts", "expert_units")
+    parts = [getattr(block, name) for block in t.blocks for name in names]
+    return [*parts, t.head_units, None if rotates(spec) else t.rotation]
 
-    discrete = ("heads", "queries", "units", "experts", "expert_units")
-    return (
-        all(same(getattr(s, n), getattr(t, n)) for s, t in zip(x.blocks, y.blocks, strict=True) for n in discrete)
-        and same(x.head_units, y.head_units)
-        and (rotates(spec) or same(x.rotation, y.rotation))
-    )
+
+def _same(p: Tensor | None, q: Tensor | None) -> bool:
+    return (p is None and q is None) or (p is not None and q is not None and torch.equal(p, q))

@@ -2,97 +2,130 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ..architectures import BLOCK_READERS, BLOCK_WRITERS, END_WRITERS, POST_NORMS, Spec
-from ..checkpoints.weights import Slots, Weights
+from ..checkpoints.lazy import Slots
+from ..checkpoints.weights import Weights
 from ..engine.block import norm
 from ..symmetry.groups import resolves_embedding
-from ..symmetry.transform import Transform, apply_block
 from .procrustes import residual_rotation
 
-_ROWS = ("embed", "positions", "types", "cls", "distill")
+_ROWS = ("positions", "types", "cls", "distill")
+WIDE = 1024  # from this width on products are float32: float64 doubles their memory and time, and a sum of a thousand
+# products that is 1e-6 off changes no assignment that means anything. Sums of products are float64 always.
 
 
-def double(w: Slots) -> Slots:
-    return {name: t.double() for name, t in w.items()}
+def work_dtype(spec: Spec) -> torch.dtype:
+    """What evidence is multiplied in."""
+    return torch.float32 if spec.width >= WIDE else torch.float64
 
 
-def match_stream(
-    a: Weights, b: Weights, found: Transform | None, activations: Tensor | None, shares: tuple[float, float]
-) -> Tensor:
-    """The legal R (d, d) float64 that brings b closest to a.
+def at_work(spec: Spec, w: Slots) -> Slots:
+    return {name: t.to(work_dtype(spec)) for name, t in w.items()}
 
-    `found`: maps of b's blocks and head, as far as they are known. activations (d, d): evidence beside the weights;
-    shares: how much either counts.
-    """
+
+@dataclass
+class StreamEvidence:
+    """What R should fit: tr(Rᵀ total) and, where gains lie in the stream, tr(|R|ᵀ gains) are to be large; float64."""
+
+    total: Tensor  # (d, d)
+    gains: Tensor  # (d, d)
+
+    @staticmethod
+    def none(spec: Spec, device: torch.device) -> StreamEvidence:
+        zero = torch.zeros(spec.width, spec.width, dtype=torch.float64, device=device)
+        return StreamEvidence(zero, zero.clone())
+
+    def add(self, other: StreamEvidence) -> None:
+        self.total += other.total
+        self.gains += other.gains
+
+    def best(self, spec: Spec, activations: Tensor | None, shares: tuple[float, float]) -> Tensor:
+        """The legal R (d, d) float64. activations (d, d): evidence beside the weights; shares: how much either counts.
+
+        Uses the evidence up.
+        """
+        return residual_rotation(spec, weigh(self.total, activations, shares), self.gains * shares[0])
+
+
+def block_evidence(spec: Spec, x: Slots, y: Slots) -> StreamEvidence:
+    """From a block of a and the same of b, its heads and units in place."""
+    found = StreamEvidence.none(spec, x["o"].device)
+    for name in BLOCK_READERS:
+        if name in x:
+            found.total += x[name].flatten(0, -2).mT @ y[name].flatten(0, -2)
+    for name in BLOCK_WRITERS:
+        if name in x:
+            found.total += (x[name] @ y[name].mT).reshape(-1, spec.width, spec.width).sum(0)
+        if f"{name}_bias" in x:
+            found.total += torch.outer(x[f"{name}_bias"], y[f"{name}_bias"])
+    _add_norms(found, x, y, POST_NORMS)
+    return found
+
+
+def ends_evidence(a: Weights, b: Weights) -> StreamEvidence:
+    """From all outside the blocks but a head transform, whose units have to be known."""
     spec = a.spec
-    x, y = double(a.ends), double(b.ends)
-    total = _ends(spec, x, y, None if found is None else found.head_units)
-    gains = _gains(x, y, ("embed_norm",))
-    total = total + _shifts(x, y, ("embed_norm",))
-    for w, u, t in zip(a.blocks, b.blocks, found.blocks if found else [], strict=found is not None):
-        x, y = double(w), apply_block(spec, None, t, double(u))
-        for name in BLOCK_READERS:
-            if name in x:
-                total = total + x[name].flatten(0, -2).mT @ y[name].flatten(0, -2)
-        for name in BLOCK_WRITERS:
-            if name in x:
-                total = total + (x[name] @ y[name].mT).reshape(-1, spec.width, spec.width).sum(0)
-            if f"{name}_bias" in x:
-                total = total + torch.outer(x[f"{name}_bias"], y[f"{name}_bias"])
-        gains = gains + _gains(x, y, POST_NORMS)
-        total = total + _shifts(x, y, POST_NORMS)
-    return residual_rotation(spec, weigh(total, activations, shares), gains * shares[0])
+    x, y = at_work(spec, a.small_ends), at_work(spec, b.small_ends)
+    head = a.table("head")
+    assert head is not None
+    found = StreamEvidence.none(spec, head.rows(0, 0).device)
+    for name in ("embed",) if spec.head_transform else ("embed", "head"):
+        left, right = a.table(name), b.table(name)
+        if left is not None and right is not None:
+            for start, stop in left.runs():
+                rows = (
+                    _written(spec, x, name, left.rows(start, stop)),
+                    _written(spec, y, name, right.rows(start, stop)),
+                )
+                p, q = (r.reshape(-1, spec.width) for r in rows)
+                found.total += p.mT @ q
+    for name in _ROWS:
+        if name in x:
+            found.total += x[name].mT @ y[name]
+    for name in END_WRITERS:
+        if name in x:
+            found.total += x[name] @ y[name].mT
+        if f"{name}_bias" in x:
+            found.total += torch.outer(x[f"{name}_bias"], y[f"{name}_bias"])
+    _add_norms(found, x, y, ("embed_norm",))
+    return found
+
+
+def transform_evidence(a: Weights, b: Weights, head_units: Tensor) -> Tensor:
+    """From a head transform, its units in place: (d, d) float64."""
+    return a.ends["head_transform"].double().mT @ b.ends["head_transform"].double()[head_units]
 
 
 def weigh(from_weights: Tensor, from_activations: Tensor | None, shares: tuple[float, float]) -> Tensor:
-    """Weighted sum of two pieces of evidence. Activations are first scaled to the weights' Frobenius norm.
+    """Weighted sum of two pieces of evidence, in the place of the first (float64), which may be large.
 
-    Weights themselves are never normalised one matrix at a time: large matrices should count more (measured: 0.57
-    against 0.71 nats).
+    Activations are first scaled to the weights' Frobenius norm. Weights themselves are never normalised one matrix at a
+    time: large matrices should count more (measured: 0.57 against 0.71 nats).
     """
-    total = shares[0] * from_weights
-    if from_activations is not None:
-        scale = from_weights.norm() / from_activations.norm().clamp(min=1e-30)
-        total = total + from_activations * (shares[1] * scale)
-    return total
+    if from_activations is None:
+        return from_weights.mul_(shares[0])
+    size = torch.linalg.vector_norm(from_activations, dtype=torch.float64)
+    scale = from_weights.norm() / size.clamp(min=1e-30)
+    return from_weights.mul_(shares[0]).add_(from_activations, alpha=float(shares[1] * scale))
 
 
-def _ends(spec: Spec, x: Slots, y: Slots, head_units: Tensor | None) -> Tensor:
-    total = x["head"].new_zeros(spec.width, spec.width)
-    for name in _ROWS:
-        if name in x:
-            left, right = (_written(spec, w, name) for w in (x, y))
-            total = total + left.mT @ right
-    for name in END_WRITERS:
-        if name in x:
-            total = total + x[name] @ y[name].mT
-        if f"{name}_bias" in x:
-            total = total + torch.outer(x[f"{name}_bias"], y[f"{name}_bias"])
-    if not spec.head_transform:
-        return total + x["head"].reshape(-1, spec.width).mT @ y["head"].reshape(-1, spec.width)
-    if head_units is not None:
-        total = total + x["head_transform"].mT @ y["head_transform"][head_units]
-    return total
-
-
-def _written(spec: Spec, w: Slots, name: str) -> Tensor:
-    """What the rows of an input table add to the stream."""
+def _written(spec: Spec, w: Slots, name: str, rows: Tensor) -> Tensor:
+    """What rows of an input table add to the stream; rows of the head as they are."""
+    rows = rows.to(work_dtype(spec))
     if name != "embed":
-        return w[name]
-    return norm(spec, w, "embed_norm", w[name]) if resolves_embedding(spec) else w[name] * spec.embed_scale
+        return rows
+    return norm(spec, w, "embed_norm", rows) if resolves_embedding(spec) else rows * spec.embed_scale
 
 
-def _gains(x: Slots, y: Slots, names: tuple[str, ...]) -> Tensor:
-    return _sum_of_products(x, y, names)
-
-
-def _shifts(x: Slots, y: Slots, names: tuple[str, ...]) -> Tensor:
-    return _sum_of_products(x, y, tuple(f"{name}_bias" for name in names))
-
-
-def _sum_of_products(x: Slots, y: Slots, names: tuple[str, ...]) -> Tensor:
-    found = [torch.outer(x[name], y[name]) for name in names if name in x]
-    return torch.stack(found).sum(0) if found else next(iter(x.values())).new_zeros(())
+def _add_norms(found: StreamEvidence, x: Slots, y: Slots, names: tuple[str, ...]) -> None:
+    """Norms in the stream's own path."""
+    for name in names:
+        if name in x:
+            found.gains += torch.outer(x[name], y[name])
+        if f"{name}_bias" in x:
+            found.total += torch.outer(x[f"{name}_bias"], y[f"{name}_bias"])

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..alignment import Alignment
-from ..checkpoints import Weights
+from ..checkpoints import Model, Weights
 from ..engine.source import Resident, paired
 from ..engine.step import line_losses
 from ..errors import LmcError
 from ..examples import Data
 from ..matching.activations import gather_statistics
 from ..matching.balance import balance
-from ..matching.closed_form import Evidence, match
+from ..matching.closed_form import MAX_ROUNDS, Evidence, match
 from ..matching.learned import History, Learner, NonFiniteLoss, Schedule
 from ..pair import Pair
 from ..symmetry import canonicalize
@@ -74,7 +76,9 @@ def align(
         raise LmcError(f"{pair.spec.family} computes features and has no loss to learn from; use --method weight")
     schedule = schedule or Schedule(sides=1 if method == "one-sided" else 2, **options)
     tokens = tokens.to(device)
-    a, b = (canonicalize(model.load(torch.float32, device)) for model in (pair.a, pair.b))
+    learns = method in ("dual", "one-sided")
+    load = Model.load if learns else Model.open_weights  # without learning, one block at a time is enough
+    a, b = (canonicalize(load(model, torch.float32, device)) for model in (pair.a, pair.b))
     state = Path(state_file) if state_file else None
     if state and state.exists():
         saved, metadata = load_tensors(state)
@@ -82,8 +86,9 @@ def align(
     else:
         saved, metadata = {}, {}
         evidence = {"weight": Evidence(1, 0), "activation": Evidence(0, 1)}.get(method, Evidence(1, activations))
-        base = _match(a, b, tokens, evidence)
-    if method in ("weight", "activation"):
+        with nullcontext() if learns else TemporaryDirectory(dir=state.parent if state else None) as scratch:
+            base = match_endpoints(a, b, tokens, evidence, keep=Path(scratch) if scratch else None)
+    if not learns:
         return Alignment(*base, matched=base, info={"method": method})
 
     path = metadata["run"]["path"] if metadata else None
@@ -101,16 +106,29 @@ def align(
     return Alignment(moved[0].compose(base[0]), moved[1].compose(base[1]), base, info)
 
 
-def _match(a: Weights, b: Weights, tokens: Data, evidence: Evidence) -> tuple[Transform, Transform]:
-    """Balance both endpoints, then match B to A."""
+def match_endpoints(
+    a: Weights,
+    b: Weights,
+    tokens: Data,
+    evidence: Evidence,
+    *,
+    keep: Path | None = None,
+    statistics_tokens: int = STATISTICS_TOKENS,
+    rounds: int = MAX_ROUNDS,
+) -> tuple[Transform, Transform]:
+    """(g_A, g_B) that balance both canonical endpoints and match B to A; one block of lazy endpoints at a time.
+
+    keep: a directory for statistics of activations, by default in memory; statistics_tokens: how many tokens these are
+    taken from at most; rounds: see match.
+    """
     even_a, even_b = balance(a), balance(b)
     a, b = even_a.apply(a), even_b.apply(b)
     statistics = None
     if evidence.activations:
         length = a.spec.position_rows if a.spec.image else tokens.shape[1]
-        count = max(1, min(len(tokens), STATISTICS_TOKENS // length))
-        statistics = gather_statistics(a, b, tokens[:: len(tokens) // count][:count])
-    found = match(a, b, evidence, statistics).compose(even_b)
+        count = max(1, min(len(tokens), statistics_tokens // length))
+        statistics = gather_statistics(a, b, tokens[:: len(tokens) // count][:count], keep=keep)
+    found = match(a, b, evidence, statistics, rounds).compose(even_b)
     return even_a.map(_plain), found.map(_plain)
 
 

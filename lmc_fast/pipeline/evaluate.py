@@ -32,7 +32,7 @@ def barrier(
     """Loss on tokens (n, T) at `points` places of the line between both checkpoints, aligned first if told how."""
     if points < 3:
         raise LmcError(f"{points} points make no curve; use at least 3")
-    a, b = pair.a.load(device=device), pair.b.load(device=device)
+    a, b = pair.a.open_weights(device=device), pair.b.open_weights(device=device)
     if alignment:
         a, b = alignment.apply(canonicalize(a), canonicalize(b))
     return curve_between(a, b, tokens.to(device), points, name, progress=progress)
@@ -50,7 +50,7 @@ def verify(a: str | Path, b: str | Path, tokens: Data | None = None, device: Dev
         )
     if tokens is None:
         tokens = _random_inputs(x, y)
-    found = difference(x.load(device=device), y.load(device=device), tokens.to(device))
+    found = difference(x.open_weights(device=device), y.open_weights(device=device), tokens.to(device))
     return found, found.kl <= tolerance(x.dtype, y.dtype)
 
 

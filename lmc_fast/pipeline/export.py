@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..alignment import Alignment
-from ..checkpoints import Model, atomic_directory, disk_errors, write_checkpoint
+from ..checkpoints import Checkpoint, Model, Stored, atomic_directory, disk_errors, write_checkpoint
 from ..checkpoints import export as export_weights
 from ..errors import LmcError
 from ..pair import Pair, open_pair
@@ -34,8 +35,8 @@ def export_into(pair: Pair, alignment: Alignment, directory: Path, dtype: torch.
 
 
 def export_endpoint(model: Model, transform: Transform, directory: Path, dtype: torch.dtype | None) -> None:
-    """Canonical form and transform in float64, rounded once to the stored dtype."""
-    weights = model.load(torch.promote_types(model.dtype, torch.float32))
+    """Canonical form and transform in float64, rounded once to the stored dtype; one block at a time."""
+    weights = model.open_weights(torch.float64)
     export_weights(transform.apply(canonicalize(weights)), model, directory, dtype)
 
 
@@ -55,11 +56,19 @@ def merge(a: str | Path, b: str | Path, out: str | Path, weight: float = 0.5) ->
         write_checkpoint(work, _averaged(pair, weight), config, pair.a.path)
 
 
-def _averaged(pair: Pair, weight: float) -> Iterator[tuple[str, Tensor]]:
-    for name in pair.a.checkpoint.names:
-        left, right = pair.a.checkpoint.read(name), pair.b.checkpoint.read(name)
-        if left.is_floating_point():
-            wide = torch.promote_types(left.dtype, torch.float32)
-            yield name, torch.lerp(left.to(wide), right.to(wide), weight).to(left.dtype)
+def _averaged(pair: Pair, weight: float) -> Iterator[Stored]:
+    left, right = pair.a.checkpoint, pair.b.checkpoint
+    for name in left.names:
+        if left.shape(name) != right.shape(name):
+            raise LmcError(f"tensor {name} has shape {list(left.shape(name))} in one, {list(right.shape(name))} in two")
+        yield Stored(name, left.stored_dtype(name), left.shape(name), partial(_mixed, left, right, name, weight))
+
+
+def _mixed(left: Checkpoint, right: Checkpoint, name: str, weight: float) -> Iterator[Tensor]:
+    """The average of one tensor, by runs of its first dimension."""
+    for x, y in zip(left.read_runs(name), right.read_runs(name), strict=True):
+        if x.is_floating_point():
+            wide = torch.promote_types(x.dtype, torch.float32)
+            yield torch.lerp(x.to(wide), y.to(wide), weight).to(x.dtype)
         else:
-            yield name, left
+            yield x

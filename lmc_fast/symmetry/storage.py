@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..checkpoints.reader import TensorFile
 from ..checkpoints.writer import save_tensor_file
 from ..errors import LmcError
 from .transform import BlockTransform, Transform
@@ -49,9 +50,9 @@ def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(file, framework="pt") as handle:
             metadata = json.loads((handle.metadata() or {})["lmc_fast"])
-            # Cloned: what lies unaligned in the file's memory can be multiplied to other last bits.
-            return {name: handle.get_tensor(name).clone() for name in handle.keys()}, metadata  # noqa: SIM118
+        tensors = TensorFile(file)
+        return {name: tensors.read(name) for name in tensors.names}, metadata
     except FileNotFoundError:
         raise LmcError(f"{file} does not exist") from None
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, LmcError, OSError, KeyError, ValueError) as error:
         raise LmcError(f"{file} is damaged or not a file of lmc_fast ({error})") from error

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import edit_config
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lmc_fast import LmcError
@@ -150,3 +151,42 @@ def test_names_without_the_prefix_as_on_the_hub(copy):
 def test_opening_reads_headers_only(make_checkpoint, monkeypatch):
     monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("a tensor was read"))
     assert Model(make_checkpoint("llama")).spec.kv_heads == 2
+
+
+def test_rows_are_read_alone_and_a_file_that_shrinks_is_noticed(copy):
+    directory = copy("gpt2")
+    checkpoint, name = Checkpoint(directory), "transformer.wte.weight"
+    whole = load_file(directory / "model.safetensors")[name]
+    assert torch.equal(checkpoint.read(name), whole)
+    for start, stop in ((0, 40), (3, 17), (39, 40), (5, 5)):
+        assert torch.equal(checkpoint.read_rows(name, start, stop), whole[start:stop])
+    with pytest.raises(IndexError):
+        checkpoint.read_rows(name, 3, 41)
+    file = directory / "model.safetensors"
+    with safe_open(file, framework="pt") as header:
+        last = header.offset_keys()[-1]
+    with open(file, "r+b") as handle:
+        handle.truncate(file.stat().st_size - 1)
+    with pytest.raises(LmcError, match="corrupt"):
+        checkpoint.read(last)
+
+
+@pytest.mark.parametrize("place", [0, 17, 39])
+def test_one_bad_number_in_a_row_is_found_with_the_row(place, copy):
+    directory, name = copy("gpt2"), "transformer.wte.weight"
+    change(directory, lambda t: t[name][place].fill_(torch.nan))
+    checkpoint = Checkpoint(directory)
+    with pytest.raises(LmcError, match="NaN or infinity"):
+        checkpoint.read(name)
+    with pytest.raises(LmcError, match="NaN or infinity"):
+        checkpoint.read_rows(name, place, place + 1)
+    assert checkpoint.read_rows(name, 1, 17).isfinite().all()
+
+
+def test_reading_leaves_nothing_mapped(copy):
+    directory = copy()
+    model = Model(directory)
+    weights = model.load()
+    with open("/proc/self/maps") as maps:
+        assert str(directory) not in maps.read()
+    assert weights.spec.layers == 2

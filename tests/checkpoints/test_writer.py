@@ -73,7 +73,7 @@ def test_full_disk_says_so(make_checkpoint, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writer, "save_file", full)
+    monkeypatch.setattr(writer, "write_file", full)
     model = Model(make_checkpoint("neox"))
     with pytest.raises(LmcError, match="disk is full"), atomic_directory(tmp_path / "out") as work:
         export(model.load(), model, work / "a")

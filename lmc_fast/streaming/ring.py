@@ -150,9 +150,6 @@ class Streamed:
         self._inside = True
         try:
             yield views(buffer, self.store.places(unit), self.store.dtype)
-        except BaseException:
-            self._actions.clear()  # the pass is over
-            raise
         finally:
             self._inside = False
             if action.slot is not None:

@@ -28,6 +28,11 @@ from .pipeline.align import METHODS, Progress, align
 from .pipeline.evaluate import barrier, verify
 from .pipeline.export import export_into, merge
 from .pipeline.run_directory import RunDirectory
+from .streaming.demand import Job
+from .streaming.devices import PROFILES, profile
+from .streaming.meter import budget_warning
+from .streaming.planner import plan
+from .streaming.sizes import parse_bytes, show_bytes
 from .symmetry import legal_groups
 
 BAD_INPUT, INTERRUPTED, DIFFERENT = 2, 130, 1
@@ -236,6 +241,24 @@ def barrier_command(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def plan_command(args: argparse.Namespace, console: Console) -> int:
+    budget = parse_bytes(args.memory)
+    pair = open_pair(args.a, args.b)
+    device = profile(args.device_profile, args.device)
+    schedule = Schedule()
+    length = pair.spec.position_rows if pair.spec.image else block_length(pair.a, args.block)
+    found = plan(pair.spec, Job(args.tokens or schedule.batch * length, length, schedule.sides), device, budget)
+    warning = budget_warning(budget, args.device) if args.device_profile == "here" else None
+    if budget > device.memory and not warning:
+        warning = f"{device.name} has {show_bytes(device.memory)}, less than the budget of {show_bytes(budget)}"
+    for line in found.table():
+        console.say(line)
+    if warning:
+        print(f"lmc-fast: warning: {warning}", file=sys.stderr)
+    console.result(found.to_json() | {"a": args.a, "b": args.b, "warning": warning})
+    return 0
+
+
 def verify_command(args: argparse.Namespace, console: Console) -> int:
     tokens = None
     if args.data:
@@ -299,6 +322,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, help="default: 0")
     sub.add_argument("--dtype", choices=_DTYPES, help="of the written weights (default: as in the input)")
     sub.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+
+    sub = command("plan", plan_command, "memory and time within a budget; only headers are read", "a", "b")
+    sub.add_argument("--memory", required=True, help="the budget: 8GiB, 3GB, 512MiB or a number of bytes")
+    names = ", ".join(PROFILES)
+    sub.add_argument("--device-profile", default="here", help=f"here (default: what --device says), {names}")
+    sub.add_argument("--tokens", type=_positive, help=f"tokens per step (default: {Schedule.batch} blocks)")
+    sub.add_argument("--block", type=_positive, help="tokens per block (default: 128)")
 
     sub = command("merge", merge_command, "write the weighted average of two checkpoints", "a", "b")
     sub.add_argument("--weight", type=float, default=0.5, help="share of B (default: 0.5)")

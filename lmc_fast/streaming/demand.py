@@ -1,0 +1,198 @@
+"""What a streamed learning step holds in memory, item by item, and what it computes. Formulas only, nothing is run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..architectures import Spec
+from ..symmetry.charts import Chart
+from ..symmetry.groups import rotates
+from .layout import arrange, block_bytes, head_rows, slot_shapes, unit_bytes
+
+ACTIVATION, WEIGHT = "activation", "weight"  # see DESIGN: rotate the stream, or transform one matrix at a time
+_FP32 = 4  # bytes of the transform's parameters and of logits
+_LOGITS = 6  # tensors of a chunk's size: logits, log-probabilities, target, a teacher's logits and shares, gradient
+_TAPE = 30  # matrices that a head map's forward and backward keep, for each of its own (measured 26)
+_UPDATE = 6  # (d, d) matrices of one side that Muon and the Cayley transform need beside their operands (measured 4.1)
+SLACK = 0.03  # allocators round up and fragment
+_HEAD_MAPS = ("vo", "qk")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A learning step: `tokens` in sequences of `length`; sides: 2 dual, 1 B alone; teachers: 2 or, for text, 0."""
+
+    tokens: int
+    length: int
+    sides: int = 2
+    teachers: int = 2
+
+    @property
+    def sequences(self) -> int:
+        return max(1, -(-self.tokens // self.length))
+
+
+@dataclass(frozen=True)
+class Item:
+    """Some bytes. phase: "always", or the part of a step that needs them: "block", "head", "update"."""
+
+    name: str
+    bytes: int
+    phase: str = "always"
+
+
+@dataclass(frozen=True)
+class Demand:
+    """The needs of one pair for one kind of step. itemsize: bytes of a weight as computed with."""
+
+    spec: Spec
+    job: Job
+    itemsize: int
+    base: int = 0
+
+    @cached_property
+    def units(self) -> list[int]:
+        """Bytes of each unit: blocks, then parts of the head."""
+        return unit_bytes(self.spec, self.itemsize)
+
+    @cached_property
+    def head_part_rows(self) -> int:
+        return max(head_rows(self.spec, self.itemsize))
+
+    @cached_property
+    def store_bytes(self) -> int:
+        """The pair on disk."""
+        ends, _ = slot_shapes(self.spec)
+        rest = {name: shape for name, shape in ends.items() if name not in ("head", "head_bias")}
+        return sum(self.units) + arrange(rest, self.itemsize)[1]
+
+    @cached_property
+    def _leaves(self) -> dict[str, int]:
+        """Numbers in each of the chart's leaves."""
+        return {name: t.numel() for name, t in Chart(self.spec, self.job.sides, device="meta").tensors.items()}
+
+    def fixed(self) -> list[Item]:
+        """What every plan needs, whatever its choices."""
+        spec, d = self.spec, self.spec.width
+        ends, _ = slot_shapes(spec)
+        small = {name: shape for name, shape in ends.items() if name not in ("embed", "head", "head_bias")}
+        stream = self.job.tokens * d * self.itemsize
+        matrices = sum(self._leaves.get(name, 0) for name in _HEAD_MAPS)
+        scales = sum(n for name, n in self._leaves.items() if name not in (*_HEAD_MAPS, "rotation"))
+        turns = self._leaves.get("rotation", 0)
+        # leaf, momentum, gradient and the best validated copy; Adam has one moment more; then g_A, g_B, their relative
+        # transform and its gradient, and that transform in the dtype of the computation
+        rotation = 4 * turns + (4 * d * d if turns else 0)
+        items = [
+            Item("interpreter and libraries", self.base),
+            Item("ends without tables", arrange(small, self.itemsize)[1]),
+            Item("position tables", self._position_bytes()),
+            Item("streams: the line's model, its gradient", 2 * stream),
+            Item("streams: teachers", self.job.teachers * stream),
+            Item("token ids", 32 * self.job.tokens),
+            Item("rotation: parameters and optimiser", rotation * _FP32 + 2 * d * d * self.itemsize * bool(turns)),
+            Item("block maps: parameters and optimiser", (4 * matrices + 5 * scales) * _FP32),
+            Item("update of the parameters", self._update_bytes(turns, matrices), "update"),
+        ]
+        return [item for item in items if item.bytes]
+
+    def _update_bytes(self, turns: int, matrices: int) -> int:
+        return _UPDATE * max(turns, matrices) * _FP32
+
+    def _position_bytes(self) -> int:
+        """cos and sin, and the biases added to attention scores, of which some are made in float64."""
+        spec, n = self.spec, self.job.length
+        tables = 2 * n * (len(spec.inv_freq) + len(spec.local_inv_freq)) * self.itemsize
+        windows = set(spec.windows) if spec.windows else {0}
+        special = [w for w in windows if w or spec.alibi or spec.attn_softcap]
+        return tables + len(special) * n * n * (self.itemsize * (spec.heads if spec.alibi else 1) + 16)
+
+    @cached_property
+    def boundary_bytes(self) -> int:
+        """The stream in front of every block, of all tokens of a step."""
+        return self.spec.layers * self.job.tokens * self.spec.width * self.itemsize
+
+    def step(self, path: str, micro: int, chunk: int, on_host: bool = False) -> list[Item]:
+        """What a way of computing needs. micro: sequences at a time; chunk: logits at a time.
+
+        on_host: boundary activations lie in main memory, and a few micro-batches of them on the device.
+        """
+        spec, d = self.spec, self.spec.width
+        tokens = micro * self.job.length
+        maps = sum(self._leaves.get(name, 0) for name in _HEAD_MAPS) // spec.layers
+        rows = min(self.head_part_rows, spec.vocab)
+        width = (spec.shape("head") or (0, d))[1]
+        heads = (4 if path == ACTIVATION else 2) + self.job.teachers
+        vocab = (spec.shape("embed") or (0, d))[0]
+        table = 6 * min(tokens, vocab) * d * self.itemsize
+        boundaries = 4 * tokens * d * self.itemsize if on_host else self.boundary_bytes
+        items = [
+            Item("boundary activations" + " on their way" * on_host, boundaries),
+            Item("one block's activations and gradients", tokens * self.block_floats(path) * self.itemsize, "block"),
+            Item("one block's maps and their gradients", _TAPE * maps * _FP32, "block"),
+            Item("embedding rows", max(0, table - tokens * self.block_floats(path) * self.itemsize), "block"),
+            Item("logits", _LOGITS * min(chunk, tokens * rows) * _FP32, "head"),
+            Item("normed streams", heads * tokens * width * self.itemsize, "head"),
+            Item("sums over the vocabulary", 8 * _FP32 * self.job.tokens, "head"),
+        ]
+        if path == WEIGHT:
+            largest = 3 * block_bytes(spec, self.itemsize) // 2
+            items += [
+                Item("transformed weights of one block", largest, "block"),
+                Item("transformed rows of the head", 3 * rows * width * self.itemsize, "head"),
+            ]
+        return [item for item in items if item.bytes]
+
+    def block_floats(self, path: str) -> int:
+        """Numbers per token that one block's forward and backward hold, by the tensors that engine/block.py saves.
+
+        Weights are taken to need gradients, as transformed ones do. The activation path adds the rotated copies and
+        what B's maps act on.
+        """
+        spec, d, narrow = self.spec, self.spec.width, self.itemsize < _FP32
+        q, kv, f = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.ffn_width
+        norms = {"pre": 2, "branch": 2, "sandwich": 4, "post": 2}[spec.placement] - spec.shared_norm
+        # RMSNorm also keeps the rescaled input, in float32
+        each = 1 if spec.norm == "layernorm" else 4 if narrow else 3
+        total = d * (1 + each * norms + 1)  # the input, norms, the stream between the branches
+        total += q + 2 * kv + 2 * q  # queries, keys, values; their mixture and its copy
+        if spec.queries_per_group > 1:
+            total += 2 * q  # keys and values, repeated
+        if spec.qk_norm or spec.clip_qkv:
+            total += 2 * each * (q + kv)
+        if spec.attn_softcap or spec.alibi or any(spec.windows):
+            total += (3 if narrow else 2) * spec.heads * self.job.length  # scores
+        total += (4 if spec.gated else 2) * f
+        if spec.experts:
+            total += spec.experts_per_token * (4 * spec.expert_width + 2 * d) + 3 * spec.experts
+        total += 2 * max(f, spec.expert_width, 2 * q)  # gradients on their way back
+        if path == ACTIVATION:
+            total += 2 * 3 * d + 2 * d  # rotated inputs beside the plain ones; results before they are turned back
+            total += q + 2 * kv + q + (2 if spec.gated else 1) * f
+        return total
+
+    def macs(self, path: str, micro: int) -> float:
+        """Multiply-adds of a step: forward, recompute and backward of the line's model, forward of the teachers."""
+        spec, job, d = self.spec, self.job, self.spec.width
+        tokens, turns = job.sequences * job.length, rotates(spec)
+        batches = -(-job.sequences // micro)
+        every = active = 0
+        for shape in slot_shapes(spec)[1].values():
+            if len(shape) == 2:
+                every, active = every + math.prod(shape), active + math.prod(shape)
+            elif len(shape) == 3:
+                every += math.prod(shape)
+                active += math.prod(shape) * spec.experts_per_token // spec.experts
+        attention = (job.length / (2 if spec.causal else 1)) * 2 * spec.heads * spec.head_dim
+        student = 6 * active + 16 * d * d * turns if path == ACTIVATION else 4 * active
+        per_token = student + job.teachers * active + (4.5 + job.teachers) * attention
+        fixed = 3 * every * d * turns if path == WEIGHT else 0
+        rows, width = spec.shape("head") or (0, 0)
+        passes = 2 if len(self.units) > spec.layers + 1 else 1
+        forward = (2 if path == ACTIVATION else 1) + job.teachers
+        head = rows * width * (forward * passes + 2)  # weights and stream, or both endpoints' rows
+        head_fixed = 2 * rows * width * d * turns if path == WEIGHT else 0
+        update = 21 * job.sides * d**3 * turns
+        return tokens * (spec.layers * per_token + head) + batches * (spec.layers * fixed + head_fixed) + update

@@ -1,0 +1,110 @@
+"""What a device can do: named profiles, and the one at hand."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import LmcError
+from .meter import available_memory
+
+
+@dataclass(frozen=True)
+class Device:
+    """Figures that the planner's predictions rest on.
+
+    memory: bytes. flops: sustained, of large matrix products in `dtype`. bandwidth: bytes per second from where the
+    weights are kept (`source`) into a slot. base: bytes that the process takes before anything is loaded (CPU only).
+    """
+
+    name: str
+    kind: str  # "cuda" or "cpu"
+    dtype: torch.dtype
+    memory: int
+    flops: float
+    bandwidth: float
+    source: str
+    base: int = 0
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+
+_BF16, _FP16 = torch.bfloat16, torch.float16
+# flops: about 60 % of the data sheet's dense peak (4090: 75 %, T4: 40 %), bandwidth: about 80 % of the link's
+PROFILES = {
+    d.name: d
+    for d in (
+        Device("h100-80gb", "cuda", _BF16, 80 * 10**9, 600e12, 52e9, "pinned memory, PCIe 5 x16 (assumed)"),
+        Device("h200", "cuda", _BF16, 141 * 10**9, 600e12, 52e9, "pinned memory, PCIe 5 x16 (assumed)"),
+        Device("rtx4090", "cuda", _BF16, 24 * 10**9, 120e12, 25e9, "pinned memory, PCIe 4 x16 (assumed)"),
+        Device("t4", "cuda", _FP16, 15 * 10**9, 26e12, 12e9, "pinned memory, PCIe 3 x16 (assumed)"),
+    )
+}
+ASSUMED_DISK = 1e9  # bytes per second, where nothing was measured
+_ROUND = 16 << 20  # the process's own size is rounded up: it is never twice the same
+
+
+def profile(name: str, device: torch.device | str = "cpu") -> Device:
+    """A named profile; "here": the machine at hand, `device` measured for a moment. Raises LmcError for other names."""
+    if name == "here":
+        return here(torch.device(device))
+    if name not in PROFILES:
+        raise LmcError(f"device profile {name!r} is unknown; choose here, {', '.join(PROFILES)}")
+    return PROFILES[name]
+
+
+def here(device: torch.device, disk: float | None = None) -> Device:
+    """The device at hand. disk: bytes per second that were measured, else ASSUMED_DISK is taken.
+
+    On CUDA the link is measured too; on the CPU weights are in float32 and come from disk.
+    """
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        flops, link = _flops(device, dtype, 4096), _link(device)
+        source = "pinned memory (measured)"
+        return Device(properties.name, "cuda", dtype, properties.total_memory, flops, link, source)
+    from .meter import resident_bytes
+
+    memory = available_memory() + resident_bytes()
+    base = -(-resident_bytes() // _ROUND) * _ROUND
+    flops = _flops(device, torch.float32, 512)
+    source = "disk (assumed)" if disk is None else "disk (measured)"
+    return Device("this CPU", "cpu", torch.float32, memory, flops, disk or ASSUMED_DISK, source, base)
+
+
+def _flops(device: torch.device, dtype: torch.dtype, size: int, seconds: float = 0.3) -> float:
+    """Of square matrix products, the best of a few."""
+    x = torch.randn(size, size, device=device).to(dtype)
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    best, began = 0.0, time.perf_counter()
+    while not best or time.perf_counter() - began < seconds:
+        wait()
+        start = time.perf_counter()
+        x @ x
+        wait()
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def _link(device: torch.device) -> float:
+    """Bytes per second of copies from pinned memory."""
+    from .transport import Pinned
+
+    size = 256 << 20
+    pinned, there = Pinned(size), torch.empty(size, dtype=torch.uint8, device=device)
+    try:
+        best = 0.0
+        for _ in range(4):
+            torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            there.copy_(pinned.buffer, non_blocking=True)
+            torch.cuda.synchronize(device)
+            best = max(best, size / (time.perf_counter() - start))
+    finally:
+        pinned.close()
+    return best

@@ -1,0 +1,166 @@
+"""How much memory there is, and how much a stage really took."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .sizes import show_bytes
+
+_PROC = Path("/proc")
+_CGROUP = Path("/sys/fs/cgroup")
+_UNLIMITED = 1 << 60  # cgroup v1 writes a number near 2^63 for "no limit"
+_MMAP_THRESHOLD = -3  # of mallopt
+
+
+def resident_bytes() -> int:
+    """Main memory that this process holds now."""
+    found = _status("VmRSS")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT if found is None else found
+
+
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+def _status(field: str) -> int | None:
+    try:
+        for line in (_PROC / "self/status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def reset_peak() -> bool:
+    """Makes peak_bytes count from now. False where the system does not allow it."""
+    try:
+        (_PROC / "self/clear_refs").write_text("5")
+        return True
+    except OSError:
+        return False
+
+
+def peak_bytes() -> int:
+    """The most main memory that this process held since reset_peak (or since its start)."""
+    found = _status("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT if found is None else found
+
+
+@dataclass
+class Stage:
+    """What one stage took at most. since_start: the system gave no figure for the stage alone."""
+
+    name: str
+    peak_rss: int = 0
+    peak_device: int | None = None
+    since_start: bool = False
+
+
+class Meter:
+    """Peak memory of each stage, for report.json."""
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self.stages: list[Stage] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Stage]:
+        """Measures what happens inside; the figures are there when it ends, however it ends. Not nested."""
+        stage = Stage(name, since_start=not reset_peak())
+        self.stages.append(stage)
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        try:
+            yield stage
+        finally:
+            stage.peak_rss = peak_bytes()
+            if cuda:
+                stage.peak_device = torch.cuda.max_memory_allocated(self.device)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [asdict(stage) for stage in self.stages]
+
+
+def cgroup_room() -> int | None:
+    """Bytes that this process's control group, or one above it, still allows; None: no limit."""
+    rooms = [
+        limit - (_number(group / use) or 0)
+        for group, most, use in _groups()
+        if (limit := _number(group / most)) is not None and limit < _UNLIMITED
+    ]
+    return max(0, min(rooms)) if rooms else None
+
+
+def _groups() -> Iterator[tuple[Path, str, str]]:
+    """(directory, its limit file, its usage file) of the group and those above it, of both versions."""
+    try:
+        lines = (_PROC / "self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, own = (line + "::").split(":")[:3]
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = _CGROUP / "memory" if controllers else _CGROUP
+        files = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        path = root / own.strip("/")
+        while path != root.parent:
+            yield path, *files
+            path = path.parent
+
+
+def _number(file: Path) -> int | None:
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def available_memory() -> int:
+    """Main memory that this process can still take: what is free, within the control group's limit."""
+    free = _UNLIMITED
+    try:
+        for line in (_PROC / "meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    room = cgroup_room()
+    return free if room is None else min(free, room)
+
+
+def budget_warning(budget: int, device: torch.device | str = "cpu") -> str | None:
+    """One sentence where a budget promises more memory than there is, else None."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        there, where = torch.cuda.get_device_properties(device).total_memory, "the device has"
+    else:
+        there, where = available_memory() + resident_bytes(), "this process can have (free memory and cgroup limit)"
+    if budget <= there:
+        return None
+    return f"the budget of {show_bytes(budget)} is more than the {show_bytes(there)} that {where}; it may be killed"
+
+
+def return_freed_memory() -> None:
+    """Makes glibc give freed memory back to the system at once, and from now on for every block of 1 MiB or more.
+
+    By default it keeps freed blocks of up to 32 MiB for later, which counts as memory that the process holds.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
+        libc.malloc_trim(0)
+    except (OSError, AttributeError):  # another C library: it has its own ways
+        return

@@ -1,0 +1,233 @@
+"""From a memory budget to a plan: what is resident, how much is computed at a time, how long a step should take.
+
+Everything here is arithmetic on shapes. The prediction is the larger of the time to compute and the time to move the
+weights, since one hides the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ..architectures import Spec
+from ..errors import LmcError
+from ..symmetry.groups import rotates
+from .demand import ACTIVATION, SLACK, WEIGHT, Demand, Item, Job
+from .devices import Device
+from .layout import ALIGNMENT
+from .schedule import learning_visits, steady_loads
+from .sizes import show_bytes
+
+SLOTS = 2  # one to compute with, one to load: what is left is better spent on resident blocks
+_CHUNKS = tuple(1 << power for power in (24, 23, 22, 21, 20, 19, 18))  # logits at a time
+
+
+_REPORTED = (
+    *("path", "micro_batch", "logits", "boundaries_on_host", "slots", "resident", "layers", "head_parts", "loads"),
+    *("moved", "compute_seconds", "transfer_seconds", "step_seconds", "share", "tokens_to_hide"),
+    *("host_bytes", "store_bytes"),
+)
+
+
+class TooSmall(LmcError):
+    """No plan fits. smallest: the least budget, in bytes, for which one does."""
+
+    def __init__(self, budget: int, smallest: int):
+        self.smallest = smallest
+        needed = -(-smallest // (1 << 20))
+        super().__init__(
+            f"{show_bytes(budget)} of memory are too little for this pair; the smallest budget that works is "
+            f"{needed}MiB ({show_bytes(smallest)}), or fewer tokens per step"
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a pair is learned within a budget, and what to expect. Bytes and seconds; loads are per step."""
+
+    budget: int
+    total: int  # of memory: everything that is always there, and the phase that needs most
+    items: tuple[Item, ...]
+    device: Device
+    job: Job
+    path: str  # "activation" or "weight"
+    micro_batch: int  # sequences at a time
+    logits: int  # logits at a time
+    boundaries_on_host: bool  # boundary activations lie in pinned main memory (CUDA)
+    slots: int
+    resident: tuple[int, ...]  # units
+    layers: int
+    head_parts: int
+    loads: float
+    moved: float  # bytes to the device
+    compute_seconds: float
+    transfer_seconds: float
+    host_bytes: int  # pinned main memory beside the budget (CUDA): units, and boundary activations if they are there
+    store_bytes: int
+
+    @property
+    def step_seconds(self) -> float:
+        return max(self.compute_seconds, self.transfer_seconds)
+
+    @property
+    def share(self) -> float:
+        """Expected speed as a share of that of a run whose weights are all in memory."""
+        return self.compute_seconds / self.step_seconds
+
+    @property
+    def tokens_to_hide(self) -> int:
+        """Tokens per step at which the transfers are just hidden behind the computation."""
+        return round(self.job.tokens * self.transfer_seconds / self.compute_seconds)
+
+    def phase(self, name: str) -> int:
+        """Bytes of the items of a phase."""
+        return sum(item.bytes for item in self.items if item.phase == name)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "budget": self.budget,
+            "total": self.total,
+            "items": [vars(item) for item in self.items],
+            "device": vars(self.device) | {"dtype": str(self.device.dtype).removeprefix("torch.")},
+            "job": vars(self.job),
+            **{name: getattr(self, name) for name in _REPORTED},
+        }
+
+    def table(self) -> list[str]:
+        """Lines for people."""
+        lines = [f"memory on {self.device.name}, budget {show_bytes(self.budget)}"]
+        most = max(("block", "head", "update"), key=self.phase)
+        for phase, title in [("always", None), ("block", "a block"), ("head", "the head"), ("update", "the update")]:
+            if title:
+                used = "counts, it is the largest" if phase == most else "not at the same time"
+                lines.append(f"  while computing {title}: {show_bytes(self.phase(phase))} ({used})")
+            for item in self.items:
+                if item.phase == phase:
+                    indent = "  " if phase == "always" else "    "
+                    lines.append(f"{indent}{item.name:<42}{show_bytes(item.bytes):>12}")
+        lines.append(f"  {'in all':<42}{show_bytes(self.total):>12}")
+        blocks = sum(unit < self.layers for unit in self.resident)
+        way = "the stream is rotated" if self.path == ACTIVATION else "weights are transformed one block at a time"
+        parts = f"head in {self.head_parts} parts" if self.head_parts > 1 else "head in one part"
+        lines += [
+            f"resident: {blocks} of {self.layers} blocks, {len(self.resident) - blocks} of {self.head_parts} parts of "
+            f"the head; {self.slots} slots for the others",
+            f"micro-batches of {self.micro_batch} x {self.job.length} tokens, {parts}, {self.path} path ({way})",
+            f"a step of {self.job.tokens:,} tokens: computes {_show_seconds(self.compute_seconds)}, moves "
+            f"{show_bytes(self.moved)} in {_show_seconds(self.transfer_seconds)} from {self.device.source} -> "
+            f"{_show_seconds(self.step_seconds)}, {self.share:.0%} of in-memory speed",
+            f"transfers are hidden from {self.tokens_to_hide:,} tokens per step on",
+            f"figures: {self.device.flops:.3g} flop/s in {str(self.device.dtype).removeprefix('torch.')}, "
+            f"{self.device.bandwidth:.3g} byte/s; disk space for the pair {show_bytes(self.store_bytes)}",
+        ]
+        if self.host_bytes:
+            lines.append(f"beside it: {show_bytes(self.host_bytes)} of pinned main memory, or reading from disk")
+        return lines
+
+
+def plan(spec: Spec, job: Job, device: Device, budget: int) -> Plan:
+    """The plan with the shortest predicted step within `budget` bytes of memory; of equals the one that needs less.
+
+    Raises TooSmall, which names the smallest budget that works.
+    """
+    demand = Demand(spec, job, device.itemsize, device.base)
+    fixed, choices = demand.fixed(), list(_residents(demand))
+    units, layers = demand.units, spec.layers
+    best: tuple[tuple[float, ...], Plan] | None = None
+    smallest: int | None = None
+    for path, micro, chunk, on_host in _ways(spec, job, device):
+        step = demand.step(path, micro, chunk, on_host)
+        boundaries = demand.boundary_bytes if on_host else 0
+        host = sum(units) + boundaries if device.kind == "cuda" else 0
+        compute = 2 * demand.macs(path, micro) / device.flops
+        for resident, held, loads, loaded in choices:
+            total, items = _total([*fixed, *held, *step], device.base)
+            smallest = total if smallest is None else min(smallest, total)
+            moved = loaded + boundaries
+            transfer = moved / device.bandwidth
+            rank = (max(compute, transfer), moved, total, -micro)
+            if total > budget or (best is not None and rank >= best[0]):
+                continue
+            found = Plan(
+                budget=budget,
+                total=total,
+                items=tuple(items),
+                device=device,
+                job=job,
+                path=path,
+                micro_batch=micro,
+                logits=chunk,
+                boundaries_on_host=on_host,
+                slots=SLOTS if len(resident) < len(units) else 0,
+                resident=resident,
+                layers=layers,
+                head_parts=len(units) - layers,
+                loads=loads,
+                moved=moved,
+                compute_seconds=compute,
+                transfer_seconds=transfer,
+                host_bytes=host,
+                store_bytes=demand.store_bytes,
+            )
+            best = rank, found
+    assert smallest is not None
+    if best is None:
+        raise TooSmall(budget, smallest)
+    return best[1]
+
+
+def _ways(spec: Spec, job: Job, device: Device) -> Iterator[tuple[str, int, int, bool]]:
+    """(path, sequences at a time, logits at a time, boundaries on the host): all that a plan may choose."""
+    micros = {min(1 << power, job.sequences) for power in range(job.sequences.bit_length() + 1)}
+    for path in (ACTIVATION, WEIGHT) if rotates(spec) else (WEIGHT,):
+        for micro in sorted(micros):
+            for chunk in _CHUNKS:
+                for on_host in (False, True) if device.kind == "cuda" else (False,):
+                    yield path, micro, chunk, on_host
+
+
+def _residents(demand: Demand) -> Iterator[tuple[tuple[int, ...], list[Item], float, float]]:
+    """(resident units, their and the ring's bytes, loads and bytes moved per step) for every number of them."""
+    units, layers = demand.units, demand.spec.layers
+    order = residency(layers, len(units))
+    visits = learning_visits(layers, len(units) - layers)
+    for count in range(len(units) + 1):
+        resident = order[:count]
+        largest = max((units[unit] for unit in order[count:]), default=0)
+        items = [
+            Item(f"ring: {SLOTS} slots of {show_bytes(largest)}", SLOTS * (largest + ALIGNMENT)),
+            Item("resident units", sum(units[unit] + ALIGNMENT for unit in resident)),
+        ]
+        loads = steady_loads(visits, SLOTS if largest else 0, resident)
+        moved = sum(units[unit] * times for unit, times in loads.items())
+        kept = [item for item in items if (largest if item is items[0] else count)]
+        yield tuple(sorted(resident)), kept, sum(loads.values()), moved
+
+
+def residency(layers: int, units: int) -> list[int]:
+    """The order in which units become resident: blocks far from one another first, then parts of the head.
+
+    Spread evenly they give the loader time to bring the next unit while a resident one computes.
+    """
+    bits = max(1, (layers - 1).bit_length())
+    spread = (int(f"{i:0{bits}b}"[::-1], 2) for i in range(1 << bits))
+    return [unit for unit in spread if unit < layers] + list(range(layers, units))
+
+
+def _total(items: list[Item], base: int) -> tuple[int, list[Item]]:
+    """What is needed at the worst moment, and the items with the allocator's share."""
+
+    def phase(name: str) -> int:
+        return sum(item.bytes for item in items if item.phase == name)
+
+    needed = phase("always") + max(phase("block"), phase("head"), phase("update"))
+    slack = math.ceil(SLACK * (needed - base))
+    return needed + slack, [*items, Item("allocator's slack", slack)]
+
+
+def _show_seconds(seconds: float) -> str:
+    if seconds >= 100:
+        return f"{seconds:,.0f} s"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"

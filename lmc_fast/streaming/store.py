@@ -1,0 +1,248 @@
+"""A pair on disk in the form that the ring reads: one file per unit, both endpoints packed as in layout.py.
+
+    index.json        format, version, fingerprint of the spec, dtype, key; places, size and checksums of every file
+    block-00000.bin   one unit each, read as a whole: blocks, then head-00000.bin, ... (runs of vocabulary rows)
+    embed.bin         (V, 2, d): rows are read one by one
+    ends.bin          what else lies outside the blocks; small, read at once
+
+Files are read with preadv into the memory where the weights are used. They are not mapped: mapped pages would count as
+the process's memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..architectures import Spec
+from ..checkpoints.weights import Slots
+from ..checkpoints.writer import check_target, disk_errors
+from ..errors import LmcError
+from .layout import Place, memory, views
+from .packing import CHUNK, FORMAT, VERSION, Piece, Writer, checksum, fingerprint
+
+_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_MAKE_AGAIN = "delete the directory and make it again"
+
+
+class Store:
+    """An open store: the index is in memory, the weights are on disk.
+
+    spec; dtype; path; key: what the maker wrote to recognise its work; layers, head_parts; unit_bytes: size of each.
+    """
+
+    def __init__(self, path: Path, spec: Spec, index: dict[str, Any]):
+        self.path, self.spec, self._index = path, replace(spec, tied=False), index
+        self.dtype = _DTYPES[index["dtype"]]
+        self.key: str = index["key"]
+        self.layers = spec.layers
+        self.head_parts = len(index["units"]) - spec.layers
+        self.unit_bytes = [entry["bytes"] for entry in index["units"]]
+
+    @staticmethod
+    def create(
+        directory: str | Path,
+        spec: Spec,
+        pieces: Iterable[Piece],
+        dtype: torch.dtype = torch.float32,
+        part_bytes: int | None = None,
+        key: str = "",
+    ) -> Store:
+        """Writes a store, holding one piece at a time, and opens it. It appears under its name when it is complete.
+
+        pieces: (i, A's, B's slots) of every block, and ("ends", A's, B's slots) of the ends: the latter any number of
+        times, and tables (embed, head with head_bias) in as many runs of rows as wanted, in order. part_bytes: the
+        most that a part of the head takes (default: as much as a block).
+
+        Raises LmcError where the target is taken, the disk is full, a weight overflows in `dtype`, or pieces are
+        missing, doubled or of a wrong shape. Then nothing is left behind.
+        """
+        target = Path(directory)
+        check_target(target)
+        partial = target.with_name(f"{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        try:
+            with disk_errors(target):
+                partial.mkdir(parents=True)
+                writer = Writer(partial, replace(spec, tied=False), dtype, part_bytes)
+                try:
+                    for name, a, b in pieces:
+                        writer.add(name, a, b)
+                        del a, b  # else they live until the next piece is made
+                    writer.finish(key)
+                finally:
+                    writer.close()
+                partial.replace(target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        return Store.open(target, spec)
+
+    @staticmethod
+    def open(directory: str | Path, spec: Spec, key: str | None = None) -> Store:
+        """Raises LmcError, with the file named, where the store is missing, truncated, foreign or of another key."""
+        path = Path(directory)
+        file = path / "index.json"
+        try:
+            index = json.loads(file.read_bytes())
+            sound = index.pop("checksum") == checksum(index)
+        except OSError as error:
+            raise LmcError(f"{file} cannot be read ({error.strerror}); {path} is not a complete store") from error
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise LmcError(f"{file} is corrupt; {_MAKE_AGAIN}") from error
+        if not sound:
+            raise LmcError(f"{file} is corrupt; {_MAKE_AGAIN}")
+        if (index["format"], index["version"]) != (FORMAT, VERSION):
+            raise LmcError(f"{file} is of another format or version; {_MAKE_AGAIN}")
+        if index["fingerprint"] != fingerprint(spec):
+            raise LmcError(f"{file} belongs to a pair of another architecture; {_MAKE_AGAIN}")
+        if key is not None and index["key"] != key:
+            raise LmcError(f"{file} belongs to another pair or another preparation of it; {_MAKE_AGAIN}")
+        for entry in (*index["units"], *index["tables"].values()):
+            found = path / entry["file"]
+            size = found.stat().st_size if found.is_file() else None
+            if size != entry["bytes"]:
+                state = "is missing" if size is None else f"is truncated or changed ({size} of {entry['bytes']} bytes)"
+                raise LmcError(f"{found} {state}; {_MAKE_AGAIN}")
+        return Store(path, spec, index)
+
+    def file(self, unit: int) -> Path:
+        return self.path / self._index["units"][unit]["file"]
+
+    def places(self, unit: int) -> dict[str, Place]:
+        """Where the slots of a unit lie in its bytes."""
+        slots = self._index["units"][unit]["slots"]
+        return {name: Place(offset, tuple(shape)) for name, (offset, shape) in slots.items()}
+
+    def chunks(self, unit: int, into: memoryview, check: bool = True) -> list[_Chunk]:
+        """The reads that fill `into` (unit_bytes[unit] bytes) with a unit: call each, in any order, on any thread.
+
+        check: compare checksums. A call raises LmcError that names the file for an I/O error, a short or corrupt file.
+        """
+        return _chunks(self.path, self._index["units"][unit], into, check)
+
+    def read(self, unit: int, pool: Executor | None = None) -> tuple[Slots, Slots]:
+        """A unit in fresh memory, checked."""
+        buffer = torch.empty(self.unit_bytes[unit], dtype=torch.uint8)
+        read_all(self.chunks(unit, memory(buffer)), pool)
+        return views(buffer, self.places(unit), self.dtype)
+
+    def ends(self) -> tuple[Slots, Slots]:
+        """A's and B's slots outside the blocks but embed and head, in fresh memory, checked."""
+        entry = self._index["tables"]["ends"]
+        buffer = torch.empty(entry["bytes"], dtype=torch.uint8)
+        read_all(_chunks(self.path, entry, memory(buffer), True))
+        places = {name: Place(offset, tuple(shape)) for name, (offset, shape) in entry["slots"].items()}
+        return views(buffer, places, self.dtype)
+
+    @property
+    def ends_bytes(self) -> int:
+        return self._index["tables"]["ends"]["bytes"]
+
+    def embed_rows(self, rows: Sequence[int]) -> Tensor:
+        """Rows (ascending, each once) of both embedding tables: (U, 2, d). Neighbours are read together.
+
+        Raises LmcError for a row outside the table (or a model without one), an I/O error and a short file.
+        """
+        entry = self._index["tables"].get("embed")
+        if entry is None:
+            raise LmcError(f"{self.path} holds no token embeddings")
+        count, width = entry["slots"]["embed"][1]
+        out = torch.empty(len(rows), 2, width, dtype=self.dtype)
+        if not len(rows):
+            return out
+        if rows[0] < 0 or rows[-1] >= count:
+            raise LmcError(f"token {rows[0] if rows[0] < 0 else rows[-1]} is outside the table of {count} embeddings")
+        file, size = self.path / entry["file"], 2 * width * self.dtype.itemsize
+        into = memory(out)
+        with _opened(file) as fd:
+            start = 0
+            for i in range(1, len(rows) + 1):
+                if i == len(rows) or rows[i] != rows[i - 1] + 1:
+                    _fill(file, fd, into[start * size : i * size], rows[start] * size)
+                    start = i
+        return out
+
+    def verify(self) -> None:
+        """Reads every byte and compares checksums. Raises LmcError that names the first bad file."""
+        for entry in (*self._index["units"], *self._index["tables"].values()):
+            scratch = bytearray(min(CHUNK, entry["bytes"]))
+            for i, start in enumerate(range(0, entry["bytes"], CHUNK)):
+                into = memoryview(scratch)[: min(CHUNK, entry["bytes"] - start)]
+                _Chunk(self.path / entry["file"], into, start, entry["crc"][i])()
+
+
+class _Chunk:
+    """One read of a part of a file into its place in memory."""
+
+    def __init__(self, file: Path, into: memoryview, offset: int, crc: int | None):
+        self.file, self.into, self.offset, self.crc = file, into, offset, crc
+
+    def __call__(self) -> None:
+        with _opened(self.file) as fd:
+            _fill(self.file, fd, self.into, self.offset)
+        if self.crc is not None and zlib.crc32(self.into) != self.crc:
+            raise LmcError(f"{self.file} is corrupt (checksum at byte {self.offset}); {_MAKE_AGAIN}")
+
+
+def _chunks(path: Path, entry: dict[str, Any], into: memoryview, check: bool) -> list[_Chunk]:
+    assert len(into) == entry["bytes"], (entry["file"], len(into))
+    return [
+        _Chunk(path / entry["file"], into[at : at + CHUNK], at, entry["crc"][i] if check else None)
+        for i, at in enumerate(range(0, entry["bytes"], CHUNK))
+    ]
+
+
+def read_all(chunks: list[_Chunk], pool: Executor | None = None) -> None:
+    """Runs the reads, on the pool's threads where there is one. Raises what the first failing one raises."""
+    if pool is None:
+        for chunk in chunks:
+            chunk()
+        return
+    futures = [pool.submit(chunk) for chunk in chunks]
+    try:
+        for future in futures:
+            future.result()
+    finally:  # nobody may write into the memory once this returns
+        for future in futures:
+            future.cancel() or future.exception()
+
+
+class _opened:
+    """A file descriptor; failures name the file."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __enter__(self) -> int:
+        try:
+            self.fd = os.open(self.file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except OSError as error:
+            raise LmcError(f"{self.file} cannot be read ({error.strerror}); {_MAKE_AGAIN}") from error
+        return self.fd
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
+
+
+def _fill(file: Path, fd: int, into: memoryview, offset: int) -> None:
+    """Reads until `into` is full: one call may deliver less than was asked for."""
+    done = 0
+    while done < len(into):
+        try:
+            got = os.preadv(fd, [into[done:]], offset + done)
+        except OSError as error:
+            raise LmcError(f"{file} cannot be read ({error.strerror or error})") from error
+        if not got:
+            raise LmcError(f"{file} is truncated at byte {offset + done}; {_MAKE_AGAIN}")
+        done += got

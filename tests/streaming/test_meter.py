@@ -1,0 +1,88 @@
+"""What is measured, and what is read from the system."""
+
+import pytest
+import torch
+
+from lmc_fast.streaming import meter as meter_module
+from lmc_fast.streaming.meter import (
+    Meter,
+    available_memory,
+    budget_warning,
+    cgroup_room,
+    peak_bytes,
+    reset_peak,
+    resident_bytes,
+    return_freed_memory,
+)
+
+BIG = 96 << 20
+
+
+def test_the_peak_of_each_stage():
+    meter = Meter()
+    with meter.stage("idle"):
+        pass
+    with meter.stage("busy"):
+        torch.ones(BIG, dtype=torch.uint8)
+    with pytest.raises(ZeroDivisionError), meter.stage("broken"):
+        raise ZeroDivisionError
+    idle, busy, _ = meter.stages
+    assert busy.peak_rss - idle.peak_rss > 0.9 * BIG
+    assert [row["name"] for row in meter.to_json()] == ["idle", "busy", "broken"]
+    assert all(row["peak_rss"] > 0 and row["peak_device"] is None for row in meter.to_json())
+    if not idle.since_start:
+        assert meter.stages[2].peak_rss < busy.peak_rss - BIG / 2
+
+
+def test_where_the_peak_cannot_be_reset(monkeypatch, tmp_path):
+    monkeypatch.setattr(meter_module, "_PROC", tmp_path)
+    assert not reset_peak() and peak_bytes() > 1 << 20 and resident_bytes() > 1 << 20
+    meter = Meter()
+    with meter.stage("x"):
+        pass
+    assert meter.stages[0].since_start and meter.stages[0].peak_rss > 0
+    assert cgroup_room() is None
+
+
+@pytest.mark.parametrize(
+    ("line", "root", "files"),
+    [
+        ("0::/job/step", "", ("memory.max", "memory.current")),
+        ("4:memory:/job/step", "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")),
+        ("4:cpu,memory:/job/step", "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")),
+    ],
+)
+def test_limits_of_control_groups(line, root, files, monkeypatch, tmp_path):
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (proc / "self/cgroup").write_text(f"9:cpu:/other\n{line}\n")
+    (proc / "meminfo").write_text("MemTotal: 99 kB\nMemAvailable:    8000 kB\n")
+    own = groups / root / "job" / "step"
+    own.mkdir(parents=True)
+    monkeypatch.setattr(meter_module, "_PROC", proc)
+    monkeypatch.setattr(meter_module, "_CGROUP", groups)
+    assert cgroup_room() is None and available_memory() == 8000 * 1024
+    for directory, limit, use in (
+        (own, "max", "5"),
+        (own.parent, "5000000", "1000000"),
+        (groups / root, str(1 << 62), "7"),
+    ):
+        (directory / files[0]).write_text(limit)
+        (directory / files[1]).write_text(use)
+    assert cgroup_room() == available_memory() == 4_000_000  # the one above binds
+    (own / files[0]).write_text("3")
+    assert cgroup_room() == 0
+
+
+def test_a_budget_that_is_not_there():
+    assert budget_warning(1 << 20) is None
+    warning = budget_warning(1 << 50)
+    assert "budget of 1,024 TiB is more than" in warning and warning.count(".") <= 3
+
+
+def test_freed_memory_goes_back():
+    return_freed_memory()
+    pieces = [torch.ones(4 << 20, dtype=torch.uint8) for _ in range(24)]
+    held = resident_bytes()
+    del pieces
+    assert resident_bytes() < held - BIG / 2

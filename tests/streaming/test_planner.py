@@ -1,0 +1,193 @@
+"""The planner: never over budget, better with more memory, honest about the smallest budget."""
+
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig
+
+from lmc_fast.architectures import FAMILIES
+from lmc_fast.engine.attention import Positions
+from lmc_fast.engine.block import block
+from lmc_fast.errors import LmcError
+from lmc_fast.streaming.demand import ACTIVATION, WEIGHT, Demand, Job
+from lmc_fast.streaming.devices import PROFILES, Device, profile
+from lmc_fast.streaming.layout import slot_shapes, unit_bytes
+from lmc_fast.streaming.planner import TooSmall, plan, residency
+from lmc_fast.streaming.schedule import learning_visits, steady_loads
+from lmc_fast.streaming.sizes import parse_bytes, show_bytes
+
+SLOW = Device("slow disk", "cpu", torch.float32, 1 << 40, 1e12, 1e9, "disk", base=300 << 20)
+NARROW = {"num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 1024, "hidden_size": 256}
+SPECS = {
+    "gpt_neox": GPTNeoXConfig(vocab_size=9000, **NARROW),
+    "llama": LlamaConfig(vocab_size=9000, num_key_value_heads=2, **NARROW),
+    "gpt2": GPT2Config(vocab_size=9000, n_embd=256, n_layer=6, n_head=8),
+    "mixtral": MixtralConfig(vocab_size=9000, num_key_value_heads=4, num_local_experts=4, **NARROW),
+}
+
+
+def spec_of(name):
+    return FAMILIES[name].spec(SPECS[name])
+
+
+def smallest_of(spec, job, device):
+    with pytest.raises(TooSmall) as refused:
+        plan(spec, job, device, 1)
+    return refused.value.smallest
+
+
+@pytest.mark.parametrize("device", [SLOW, *PROFILES.values()], ids=lambda d: d.name)
+@pytest.mark.parametrize("name", SPECS)
+def test_more_memory_never_hurts_and_no_budget_is_exceeded(name, device):
+    spec, job = spec_of(name), Job(2048, 128)
+    least = smallest_of(spec, job, device)
+    before = None
+    for budget in (least + step * (least // 5) for step in range(25)):
+        found = plan(spec, job, device, budget)
+        assert found.total <= budget == found.budget
+        always = sum(item.bytes for item in found.items if item.phase == "always")
+        assert found.total == always + max(found.phase(part) for part in ("block", "head", "update"))
+        assert all(item.bytes > 0 for item in found.items)
+        if before is not None:
+            assert found.step_seconds <= before.step_seconds and found.share > 0
+        before = found
+    # everything stays: resident, or in the slots, where what is left fits into them
+    assert len(before.resident) + before.slots >= before.layers + before.head_parts
+    assert before.moved == 0 and before.share == 1 and before.tokens_to_hide == 0
+
+
+@pytest.mark.parametrize("tokens", [1, 100, 4096])
+@pytest.mark.parametrize("device", [SLOW, PROFILES["t4"]], ids=lambda d: d.name)
+@pytest.mark.parametrize("name", SPECS)
+def test_the_smallest_budget_works_and_one_byte_less_does_not(name, device, tokens):
+    spec, job = spec_of(name), Job(tokens, 64, sides=1)
+    least = smallest_of(spec, job, device)
+    assert plan(spec, job, device, least).total == least
+    with pytest.raises(TooSmall) as refused:
+        plan(spec, job, device, least - 1)
+    assert refused.value.smallest == least
+    written = next(word for word in str(refused.value).split() if word.endswith("MiB") and word[0].isdigit())
+    assert plan(spec, job, device, parse_bytes(written)).total <= parse_bytes(written) < least + (1 << 20)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_moved_bytes_are_those_of_the_schedule(name):
+    spec, job = spec_of(name), Job(512, 64)
+    least = smallest_of(spec, job, SLOW)
+    units = unit_bytes(spec, 4)
+    for budget in (least, least * 5 // 4, least * 3 // 2):
+        found = plan(spec, job, SLOW, budget)
+        loads = steady_loads(learning_visits(found.layers, found.head_parts), found.slots, found.resident)
+        assert found.moved == sum(units[unit] * count for unit, count in loads.items())
+        assert found.loads == sum(loads.values())
+        assert found.transfer_seconds == found.moved / SLOW.bandwidth
+
+
+def test_at_the_predicted_number_of_tokens_transfers_are_hidden():
+    spec, device = spec_of("llama"), replace(SLOW, bandwidth=2e9)
+    found = plan(spec, Job(256, 64), device, smallest_of(spec, Job(256, 64), device))
+    assert found.share < 1 and found.step_seconds == found.transfer_seconds > found.compute_seconds
+    assert found.tokens_to_hide > 256
+    many = Job(-(-found.tokens_to_hide // 64 + 2) * 64, 64)
+    assert plan(spec, many, device, 1 << 36).share == 1
+
+
+@pytest.mark.parametrize(("layers", "units"), [(1, 2), (2, 3), (5, 8), (8, 9), (33, 40)])
+def test_residents_are_spread(layers, units):
+    order = residency(layers, units)
+    assert sorted(order) == list(range(units)) and order[layers:] == list(range(layers, units))
+    for count in range(2, layers + 1):
+        places = sorted(order[:count])
+        gaps = [y - x for x, y in itertools.pairwise(places)]
+        assert max(gaps) <= 2 * -(-layers // count) + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SPECS)
+def test_a_blocks_activations_are_not_underestimated(name, dtype):
+    """Against what autograd really saves; gradients on their way back come on top."""
+    spec = replace(spec_of(name), layers=1)
+    demand = Demand(spec, Job(512, 128), dtype.itemsize)
+    generator = torch.Generator().manual_seed(2)
+    shapes = slot_shapes(spec)[1]
+    w = {n: (torch.randn(s, generator=generator) * 0.02).to(dtype).requires_grad_() for n, s in shapes.items()}
+    x = torch.randn(4, 128, spec.width, generator=generator).to(dtype).requires_grad_()
+    saved = {}
+
+    def pack(t):
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = block(spec, w, x, Positions.of(spec, 128, dtype, "cpu"), 0)
+    assert y.isfinite().all()
+    weights = {t.untyped_storage().data_ptr() for t in w.values()}
+    found = sum(size for place, size in saved.items() if place not in weights)
+    expected = 512 * demand.block_floats(WEIGHT) * dtype.itemsize
+    assert found < expected < 2 * found
+    assert demand.block_floats(ACTIVATION) > demand.block_floats(WEIGHT)
+
+
+def test_ways_of_computing():
+    """The weight path needs fewer operations for many tokens, the activation path for few (crossover near 0.9 d)."""
+    spec = replace(spec_of("gpt_neox"), vocab=64)
+    for tokens, cheaper in ((64, ACTIVATION), (1024, WEIGHT)):
+        demand = Demand(spec, Job(tokens, 64), 4)
+        macs = {path: demand.macs(path, demand.job.sequences) for path in (ACTIVATION, WEIGHT)}
+        assert min(macs, key=macs.get) == cheaper
+
+
+def test_a_seven_billion_pair_on_one_gpu():
+    spec = FAMILIES["llama"].spec(LlamaConfig())
+    found = plan(spec, Job(16_384, 512), profile("h100-80gb"), parse_bytes("8GiB"))
+    assert found.total <= 8 << 30 and found.share >= 0.9 and found.boundaries_on_host
+    everything = plan(spec, Job(16_384, 512), profile("h100-80gb"), parse_bytes("80GB"))
+    assert everything.slots == 0 and not everything.boundaries_on_host
+
+
+def test_what_is_shown():
+    found = plan(spec_of("llama"), Job(2048, 128), PROFILES["rtx4090"], 1 << 30)
+    text = "\n".join(found.table())
+    for item in found.items:
+        assert item.name in text
+    for word in ("rtx4090", "budget 1 GiB", "2,048 tokens", "in-memory speed", "hidden from", "assumed"):
+        assert word in text
+    value = json.loads(json.dumps(found.to_json()))
+    assert value["total"] == found.total and value["device"]["dtype"] == "bfloat16"
+    assert sum(item["bytes"] for item in value["items"] if item["phase"] == "always") < value["total"]
+
+
+def test_profiles():
+    at_hand = profile("here")
+    assert at_hand.kind == "cpu" and at_hand.flops > 1e8 and 0 < at_hand.base < at_hand.memory
+    assert "assumed" in at_hand.source
+    with pytest.raises(LmcError, match="'abacus' is unknown; choose here, h100-80gb"):
+        profile("abacus")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("8GiB", 8 << 30),
+        ("3GB", 3 * 10**9),
+        ("512MiB", 512 << 20),
+        ("1.5g", 3 << 29),
+        (" 7 kib ", 7168),
+        ("12345", 12345),
+    ],
+)
+def test_sizes_are_read(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "-3GiB", "3XB", "0", "0GiB", "1.5", "1e9", "nan", "GiB", "3 GiB now"])
+def test_what_is_no_size(text):
+    with pytest.raises(LmcError, match="memory"):
+        parse_bytes(text)
+
+
+def test_sizes_are_shown():
+    assert [show_bytes(n) for n in (5, 2048, 3 << 30, 1 << 52)] == ["5 bytes", "2 KiB", "3 GiB", "4,096 TiB"]

@@ -7,7 +7,7 @@ that no graph holds a weight that is not there any more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
 
@@ -60,12 +60,12 @@ def choose_path(source: Source, items: Sequence[Item], keep: bool) -> Choice:
     return choose(sum(counts) // shared, spec.width, sample.dtype, sample.device, keep)
 
 
-def visits(source: Source, learn: bool, divergence: bool = False) -> list[int]:
+def visits(source: Source, learn: bool) -> list[int]:
     """The units of a pass, in order."""
     blocks = list(range(source.spec.layers))
     head = [source.spec.layers + k for k in range(source.head_parts)]
     if learn and len(head) > 1:
-        head = head * 2  # several runs: normalisers first, gradients then
+        head += head[::-1]  # several runs: normalisers first, gradients then, from the run that is still there
     return blocks + head + (blocks[::-1] if learn else [])
 
 
@@ -288,7 +288,7 @@ class _Learning(_Pass):
 
     def _head(self, ends: list[tuple[LineSlots, Slots, Slots, Tensor | None]], streams: list[Tensor]):
         """(mean loss, its gradients with respect to the streams behind the last block)."""
-        spec, source = self.spec, self.source
+        spec = self.spec
         losses = []
         total = sum(item.count for item in self.items)
         for m, (item, (line, a, b, _)) in enumerate(zip(self.items, ends, strict=True)):
@@ -305,9 +305,7 @@ class _Learning(_Pass):
             reading = self.reading(rows, item.position)
             losses.append(HeadLoss(reading, target, teachers, softcap=spec.head_softcap, learn=True))
         self.teachers = []
-        passes = [HeadLoss.whole] if source.head_parts == 1 else [HeadLoss.scan, HeadLoss.add]
-        for apply in passes:
-            self._over_parts(apply, losses)
+        self._over_head(losses)
         slopes = []
         for m, (item, (line, _, _, _), h) in enumerate(zip(self.items, ends, losses, strict=True)):
             gradients = [g / total for g in h.gradients]
@@ -319,14 +317,20 @@ class _Learning(_Pass):
             slopes.append(self._outside(line, rows_of, gradients, streams[m]))
         return torch.stack([h.loss for h in losses]).sum() / total, slopes
 
-    def _over_parts(self, apply: Callable[[HeadLoss, Part, list[Part]], None], losses: list[HeadLoss]) -> None:
-        start = 0
-        for k in range(self.source.head_parts):
+    def _over_head(self, losses: list[HeadLoss]) -> None:
+        """All losses through the head's runs: once, or, where there are several, forth and back."""
+        parts = [(k, HeadLoss.scan) for k in range(self.source.head_parts)]
+        parts += [(k, HeadLoss.add) for k in reversed(range(self.source.head_parts))]
+        if self.source.head_parts == 1:
+            parts = [(0, HeadLoss.whole)]
+        starts = [0]
+        for k, apply in parts:
             with self.source.visit(self.spec.layers + k) as (a, b):
+                start = starts[k]
                 for item, h in zip(self.items, losses, strict=True):
                     teachers = [Part([w["head"]], w.get("head_bias"), start) for w in (a, b)] if h.teachers else []
                     apply(h, self.head_part(a, b, item.position, start), teachers)
-                start += len(a["head"])
+                starts.append(start + len(a["head"]))
 
     def _outside(self, line: LineSlots, function, slopes: list[Tensor], x: Tensor | None = None) -> Tensor | None:
         """Backward through something outside the blocks. Returns the gradient of x, where there is one."""

@@ -122,6 +122,11 @@ class Streamed:
         self._actions.clear()
         self._ring, self._kept = [], {}
 
+    @property
+    def sample(self) -> Tensor:
+        """An empty tensor of the dtype and on the device of the weights."""
+        return torch.empty(0, dtype=self.store.dtype, device=self.device)
+
     def begin(self, visits: Sequence[int]) -> None:
         """Announces the units of the coming pass, in order. The pass after it is taken to be alike.
 

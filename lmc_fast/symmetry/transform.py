@@ -131,7 +131,7 @@ def turn_end(spec: Spec, rotation: Tensor | None, name: str, w: Tensor) -> Tenso
 
 def turn_rows(w: Tensor, rotation: Tensor) -> Tensor:
     """w Rᵀ, for w (..., n d) on each of its n vectors side by side."""
-    return (w.unflatten(-1, (-1, len(rotation))) @ rotation.mT).flatten(-2)
+    return (w.reshape(-1, len(rotation)) @ rotation.mT).view(w.shape)
 
 
 def _turned_norm(spec: Spec, rotation: Tensor, name: str, w: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from .tiles import factor_pair
 Mix = Tensor | tuple[float, float]  # lambda (0-d) for (α, β) = (1 - λ, λ), or (α, β)
 Rope = tuple[Tensor, Tensor]  # cos, sin (positions, rotary / 2)
 
+PROGRAMS = 264  # that share the tokens in backward: two for each multiprocessor of an H100
+
 
 @jit
 def _turn(cos, sin, place, t_ok, c, HALF: tl.constexpr):
@@ -176,7 +178,7 @@ def gradients(
     share, alpha_a, alpha_b = mix(lam, ya.device)
     size = blocks(width, maps is not None)
     pieces, count = triton.cdiv(width, size["BLOCK_J"]), triton.cdiv(len(ya), size["BLOCK_T"])
-    tiles_each = triton.cdiv(count, max(1, 264 // (heads * pieces)))  # about two programs for each multiprocessor
+    tiles_each = triton.cdiv(count, max(1, PROGRAMS // (heads * pieces)))
     runs = triton.cdiv(count, max(tiles_each, 1))
 
     def parts(want: bool, *shape: int) -> Tensor | None:
@@ -232,14 +234,14 @@ def reference(
     """The same in plain torch operations, differentiable."""
     alpha_a, alpha_b = factors(lam)
     if maps is not None:
-        grouped = yb.view(len(yb), len(maps), heads // len(maps), -1)
+        grouped = yb.reshape(len(yb), len(maps), heads // len(maps), maps.shape[1])
         yb = torch.einsum("tghj,gij->tghi", grouped, maps.to(yb.dtype)).reshape(yb.shape)
     y = alpha_a * ya + alpha_b * yb
     y = y if bias is None else y + bias.to(y.dtype)
     if rope is not None:
         cos, sin = (t.to(y.dtype).repeat(len(y) // len(t), 1)[:, None] for t in rope)
         half = cos.shape[-1]
-        y = y.unflatten(-1, (heads, -1))
+        y = y.unflatten(-1, (heads, y.shape[1] // heads))
         first, second, rest = y[..., :half], y[..., half : 2 * half], y[..., 2 * half :]
         y = torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).flatten(1)
     return y.to(ya.dtype)

@@ -9,31 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .activations import ACTIVATIONS, activate, activation_gradient
 from .runtime import bucket, factors, jit, launch_tiled, mix, precision, rows_of, stride, tl, triton, usable, vector
 from .tiles import accumulate, factor_pair, tile_of
 
 Mix = Tensor | tuple[float, float]  # lambda (0-d) for (α, β) = (1 - λ, λ), or (α, β)
-
-ACTIVATIONS = {
-    "none": lambda y: y,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
-    "silu": F.silu,
-    "relu": F.relu,
-}
-
-
-@jit
-def _activate(y, NAME: tl.constexpr):
-    if NAME == "gelu":
-        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
-    elif NAME == "gelu_tanh":  # 1 + tanh(u) = 2 sigmoid(2u)
-        y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
-    elif NAME == "silu":
-        y = y * tl.sigmoid(y)
-    elif NAME == "relu":
-        y = tl.maximum(y, 0.0)
-    return y
 
 
 @jit
@@ -66,7 +46,8 @@ def forward_kernel(
     ok = t_ok[:, None] & n_ok[None, :]
     if pre is not None:
         tl.store(pre + t.to(tl.int64)[:, None] * pre_row + n[None, :], acc.to(pre.dtype.element_ty), mask=ok)
-    tl.store(y + t.to(tl.int64)[:, None] * y_row + n[None, :], _activate(acc, ACTIVATION).to(y.dtype.element_ty), mask=ok)
+    acc = activate(acc, ACTIVATION)
+    tl.store(y + t.to(tl.int64)[:, None] * y_row + n[None, :], acc.to(y.dtype.element_ty), mask=ok)
 
 
 @jit
@@ -150,13 +131,11 @@ def forward(
         lambda m: (triton.cdiv(len(x), m["BLOCK_M"]) * triton.cdiv(len(a), m["BLOCK_N"]),),
         x,
         ("N", "K", "K2", "rows_like"),
-        dict(
-            y=y, pre=pre, x=x, a=a, z=z, b=b, lam=share, alpha_a=alpha_a, alpha_b=alpha_b, bias=vector(bias),
-            perm=vector(perm), scale=vector(scale), T=len(x), N=len(a), K=x.shape[1], K2=z.shape[1], y_row=stride(y), pre_row=stride(pre), x_row=stride(x),
-            a_row=stride(a), z_row=stride(z), b_row=stride(b), rows_like=bucket(len(x)), ACTIVATION=activation,
-            PRECISION=precision(x.dtype),
-        ),
         largest=128 * 256 if activation == "none" else 128 * 128,
+        y=y, pre=pre, x=x, a=a, z=z, b=b, lam=share, alpha_a=alpha_a, alpha_b=alpha_b, bias=vector(bias),
+        perm=vector(perm), scale=vector(scale), T=len(x), N=len(a), K=x.shape[1], K2=z.shape[1], y_row=stride(y),
+        pre_row=stride(pre), x_row=stride(x), a_row=stride(a), z_row=stride(z), b_row=stride(b),
+        rows_like=bucket(len(x)), ACTIVATION=activation, PRECISION=precision(x.dtype),
     )  # fmt: skip
     return y, pre
 
@@ -170,7 +149,7 @@ def input_gradients(
     scale: Tensor | None = None,
     read: tuple[Tensor, Tensor] | None = None,  # X (T, K) and Z (T, K2), for λ's gradient
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Launch: dX = α grad A, dZ = β (grad diag(scale)) B[perm], and λ's gradient <dZ/β, Z> - <dX/α, X> (no division)."""
+    """Launch: dX = α grad A, dZ = β (grad diag(scale)) B[perm]; λ's gradient <dZ/β, Z> - <dX/α, X> (no division)."""
     grad = rows_of(grad)
     T, N, K, K2 = len(grad), len(a), a.shape[1], b.shape[1]
     dx, dz = (torch.empty(T, k, dtype=grad.dtype, device=grad.device) for k in (K, K2))
@@ -185,23 +164,13 @@ def input_gradients(
             lambda m: (triton.cdiv(T, m["BLOCK_M"]) * sum(triton.cdiv(k, m["BLOCK_N"]) for k in (K, K2)),),
             grad,
             ("N", "K", "K2", "rows_like"),
-            dict(
-                dx=dx, dz=dz, grad=grad, x=x, a=a, z=z, b=b, lam=share, alpha_a=alpha_a, alpha_b=alpha_b,
-                perm=vector(perm), scale=vector(scale), partial=partial, T=T, N=N, K=K, K2=K2, dx_row=stride(dx), dz_row=stride(dz),
-                grad_row=stride(grad), x_row=stride(x), a_row=stride(a), z_row=stride(z), b_row=stride(b),
-                rows_like=bucket(T), PRECISION=precision(grad.dtype),
-            ),
             zeroed=() if partial is None else ("partial",),
+            dx=dx, dz=dz, grad=grad, x=x, a=a, z=z, b=b, lam=share, alpha_a=alpha_a, alpha_b=alpha_b,
+            perm=vector(perm), scale=vector(scale), partial=partial, T=T, N=N, K=K, K2=K2, dx_row=stride(dx),
+            dz_row=stride(dz), grad_row=stride(grad), x_row=stride(x), a_row=stride(a), z_row=stride(z),
+            b_row=stride(b), rows_like=bucket(T), PRECISION=precision(grad.dtype),
         )  # fmt: skip
     return dx, dz, None if partial is None else partial.sum()
-
-
-def _through_activation(grad: Tensor, pre: Tensor, activation: str) -> Tensor:
-    if activation == "silu":
-        return torch.ops.aten.silu_backward(grad, pre)
-    if activation == "relu":
-        return torch.ops.aten.threshold_backward(grad, pre, 0)
-    return torch.ops.aten.gelu_backward(grad, pre, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 class _DualLinear(torch.autograd.Function):
@@ -228,7 +197,7 @@ class _DualLinear(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         grad = rows_of(grads[0])
         if pre is not None:
-            grad = _through_activation(grad, pre, ctx.activation)
+            grad = activation_gradient(grad, pre, ctx.activation)
         dx = dz = dlam = dscale = dbias = None
         if wanted[0] or wanted[2] or wanted[4]:
             dx, dz, dlam = input_gradients(grad, a, b, lam, perm, scale, (x, z) if wanted[4] else None)

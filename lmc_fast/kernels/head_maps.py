@@ -124,17 +124,24 @@ def gradient_kernel(
     if slopes is not None:
         tl.store(slopes + part * tl.num_programs(2) + piece, tl.sum(slope))
     if dbias is not None:
-        if piece == 0:
-            tl.store(dbias + part * WIDTH + c, of_bias, mask=c_ok)
+        tl.store(dbias + part * WIDTH + c, of_bias, mask=c_ok & (piece == 0))
 
 
 def blocks(width: int, mapped: bool) -> dict[str, int]:
     """Sizes for heads of `width` channels."""
     block = max(triton.next_power_of_2(width), 16)
     if INTERPRETED:
-        return {"BLOCK_T": 16, "BLOCK_E": block, "BLOCK_J": 16 if mapped else block, "num_warps": 4}
-    piece = min(block, 128 if block <= 128 else 64) if mapped else block
-    return {"BLOCK_T": 64 if block <= 128 else 32, "BLOCK_E": block, "BLOCK_J": piece, "num_warps": 8}
+        return {"BLOCK_T": 16, "BLOCK_E": block, "BLOCK_J": 16 if mapped else block, "num_warps": 4, "num_stages": 1}
+    rows, piece, warps = (32, 64, 4) if block <= 64 else (32, 64, 8) if block <= 128 else (16, 32, 8)
+    piece = min(piece, block) if mapped else block
+    return {"BLOCK_T": rows, "BLOCK_E": block, "BLOCK_J": piece, "num_warps": warps, "num_stages": 2}
+
+
+def _fits(width: int, tensor: Tensor) -> bool:
+    """Whether shared memory holds a map: up to 128 channels everywhere, up to 256 on the data-centre GPUs."""
+    if width <= 128 or INTERPRETED:
+        return True
+    return width <= 256 and torch.cuda.get_device_properties(tensor.device).shared_memory_per_block_optin >= 160 << 10
 
 
 def _sizes(heads: int, width: int, rope: Rope | None) -> tuple[Tensor | None, Tensor | None, int, int]:
@@ -260,18 +267,20 @@ def head_maps(
 
     α, β = 1 - λ, λ, or the pair in `lam`. Row t is position t modulo `positions`, which divides T; RoPE turns the pairs
     (i, i + rotary / 2) of each head's first channels. Differentiable in ya, yb, lam, maps and bias, once. ya and yb are
-    float16, bfloat16 or float32; the maps may be wider and are rounded once. Where `usable` says no, `reference` runs.
-    Raises ValueError for shapes.
+    float16, bfloat16 or float32; the maps may be wider and are rounded once. Where `usable` says no, and for
+    maps that do not fit shared memory, `reference` runs. Raises ValueError for shapes.
     """
     if ya.dim() != 2 or ya.shape != yb.shape or ya.shape[1] % heads:
         raise ValueError(f"ya and yb are both (T, {heads} e), not {tuple(ya.shape)} and {tuple(yb.shape)}")
     width = ya.shape[1] // heads
     if maps is not None and (maps.shape[1:] != (width, width) or heads % len(maps)):
-        raise ValueError(f"maps are (groups, {width}, {width}) with groups a divisor of {heads}, not {tuple(maps.shape)}")
+        raise ValueError(
+            f"maps are (groups, {width}, {width}) with groups a divisor of {heads}, not {tuple(maps.shape)}"
+        )
     if bias is not None and bias.shape != ya.shape[1:]:
         raise ValueError(f"the bias has one entry for each of the {ya.shape[1]} channels, not {tuple(bias.shape)}")
     if rope is not None and (len(ya) % len(rope[0]) or 2 * rope[0].shape[1] > width or rope[0].shape != rope[1].shape):
         raise ValueError(f"cos and sin are (a divisor of {len(ya)}, at most {width // 2}) both")
-    if not usable(ya, yb, maps, bias):
+    if not usable(ya, yb, maps, bias) or (maps is not None and not _fits(width, ya)):
         return reference(ya, yb, lam, maps, bias, rope, heads)
     return _HeadMaps.apply(ya, yb, lam, maps, bias, *(rope or (None, None)), heads)

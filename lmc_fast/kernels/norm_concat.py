@@ -1,4 +1,4 @@
-"""[α (n + bias_a) | β (n R + bias_b)] with n the gainless LayerNorm or RMSNorm of x: what the readers of a pair read."""
+"""[α (n + bias_a) | β (n R + bias_b)] with n the gainless LayerNorm or RMSNorm of x: what a pair's readers read."""
 
 from __future__ import annotations
 
@@ -49,22 +49,22 @@ def gradient_kernel(
     of_b = tl.load(right + row * right_row + i, mask=ok, other=0.0).to(tl.float32)
     n = tl.load(plain + row * plain_row + i, mask=ok, other=0.0).to(tl.float32)
     alpha_a, alpha_b = factor_pair(lam, alpha_a, alpha_b)
-    g = alpha_a * of_a + alpha_b * of_b
-    through = g - n * (tl.sum(g * n) / D)
-    if not RMS:
-        through -= tl.sum(g) / D
-    tl.store(dx + row * dx_row + i, (through * tl.load(scales + row)).to(dx.dtype.element_ty), mask=ok)
     if slopes is not None:
         slope = n * (of_b - of_a)
         if bias is not None:
             slope -= of_a * tl.load(bias + i, mask=ok, other=0.0).to(tl.float32)
         tl.store(slopes + row, tl.sum(slope))
+    g = alpha_a * of_a + alpha_b * of_b
+    through = g - n * (tl.sum(g * n) / D)
+    if not RMS:
+        through -= tl.sum(g) / D
+    tl.store(dx + row * dx_row + i, (through * tl.load(scales + row)).to(dx.dtype.element_ty), mask=ok)
 
 
 def _shape(width: int) -> dict[str, int]:
     """One row a program: about 16 numbers for each thread."""
     block = triton.next_power_of_2(width)
-    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 32)}
 
 
 def norm_into(
@@ -146,16 +146,15 @@ class _NormConcat(torch.autograd.Function):
         drotation = dlam = dbias_a = dbias_b = None
         if wanted[1]:
             drotation = (plain.mT @ right).to(rotation.dtype) * alpha_b
-        right_sum = right.sum(0, dtype=torch.float32) if bias_b is not None else None
         if slopes is not None:
             slope = slopes.sum()
-            if right_sum is not None:
-                slope = slope + right_sum @ bias_b.float()
+            if bias_b is not None:
+                slope = slope + right.sum(0, dtype=torch.float32) @ bias_b.float()
             dlam = slope.to(given.dtype).view_as(given)
         if wanted[3]:
             dbias_a = (left.sum(0, dtype=torch.float32) * alpha_a).to(bias_a.dtype)
         if wanted[4]:
-            dbias_b = (right_sum * alpha_b).to(bias_b.dtype)
+            dbias_b = (right.sum(0, dtype=torch.float32) * alpha_b).to(bias_b.dtype)
         return dx, drotation, dlam, dbias_a, dbias_b, None, None
 
 
@@ -184,10 +183,10 @@ def norm_concat(
 ) -> Tensor:
     """[α (n + bias_a) | β (n R + bias_b)], (T, 2d) in x's dtype; n: gainless LayerNorm, or RMSNorm, of x's rows.
 
-    Times a pair stored as (N, 2d) it gives the interpolated readers in one product. α, β = 1 - λ, λ, or the pair in `lam`.
-    Differentiable in everything but eps, once. x is float16, bfloat16 or float32; the rotation and biases may be wider
-    and are rounded once. Keeps n, not x, for backward. Where `usable` says no, `reference` runs. Raises ValueError for
-    shapes.
+    Times a pair stored as (N, 2d) it gives the interpolated readers in one product. α, β = 1 - λ, λ, or the pair in
+    `lam`. Differentiable in everything but eps, once. x is float16, bfloat16 or float32; the rotation and biases may be
+    wider and are rounded once. Keeps n, not x, for backward. Where `usable` says no, `reference` runs. Raises
+    ValueError for shapes.
     """
     width = x.shape[-1]
     if x.dim() != 2 or rotation.shape != (width, width):

@@ -31,7 +31,8 @@ def jit(function: Callable) -> Any:
 
 
 def usable(*tensors: Tensor | None) -> bool:
-    """Whether the kernels can take these tensors: on CUDA with Triton, or anywhere under TRITON_INTERPRET=1.
+    """Whether the kernels can take these tensors: Triton and an NVIDIA GPU of compute capability 8 or more, or anywhere
+    under TRITON_INTERPRET=1.
 
     Kernels compute in float16, bfloat16 and float32; the interpreter gets bfloat16 wrong, so not there.
     """
@@ -42,7 +43,9 @@ def usable(*tensors: Tensor | None) -> bool:
         return False
     if INTERPRETED:
         return all(t.dtype != torch.bfloat16 for t in given)
-    return all(t.is_cuda for t in given)
+    if torch.version.cuda is None:  # a ROCm build calls its tensors CUDA's too; nothing here was compiled for it
+        return False
+    return all(t.is_cuda and torch.cuda.get_device_capability(t.device) >= (8, 0) for t in given)
 
 
 class Tile(NamedTuple):
@@ -85,9 +88,9 @@ def launch_tiled(
     grid: Callable[[dict], tuple],
     like: Tensor,
     key: tuple[str, ...],
-    arguments: dict,
     zeroed: tuple[str, ...] = (),
     largest: int = 128 * 256,
+    **arguments: Any,
 ) -> None:
     """Launch a kernel with BLOCK_M, BLOCK_N, BLOCK_K: the fastest tile for each new value of the arguments in `key`.
 

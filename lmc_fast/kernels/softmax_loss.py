@@ -169,8 +169,8 @@ def cross_entropy_(
     """-log softmax(logits)[target] of each row (rows,); in the logits' place: `scale` times its gradient to them.
 
     With log_sums (of the whole row, where the logits are a run of its columns from `first`) only the gradient is
-    computed and the result is empty. logits: float16, bfloat16 or float32, computed in float32; softcap: c of c tanh(l / c),
-    0 for none. Where `usable` says no, `reference` runs. Raises ValueError for shapes and strides.
+    computed and the result is empty. logits: float16, bfloat16 or float32, computed in float32; softcap: c of
+    c tanh(l / c), 0 for none. Where `usable` says no, `reference` runs. Raises ValueError for shapes and strides.
     """
     _check(logits)
     if not usable(logits):
@@ -188,10 +188,11 @@ def divergence_(
     log_sums: Tensor | None = None,  # (1 + teachers, rows)
     softcap: float = 0.0,
 ) -> Tensor:
-    """KL(Σ shares of softmax(teachers) ‖ softmax(logits)) of each row (rows,); the logits become `scale` times its gradient.
+    """KL(Σ shares of softmax(teachers) ‖ softmax(logits)) of each row (rows,).
 
-    With log_sums (of the logits, then of each teacher, over whole rows) the tensors may be a run of columns; the runs' results
-    add up. Types, softcap, fallback and errors as in `cross_entropy_`.
+    In the logits' place: `scale` times its gradient to them. With log_sums (of the logits, then of each teacher, over
+    whole rows) the tensors may be a run of columns; the runs' results add up. Types, softcap, fallback and errors as in
+    `cross_entropy_`.
     """
     _check(logits, [t for t, _ in teachers])
     if len(teachers) not in (1, 2):

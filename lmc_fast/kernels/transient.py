@@ -1,8 +1,9 @@
 """W(λ) = α A + β diag(scale) (B Rᵀ)[perm], one matrix at a time, and the reduction of dW to dR, dscale and dλ.
 
-Without a permutation and a scale `torch.addmm(A, B, Rᵀ, beta=α, alpha=β)` is the same product; into a buffer of its own it
-first copies A there (2 N K more elements moved). That copy is cheaper than what a Triton product loses to cuBLAS, so
-`interpolate` calls addmm then. The kernels are for a scale or a permutation, which addmm could only take from a copy of B.
+Without a permutation and a scale, and with numbers α and β, `torch.addmm(A, B, Rᵀ, beta=α, alpha=β)` is the same
+product; into a buffer of its own it first copies A there (2 N K more elements moved). That copy is likely cheaper than
+what a Triton product loses to cuBLAS, so `interpolate` calls addmm then. The kernels are for a scale or a permutation,
+which addmm could only take from a scaled or permuted copy of B.
 """
 
 from __future__ import annotations
@@ -121,12 +122,10 @@ def forward(
         lambda m: (triton.cdiv(N, m["BLOCK_M"]) * triton.cdiv(K, m["BLOCK_N"]),),
         a,
         ("N", "K", "D"),
-        dict(
-            out=out, a=a, b=b, rotation=rotation, lam=share, alpha_a=alpha_a, alpha_b=alpha_b, perm=vector(perm),
-            scale=vector(scale), N=N, K=K, D=D, out_n=stride(out), out_k=stride(out, 1), a_n=stride(a),
-            a_k=stride(a, 1), b_n=stride(b), b_k=stride(b, 1), r_row=stride(rotation), rows_like=bucket(N),
-            PRECISION=precision(a.dtype),
-        ),
+        out=out, a=a, b=b, rotation=rotation, lam=share, alpha_a=alpha_a, alpha_b=alpha_b, perm=vector(perm),
+        scale=vector(scale), N=N, K=K, D=D, out_n=stride(out), out_k=stride(out, 1), a_n=stride(a),
+        a_k=stride(a, 1), b_n=stride(b), b_k=stride(b, 1), r_row=stride(rotation), rows_like=bucket(N),
+        PRECISION=precision(a.dtype),
     )  # fmt: skip
 
 
@@ -139,11 +138,10 @@ def rotation_gradient(grad: Tensor, b: Tensor, perm: Tensor | None, scale: Tenso
         lambda m: (triton.cdiv(K, m["BLOCK_M"]) * triton.cdiv(D, m["BLOCK_N"]),),
         grad,
         ("N", "K", "D"),
-        dict(
-            out=out, grad=grad, b=b, perm=vector(perm), scale=vector(scale), N=N, K=K, D=D, out_row=stride(out),
-            g_n=stride(grad), g_k=stride(grad, 1), b_n=stride(b), b_k=stride(b, 1), rows_like=bucket(N),
-            PRECISION=precision(grad.dtype),
-        ),
+        out=out, grad=grad, b=b, perm=vector(perm), scale=vector(scale), N=N, K=K, D=D, out_row=stride(out),
+        g_n=stride(grad), g_k=stride(grad, 1), b_n=stride(b), b_k=stride(b, 1), rows_like=bucket(N),
+        PRECISION=precision(grad.dtype),
+        largest=128 * 128,
     )  # fmt: skip
     return out
 
@@ -158,11 +156,9 @@ def scale_gradient(grad: Tensor, b: Tensor, rotation: Tensor, perm: Tensor | Non
         lambda m: (triton.cdiv(N, m["BLOCK_M"]) * triton.cdiv(D, m["BLOCK_N"]),),
         grad,
         ("N", "K", "D"),
-        dict(
-            partial=partial, grad=grad, b=b, rotation=rotation, perm=vector(perm), N=N, K=K, D=D, g_n=stride(grad),
-            g_k=stride(grad, 1), b_n=stride(b), b_k=stride(b, 1), r_row=stride(rotation), rows_like=bucket(N),
-            PRECISION=precision(grad.dtype),
-        ),
+        partial=partial, grad=grad, b=b, rotation=rotation, perm=vector(perm), N=N, K=K, D=D, g_n=stride(grad),
+        g_k=stride(grad, 1), b_n=stride(b), b_k=stride(b, 1), r_row=stride(rotation), rows_like=bucket(N),
+        PRECISION=precision(grad.dtype),
         zeroed=("partial",),
         largest=128 * 128,
     )  # fmt: skip
@@ -231,10 +227,10 @@ def interpolate(
 ) -> Tensor:
     """α a + β diag(scale) (b Rᵀ)[perm], (N, K) in a's dtype; α, β = 1 - λ, λ, or the pair in `lam`.
 
-    A writer, R W diag(s) with its units in the columns, is the transpose of this: give the transposed views. Any strides.
-    Differentiable in rotation, lam and scale, once; a and b are frozen. a and b share float16, bfloat16 or float32; the
-    rotation may be wider and is rounded once. Where `usable` says no, `reference` runs. Raises ValueError for shapes and
-    weights that want a gradient.
+    A writer, R W diag(s) with its units in the columns, is the transpose of this: give the transposed views. Strides
+    are free. Differentiable in rotation, lam and scale, once; a and b are frozen. a and b share float16, bfloat16 or
+    float32; the rotation may be wider and is rounded once. Where `usable` says no, `reference` runs. Raises ValueError
+    for shapes and weights that want a gradient.
     """
     if len(a) != len(b) or rotation.shape != (a.shape[1], b.shape[1]):
         raise ValueError(

@@ -25,7 +25,11 @@ def among_nans(t: Tensor, extra: int = 5) -> Tensor:
 
 
 def outcome(
-    function: Callable[..., Tensor], inputs: dict[str, Tensor], constants: dict, dtype: torch.dtype, spread: bool = False
+    function: Callable[..., Tensor],
+    inputs: dict[str, Tensor],
+    constants: dict,
+    dtype: torch.dtype,
+    spread: bool = False,
 ) -> dict[str, Tensor]:
     """The output and the gradient to every input, computed in `dtype`; constants in floating point follow."""
 
@@ -54,9 +58,13 @@ def assert_as_good(ours: Tensor, plain: Tensor, truth: Tensor, name: str = "", s
 
 
 def compare(
-    function: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: dict, constants: dict, dtype: torch.dtype,
+    function: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    inputs: dict,
+    constants: dict,
+    dtype: torch.dtype,
     sizes: dict[str, float] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """`function` against `reference` in the same dtype and in float64: output and gradients."""
     ours = outcome(function, inputs, constants, dtype, spread=True)
     plain = outcome(reference, inputs, constants, dtype, spread=True)  # torch's CPU products round by layout too

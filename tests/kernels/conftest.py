@@ -1,7 +1,7 @@
 """Kernels run on the GPU where there is one, else in Triton's interpreter; only the real compiler compiles.
 
-Interpreter or compiler is settled when Triton is imported, once for a process. So without a GPU `test_interpreted.py` starts
-this directory again with TRITON_INTERPRET=1, and the files named test_op_* are collected only there.
+Interpreter or compiler is settled when Triton is imported, once for a process. So without a GPU `test_interpreted.py`
+starts this directory again with TRITON_INTERPRET=1, and the files named test_op_* are collected only there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test
 GUARD = 64
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every tensor made by torch.empty and torch.zeros lies between sentinels, which must survive; empty is NaN."""
     made: list[torch.Tensor] = []

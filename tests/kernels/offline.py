@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ class Report(NamedTuple):
 
 
 def compiled(kernel, capability: int, arguments: dict, meta: dict, warps: int = 4, stages: int = 3) -> Report:
-    """arguments: name -> Triton type ("*bf16", "i32", "i32:16" where 16 divides it, "fp32") or None; meta: constexprs."""
+    """arguments: name -> Triton type ("*bf16", "fp32", "i32", "i32:16" where 16 divides it); meta: constexprs."""
     signature, constants, aligned = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         kind = arguments.get(name)
@@ -44,8 +45,6 @@ def compiled(kernel, capability: int, arguments: dict, meta: dict, warps: int = 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
     """(registers for each thread, bytes of stack) of the one kernel in a cubin."""
-    import tempfile
-
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

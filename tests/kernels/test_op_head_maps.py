@@ -5,6 +5,8 @@ from kernels.checks import DEVICE, DTYPES, compare, values
 from lmc_fast.kernels import head_maps as module
 from lmc_fast.kernels.head_maps import head_maps, reference
 
+pytestmark = pytest.mark.usefixtures("guarded")
+
 
 def case(positions=9, sequences=2, heads=4, groups=2, e=8, rotary=8, lam=0.3, maps=True, bias=True, seed=0):
     draw = values(seed)

@@ -5,6 +5,8 @@ from kernels.checks import DEVICE, DTYPES, assert_as_good, compare, values
 from lmc_fast.kernels import norm_concat as module
 from lmc_fast.kernels.norm_concat import norm_concat, reference
 
+pytestmark = pytest.mark.usefixtures("guarded")
+
 
 def case(T=13, d=40, lam=0.3, biases=True, seed=0):
     draw = values(seed)

@@ -6,6 +6,8 @@ from kernels.checks import DEVICE, DTYPES, assert_as_good, values
 from lmc_fast.engine import loss as engine
 from lmc_fast.kernels.softmax_loss import cross_entropy_, divergence_, reference, reference_divergence, row_statistics
 
+pytestmark = pytest.mark.usefixtures("guarded")
+
 SHAPES = [(7, 40), (1, 1), (3, 16), (5, 17), (2, 100)]
 
 

@@ -4,6 +4,8 @@ from kernels.checks import DEVICE, DTYPES, compare, values
 
 from lmc_fast.kernels.transient import interpolate, reference
 
+pytestmark = pytest.mark.usefixtures("guarded")
+
 
 def case(N=37, K=24, D=24, lam=0.3, perm=True, scale=True, seed=0):
     draw = values(seed)

@@ -32,12 +32,13 @@ def interleave(
     variants: Mapping[str, Callable[[], object]],
     repeats: int,
     clock: Callable[[], float] = time.perf_counter,
+    warm_up: bool = True,
 ) -> dict[str, list[float]]:
     """Milliseconds of `repeats` calls of each variant, in turns after a warm-up call, so that drift hits all alike.
 
     For one-thread variants on a shared machine pass time.process_time.
     """
-    for call in variants.values():
+    for call in variants.values() if warm_up else ():
         call()
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):

@@ -6,6 +6,7 @@ from .errors import LmcError
 from .evaluation import Curve, Difference
 from .examples import Examples
 from .images import read_images
+from .kernels.interp_linear import interp_linear
 from .matching.learned import Schedule
 from .native import Backends, backends
 from .pair import Pair, open_pair
@@ -31,6 +32,7 @@ __all__ = [
     "cayley",
     "expm",
     "export",
+    "interp_linear",
     "merge",
     "open_pair",
     "polar",

@@ -2,12 +2,19 @@
 
 import importlib
 import importlib.util
+import os
 import warnings
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
 import torch
+from torch import Tensor
+
+TRITON_LARGEST = 64
+"""The largest n whose matrices the Triton solvers take: 128 x 128 does not fit in a program's registers."""
+GPU_SOLVERS = "LMC_FAST_GPU_SOLVERS"
+"""Environment variable: "triton" (the default where Triton is installed) or "torch", the batched formulation."""
 
 
 @dataclass(frozen=True)
@@ -18,12 +25,18 @@ class Backends:
     isa: str  # instruction set they run: "avx512", "avx2", "generic", or "none" without the extension
     threads: int  # torch.get_num_threads(), which the C++ solvers obey too
     triton: bool  # importable
+    gpu_solvers: str  # "triton", or "torch": without Triton, or as the environment variable LMC_FAST_GPU_SOLVERS says
     cuda: str  # the GPU's name, or "none"
 
     @property
     def cpu(self) -> str:
         """What `cayley` and `expm` run on CPU tensors."""
         return f"C++ ({self.isa})" if self.extension else "torch"
+
+    @property
+    def gpu(self) -> str:
+        """What `cayley` and `expm` run on CUDA tensors."""
+        return f"Triton (float32, n ≤ {TRITON_LARGEST}), else torch" if self.gpu_solvers == "triton" else "torch"
 
 
 def backends() -> Backends:
@@ -33,9 +46,30 @@ def backends() -> Backends:
         extension=native is not None,
         isa=native.isa() if native else "none",
         threads=torch.get_num_threads(),
-        triton=importlib.util.find_spec("triton") is not None,
+        triton=_has_triton(),
+        gpu_solvers=_gpu_solvers(),
         cuda=torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     )
+
+
+def triton_takes(X: Tensor) -> bool:  # (batch, n, n)
+    """Whether the Triton solvers run on X: float32 on an NVIDIA GPU, n ≤ 64, not empty."""
+    fits = X.is_cuda and torch.version.cuda is not None and X.dtype == torch.float32
+    return fits and 0 < X.shape[-1] <= TRITON_LARGEST and X.shape[0] > 0 and _gpu_solvers() == "triton"
+
+
+def _gpu_solvers() -> str:
+    wanted = os.environ.get(GPU_SOLVERS, "triton" if _has_triton() else "torch")
+    if wanted not in ("triton", "torch"):
+        raise ValueError(f'{GPU_SOLVERS} is "{wanted}"; expected "triton" or "torch"')
+    if wanted == "triton" and not _has_triton():
+        raise ValueError(f"{GPU_SOLVERS} asks for Triton, which is not installed; pip install triton, or unset it")
+    return wanted
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @cache

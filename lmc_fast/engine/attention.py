@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..architectures import Spec
-from ..checkpoints.weights import Slots
+from .slots import Slots, linear
 
 Rope = tuple[Tensor, Tensor]  # cos, sin: (T, rotary_dim / 2)
 Observer = Callable[[str, Tensor], None]  # called with the name and value of an intermediate
@@ -95,7 +95,7 @@ def attention(
     """Attention of x (batch, T, d) in block `index`."""
 
     def heads(slot: str, count: int) -> Tensor:
-        y = F.linear(x, w[slot], w.get(f"{slot}_bias"))
+        y = linear(w, slot, x)
         observe(slot, y)
         if spec.qk_norm == "full" and slot != "v":
             y = F.rms_norm(y, y.shape[-1:], w[f"{slot}_norm"], spec.norm_eps)
@@ -113,7 +113,7 @@ def attention(
         k, v = (t.repeat_interleave(spec.queries_per_group, dim=1) for t in (k, v))
     mixed = _mix(spec, q, k, v, positions.bias.get(spec.window(index))).transpose(1, 2).flatten(2)
     observe("mixed", mixed)
-    return F.linear(mixed, w["o"], w.get("o_bias"))
+    return linear(w, "o", mixed)
 
 
 def _mix(spec: Spec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:

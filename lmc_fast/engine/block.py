@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..architectures import Spec
-from ..checkpoints.weights import Slots
 from .attention import Observer, Positions, attention, ignore
 from .ffn import feed_forward
+from .slots import Slots
 
 
 def norm(spec: Spec, slots: Slots, name: str, x: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..architectures import Spec
-from ..checkpoints.weights import Slots
 from .attention import Observer, ignore
+from .slots import Slots, linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -35,22 +35,22 @@ def feed_forward(spec: Spec, w: Slots, x: Tensor, observe: Observer = ignore) ->
     mixture = _mixture(spec, w, x.flatten(0, -2)).view_as(x)
     if out is None:
         return mixture
-    return mixture + (F.linear(x, w["switch"]).sigmoid() * out if spec.switched else out)
+    return mixture + (linear(w, "switch", x).sigmoid() * out if spec.switched else out)
 
 
 def _dense(spec: Spec, w: Slots, x: Tensor, observe: Observer) -> Tensor:
-    hidden = F.linear(x, w["up"], w.get("up_bias"))
+    hidden = linear(w, "up", x)
     if spec.gated:
-        hidden = hidden * ACTIVATIONS[spec.activation](F.linear(x, w["gate"], w.get("gate_bias")))
+        hidden = hidden * ACTIVATIONS[spec.activation](linear(w, "gate", x))
     else:
         hidden = ACTIVATIONS[spec.activation](hidden)
     observe("hidden", hidden)
-    return F.linear(hidden, w["down"], w.get("down_bias"))
+    return linear(w, "down", hidden)
 
 
 def _mixture(spec: Spec, w: Slots, x: Tensor) -> Tensor:
     """x (n, d) through the experts_per_token most probable experts of each row, weighted by their probability."""
-    share, chosen = F.linear(x, w["router"]).softmax(-1).topk(spec.experts_per_token, dim=-1)
+    share, chosen = linear(w, "router", x).softmax(-1).topk(spec.experts_per_token, dim=-1)
     if spec.renormalised:
         share = share / share.sum(-1, keepdim=True)
     out = torch.zeros_like(x)

@@ -7,22 +7,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..architectures import Spec
-from ..checkpoints.weights import Slots, Weights
+from ..checkpoints.weights import Weights
 from ..errors import LmcError
 from ..examples import Data, Examples
 from .attention import Positions
 from .block import block, norm
 from .ffn import ACTIVATIONS
 from .loss import capped, cross_entropy
+from .slots import Slots
 
 
-def embed(weights: Weights, inputs: Tensor) -> Tensor:
-    """Token ids (batch, T), or images (batch, c, size, size), -> residual stream (batch, T, d)."""
-    spec, w = weights.spec, weights.ends
+def embed(spec: Spec, w: Slots, inputs: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Token ids (batch, T), or images (batch, c, size, size), -> residual stream (batch, T, d).
+
+    w: slots outside the blocks. rows (batch, T): which row of w["embed"] each token takes, if not that of its id.
+    """
     if spec.image:
         x = _embed_image(spec, w, inputs)
     else:
-        x = F.embedding(inputs, w["embed"]) * spec.embed_scale
+        x = F.embedding(inputs if rows is None else rows, w["embed"]) * spec.embed_scale
         if "positions" in w:
             x = x + w["positions"][_places(spec, inputs)]
         if "types" in w:
@@ -48,19 +51,18 @@ def _embed_image(spec: Spec, w: Slots, pixels: Tensor) -> Tensor:
 
 
 def final_stream(weights: Weights, inputs: Tensor) -> Tensor:
-    """Inputs as in `embed` -> the stream behind the last norm (batch, T, d)."""
+    """Inputs as in `embed` -> the stream behind the last block (batch, T, d)."""
     spec = weights.spec
-    x = embed(weights, inputs)
+    x = embed(spec, weights.ends, inputs)
     positions = Positions.of(spec, x.shape[1], x.dtype, x.device)
     for i, slots in enumerate(weights.blocks):
         x = block(spec, slots, x, positions, i)
-    return x if spec.placement == "post" else norm(spec, weights.ends, "final_norm", x)
+    return x
 
 
-def head_input(weights: Weights, inputs: Tensor) -> Tensor:
-    """What the head reads: (batch, T, d) for language models, (batch, d or 2d) where one vector stands for all."""
-    spec, w = weights.spec, weights.ends
-    x = final_stream(weights, inputs)
+def read_out(spec: Spec, w: Slots, x: Tensor, inputs: Tensor) -> Tensor:
+    """Stream behind the last block -> what the head reads: (batch, T, d), or (batch, d or 2d) one vector for all."""
+    x = x if spec.placement == "post" else norm(spec, w, "final_norm", x)
     if spec.head_transform:
         x = ACTIVATIONS[spec.activation](F.linear(x, w["head_transform"], w["head_transform_bias"]))
         return norm(spec, w, "head_norm", x)
@@ -74,6 +76,11 @@ def head_input(weights: Weights, inputs: Tensor) -> Tensor:
     return x
 
 
+def head_input(weights: Weights, inputs: Tensor) -> Tensor:
+    """Inputs as in `embed` -> what the head reads, as in `read_out`."""
+    return read_out(weights.spec, weights.ends, final_stream(weights, inputs), inputs)
+
+
 def logits(weights: Weights, inputs: Tensor) -> Tensor:
     """Inputs as in `embed` -> (batch, T, V), or (batch, V) where one vector stands for the input."""
     out = F.linear(head_input(weights, inputs), weights.ends["head"], weights.ends.get("head_bias"))
@@ -85,15 +92,29 @@ def prediction_rows(weights: Weights, data: Data) -> Tensor:
 
     Next tokens for tokens (batch, T); else where the examples have a target.
     """
-    if weights.spec.task == "features":
+    require_task(weights.spec)
+    return asked(head_input(weights, read_part(data)), data)
+
+
+def require_task(spec: Spec) -> None:
+    """Raises LmcError for models that predict nothing."""
+    if spec.task == "features":
         raise LmcError(
-            f"{weights.spec.family} computes features, not predictions, so that it has no loss to learn from or to "
+            f"{spec.family} computes features, not predictions, so that it has no loss to learn from or to "
             "draw a barrier with; match it with --method weight and check it with verify"
         )
+
+
+def read_part(data: Data) -> Tensor:
+    """The inputs of a batch that predictions need: all but the last token of a text."""
+    return data.inputs if isinstance(data, Examples) else data[:, :-1]
+
+
+def asked(x: Tensor, data: Data) -> Tensor:
+    """What the head reads (from `read_out`) wherever a batch asks for a prediction: (n, d)."""
     if isinstance(data, Examples):
-        x = head_input(weights, data.inputs)
         return x[data.targets >= 0] if x.dim() == 3 else x
-    return head_input(weights, data[:, :-1]).flatten(0, 1)
+    return x.flatten(0, 1)
 
 
 def answers(data: Data) -> Tensor:

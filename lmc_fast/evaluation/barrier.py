@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
-from ..checkpoints import Weights, lerp
-from ..engine.model import accuracy, mean_loss
+from ..checkpoints import Weights
+from ..engine.source import Resident
+from ..engine.step import line_scores
 from ..examples import Data, Examples
 
 DEFINITION = "barrier = max over the grid of L(lambda) - [(1 - lambda) L(A) + lambda L(B)], L in nats per token"
@@ -54,7 +53,6 @@ class Curve:
         plot_curves([self], Path(file))
 
 
-@torch.no_grad()
 def curve_between(
     a: Weights,
     b: Weights,
@@ -64,14 +62,15 @@ def curve_between(
     batch: int = 32,
     progress: Callable[[float], None] | None = None,
 ) -> Curve:
-    """Losses at `points` evenly spaced lambdas between two models of one spec; tokens (n, T), or examples."""
+    """Losses at `points` evenly spaced lambdas between two models of one spec; tokens (n, T), or examples.
+
+    One pass over the blocks of both models serves all points. progress: called once per point.
+    """
     lambdas = [i / (points - 1) for i in range(points)]
-    losses, accuracies = [], []
-    for t in lambdas:
-        between = a if t == 0 else b if t == 1 else lerp(a, b, t)
-        losses.append(mean_loss(between, tokens, batch))
-        if isinstance(tokens, Examples) and a.spec.task == "image":
-            accuracies.append(accuracy(between, tokens))
-        if progress:
-            progress(t)
-    return Curve(lambdas, losses, name, accuracies or None)
+    scores = line_scores(Resident(a, b), tokens, lambdas, batch=batch)
+    for t in lambdas if progress else ():
+        progress(t)  # type: ignore[misc]
+    accuracies = None
+    if isinstance(tokens, Examples) and a.spec.task == "image":
+        accuracies = [score.accuracy for score in scores]
+    return Curve(lambdas, [score.loss for score in scores], name, accuracies)

@@ -66,7 +66,7 @@ def gather_statistics(a: Weights, b: Weights, data: Data, batch: int = 16) -> St
     names = ("q", "k", "v", "mixed") + (("hidden",) if spec.ffn_width else ())
     parts = [{name: Covariance() for name in names} for _ in range(spec.layers)]
     for some in data.split(batch):
-        x, y = embed(a, inputs_of(some)), embed(b, inputs_of(some))
+        x, y = (embed(spec, w.ends, inputs_of(some)) for w in (a, b))
         positions = Positions.of(spec, x.shape[1], x.dtype, x.device)
         for i, (w, u, part) in enumerate(zip(a.blocks, b.blocks, parts, strict=True)):
             seen_a: dict[str, Tensor] = {}

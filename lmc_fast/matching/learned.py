@@ -10,14 +10,15 @@ entropy with the text: it has less noise, and does not ask for what the endpoint
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..checkpoints.weights import Weights, lerp
-from ..engine.loss import Teacher, divergence
-from ..engine.model import mean_loss, prediction_rows, task_loss
+from ..engine import parallel
+from ..engine.source import Source
+from ..engine.step import Item, choose_path, learn, line_losses
 from ..examples import Data
 from ..symmetry.charts import Chart
 from .muon import muon_step
@@ -86,14 +87,28 @@ VALIDATION_POINTS = (0.25, 0.5, 0.75)
 class Learner:
     """Descends in the chart's coordinates; one call of `step` is one λ, one batch, one update.
 
-    a, b: canonical endpoints, b already matched; frozen. tokens (n, T) int64. Everything random follows from
-    schedule.seed and the step's number, so that a restored learner goes on as if it had never stopped.
+    source: canonical endpoints, b already matched; frozen. tokens (n, T) int64, or examples. micro_batch: how many of a
+    step's token blocks go through a block of the models at once. keep, path: see engine.step.learn; the path is chosen
+    once, so that a resumed run computes the same bits. Under torchrun every process takes its share of each batch, and
+    gradients are averaged over all predictions. Everything random follows
+    from schedule.seed and the step's number, so that a restored learner goes on as if it had never stopped.
     """
 
-    def __init__(self, a: Weights, b: Weights, tokens: Data, schedule: Schedule):
-        self.a, self.b, self.tokens, self.schedule = a, b, tokens, schedule
-        some = a.ends["head"]
-        self.chart = Chart(a.spec, schedule.sides, some.dtype, some.device)
+    def __init__(
+        self,
+        source: Source,
+        tokens: Data,
+        schedule: Schedule,
+        *,
+        micro_batch: int | None = None,
+        keep: bool = True,
+        path: str | None = None,
+    ):
+        self.source, self.tokens, self.schedule = source, tokens, schedule
+        self.micro_batch, self.keep = micro_batch or schedule.batch, keep
+        choice = choose_path(source, self._items(0), keep)
+        self.path, self.why_path = (choice.path, choice.why) if path is None else (path, "as the run began")
+        self.chart = Chart(source.spec, schedule.sides, source.sample.dtype, source.sample.device)
         self.history = History()
         self.best: dict[str, Tensor] | None = None
         leaves = self.chart.tensors
@@ -108,29 +123,28 @@ class Learner:
 
     def step(self) -> float:
         """Takes one step and returns its loss in nats per token. Raises NonFiniteLoss and changes nothing."""
-        i, schedule = self.done, self.schedule
-        batch = self.tokens[schedule.rows(i, len(self.tokens)).to(self.tokens.device)]
-        weights = lerp(self.a, self.chart.relative().apply(self.b), schedule.position(i))
-        loss = self._loss(weights, batch, schedule.position(i))
-        leaves = self.chart.tensors
-        gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+        i = self.done
+        loss, gradients = self.gradients()
         if not all(t.isfinite().all() for t in (loss, *gradients.values())):
-            raise NonFiniteLoss(f"the loss became {loss.item()} at step {i + 1} (lambda {schedule.position(i):.2f})")
-        self._update(gradients, schedule.rate(i))
+            position = self.schedule.position(i)
+            raise NonFiniteLoss(f"the loss became {loss.item()} at step {i + 1} (lambda {position:.2f})")
+        self._update(gradients, self.schedule.rate(i))
         self.history.loss.append(loss.item())
         return self.history.loss[-1]
 
-    def _loss(self, weights: Weights, batch: Data, position: float) -> Tensor:
-        if self.schedule.objective == "text":
-            return task_loss(weights, batch)
-        teachers = []
-        with torch.no_grad():
-            for share, model in ((1 - position, self.a), (position, self.b)):
-                hidden = prediction_rows(model, batch)
-                teachers.append(Teacher(share, hidden, model.ends["head"], model.ends.get("head_bias")))
-        hidden, w = prediction_rows(weights, batch), weights.ends
-        cap = weights.spec.head_softcap
-        return divergence(hidden, w["head"], w.get("head_bias"), teachers, softcap=cap)
+    def gradients(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of the coming step, and its gradients by the chart's tensors."""
+        divergence = self.schedule.objective == "endpoints"
+        items = self._items(self.done)
+        loss, found = learn(self.source, items, self.chart, divergence=divergence, keep=self.keep, path=self.path)
+        count = sum(item.count for item in items)
+        return parallel.mean(loss, found, count)
+
+    def _items(self, step: int) -> list[Item]:
+        """This process's share of a step, in micro-batches."""
+        rows = parallel.share(self.schedule.rows(step, len(self.tokens)))
+        batch = self.tokens[rows.to(self.tokens.device)]
+        return [Item(part, self.schedule.position(step)) for part in batch.split(self.micro_batch)]
 
     def _update(self, gradients: dict[str, Tensor], rate: float) -> None:
         for name, momentum in self._momentum.items():
@@ -145,14 +159,11 @@ class Learner:
             self._adam.step()
         self.chart.clamp_()
 
-    @torch.no_grad()
-    def validate(self, tokens: Data, ends: tuple[float, float]) -> float:
+    def validate(self, tokens: Data, ends: Sequence[float]) -> float:
         """Mean excess over the straight line between the endpoints' losses `ends`; remembers the best chart."""
-        moved = self.chart.relative().apply(self.b)
-        excess = 0.0
-        for point in VALIDATION_POINTS:
-            line = (1 - point) * ends[0] + point * ends[1]
-            excess += (mean_loss(lerp(self.a, moved, point), tokens) - line) / len(VALIDATION_POINTS)
+        losses = line_losses(self.source, tokens, VALIDATION_POINTS, self.chart, self.micro_batch)
+        line = [(1 - point) * ends[0] + point * ends[1] for point in VALIDATION_POINTS]
+        excess = sum(x - y for x, y in zip(losses, line, strict=True)) / len(line)
         if excess < min(self.history.excess.values(), default=math.inf):
             self.best = {name: t.detach().clone() for name, t in self.chart.tensors.items()}
         self.history.excess[self.done] = excess
@@ -161,7 +172,7 @@ class Learner:
     def final_chart(self) -> Chart:
         """The best validated coordinates where there was validation, else the last ones; in float64."""
         tensors = self.best or self.chart.tensors
-        chart = Chart(self.a.spec, self.schedule.sides, torch.float64)
+        chart = Chart(self.source.spec, self.schedule.sides, torch.float64)
         for name, t in chart.tensors.items():
             t.data.copy_(tensors[name].detach())
         return chart

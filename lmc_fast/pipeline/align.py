@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..alignment import Alignment
 from ..checkpoints import Weights
-from ..engine.model import mean_loss
+from ..engine.source import Resident, paired
+from ..engine.step import line_losses
 from ..errors import LmcError
 from ..examples import Data
 from ..matching.activations import gather_statistics
@@ -85,8 +86,10 @@ def align(
     if method in ("weight", "activation"):
         return Alignment(*base, matched=base, info={"method": method})
 
-    learner = Learner(base[0].apply(a), base[1].apply(b), tokens, schedule)
+    path = metadata["run"]["path"] if metadata else None
+    learner = Learner(Resident(*paired(base[0].apply(a), base[1].apply(b))), tokens, schedule, path=path)
     run = {"method": method, "schedule": asdict(schedule), "calibration_blocks": list(tokens.shape)}
+    run["path"] = learner.path
     if metadata:
         _require_same_run(metadata["run"], run)
         learner.restore(saved, History(**metadata["history"]))
@@ -121,11 +124,11 @@ def _learn(
 ) -> None:
     """Runs the learner to its end, validating and saving on the way."""
     steps = learner.schedule.steps
-    ends = (0.0, 0.0)
+    ends = [0.0, 0.0]
     if validation is not None:
         picked = validation[:: max(1, len(validation) // VALIDATION_BLOCKS)][:VALIDATION_BLOCKS]
         validation = picked.to(learner.tokens.device)
-        ends = mean_loss(learner.a, validation), mean_loss(learner.b, validation)
+        ends = line_losses(learner.source, validation, (0.0, 1.0))
     excess: float | None = None
     per_step = learner.schedule.batch * learner.tokens.shape[1]
     every = max(1, steps // VALIDATIONS)

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from lmc_fast.native import extension
-from lmc_fast.solvers import cayley_torch
+from lmc_fast.native import extension, triton_takes
+from lmc_fast.solvers import cayley_torch, pairs
 from lmc_fast.solvers._checks import as_batch, on_cpu, once_differentiable, suffix
 
 
@@ -13,7 +13,8 @@ def cayley(X: Tensor) -> Tensor:  # (..., n, n) -> (..., n, n)
     """Q = (I - X/2)⁻¹ (I + X/2), float32 or float64, n ≥ 1. Skew X gives a rotation.
 
     Skew X, recognised exactly (X == -Xᵀ, as W - Wᵀ is), is inverted by blocks without pivoting: I - X/2 has a positive
-    definite symmetric part, so no pivot can be small. Any other X goes through LU with partial pivoting.
+    definite symmetric part, so no pivot can be small. Any other X goes through LU with partial pivoting; n = 2 has a
+    closed form.
 
     Gradient: dX = ¼ (I + Q)ᵀ dQ (I + Q)ᵀ, from Q alone. No double backward.
 
@@ -27,7 +28,10 @@ def cayley(X: Tensor) -> Tensor:  # (..., n, n) -> (..., n, n)
 class _Cayley(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, X: Tensor) -> Tensor:  # (batch, n, n)
-        Q = _forward_native(X)
+        if X.shape[-1] == 2:
+            ctx.save_for_backward(X)
+            return pairs.cayley(X)
+        Q = _forward_triton(X) if triton_takes(X) else _forward_native(X)
         if Q is None:
             Q = cayley_torch.forward(X)
         ctx.save_for_backward(Q)
@@ -36,15 +40,31 @@ class _Cayley(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, G: Tensor) -> Tensor:
-        (Q,) = ctx.saved_tensors
-        native = extension() if on_cpu(Q) else None
-        if native is None:
-            return cayley_torch.backward(Q, G)
-        G = G.contiguous()
-        X_bar = torch.empty_like(Q)
-        run = getattr(native, f"cayley_backward_{suffix(Q)}")
-        run(Q.data_ptr(), G.data_ptr(), X_bar.data_ptr(), *Q.shape[:2], torch.get_num_threads())
-        return X_bar
+        (saved,) = ctx.saved_tensors
+        if saved.shape[-1] == 2:
+            return pairs.cayley_backward(saved, G)
+        return _backward(saved, G.contiguous())
+
+
+def _backward(Q: Tensor, G: Tensor) -> Tensor:  # (batch, n, n) each
+    if triton_takes(Q):
+        from lmc_fast.solvers import cayley_triton
+
+        return cayley_triton.backward(Q, G)
+    native = extension() if on_cpu(Q) else None
+    if native is None:
+        return cayley_torch.backward(Q, G)
+    X_bar = torch.empty_like(Q)
+    run = getattr(native, f"cayley_backward_{suffix(Q)}")
+    run(Q.data_ptr(), G.data_ptr(), X_bar.data_ptr(), *Q.shape[:2], torch.get_num_threads())
+    return X_bar
+
+
+def _forward_triton(X: Tensor) -> Tensor | None:  # (batch, n, n)
+    """The GPU kernel; None as for the C++ map."""
+    from lmc_fast.solvers import cayley_triton
+
+    return cayley_triton.forward(X)
 
 
 def _forward_native(X: Tensor) -> Tensor | None:  # (batch, n, n)

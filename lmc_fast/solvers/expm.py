@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lmc_fast.native import extension
-from lmc_fast.solvers import expm_torch
+from lmc_fast.native import extension, triton_takes
+from lmc_fast.solvers import expm_torch, pairs
 from lmc_fast.solvers._checks import (
     as_batch,
     on_cpu,
@@ -29,7 +29,7 @@ def expm(X: Tensor) -> Tensor:  # (..., n, n) -> (..., n, n)
     """exp(X), float32 or float64, n ≥ 1. Each matrix gets its own polynomial degree and number of squarings.
 
     Scaling follows ‖X‖₁; where X is exactly skew or symmetric, a closer bound of its spectral norm from X² and X³.
-    Gradient: reverse mode over the saved products. No double backward.
+    n = 2 has a closed form. Gradient: reverse mode over the saved products. No double backward.
 
     Raises TypeError or ValueError for a wrong dtype or shape, a non-finite entry, or ‖X‖₁ > 1/ε (no digit would be
     right); OverflowError where exp(X) does not fit the dtype.
@@ -41,22 +41,30 @@ def expm(X: Tensor) -> Tensor:  # (..., n, n) -> (..., n, n)
 class _Expm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, X: Tensor) -> Tensor:  # (batch, n, n)
-        ctx.native = on_cpu(X) and extension() is not None
-        if ctx.native:
-            E, ctx.tape = _forward_native(X, keep_tape=ctx.needs_input_grad[0])
-            ctx.save_for_backward(X)
+        saved: list[Tensor] = []
+        if X.shape[-1] == 2:
+            E, ctx.reverse = pairs.expm(X), pairs.expm_backward
+        elif triton_takes(X):
+            from lmc_fast.solvers import expm_triton
+
+            E, *saved = expm_triton.forward(X, keep_tape=ctx.needs_input_grad[0])
+            ctx.reverse = lambda X, tape, plans, G: expm_triton.backward(tape, plans, G)
+        elif on_cpu(X) and extension() is not None:
+            E, tape = _forward_native(X, keep_tape=ctx.needs_input_grad[0])
+            ctx.reverse = lambda X, G: _backward_native(X, tape, G)
         else:
-            E, ctx.groups, tapes = expm_torch.forward_batch(X)
-            ctx.save_for_backward(X, *tapes)
+            E, groups, saved = expm_torch.forward_batch(X)
+            ctx.reverse = lambda X, *tapes_and_G: expm_torch.backward_batch(
+                groups, list(tapes_and_G[:-1]), tapes_and_G[-1]
+            )
+        ctx.save_for_backward(X, *saved)  # X always: through it a double backward finds its way to the error
         return E
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, G: Tensor) -> Tensor:
-        if not ctx.native:
-            return expm_torch.backward_batch(ctx.groups, list(ctx.saved_tensors[1:]), G)
-        (X,) = ctx.saved_tensors
-        return _backward_native(X, ctx.tape, G)
+        X_bar: Tensor = ctx.reverse(*ctx.saved_tensors, G.contiguous())
+        return X_bar
 
 
 class _Tape(NamedTuple):
@@ -107,7 +115,6 @@ def _forward_native(X: Tensor, keep_tape: bool) -> tuple[Tensor, _Tape]:  # (bat
 
 def _backward_native(X: Tensor, tape: _Tape, G: Tensor) -> Tensor:  # (batch, n, n)
     X_bar = torch.empty_like(X)
-    G = G.contiguous()
     run = getattr(_solver(), f"backward_{suffix(X)}")
     run(
         X.data_ptr(), tape.products, tape.squarings, tape.plans.data_ptr(), G.data_ptr(), X_bar.data_ptr(),

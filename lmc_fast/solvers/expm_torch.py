@@ -1,7 +1,5 @@
 """The matrix exponential in torch operations: the formulation for GPUs and without the C++ extension."""
 
-from math import ceil, log2
-
 import torch
 from torch import Tensor
 
@@ -66,7 +64,10 @@ def plan_for(norm: float, dtype: torch.dtype) -> Plan:
     for index, scheme in enumerate(SCHEMES):
         if norm <= scheme.theta(dtype):
             return index, 0
-    return len(SCHEMES) - 1, max(0, ceil(log2(norm / SCHEMES[-1].theta(dtype))))
+    squarings = 0
+    while norm > SCHEMES[-1].theta(dtype):  # exact, as the kernels count: the length of the tape depends on it
+        norm, squarings = norm / 2, squarings + 1
+    return len(SCHEMES) - 1, squarings
 
 
 def one_norm(X: Tensor) -> Tensor:  # (batch, n, n) -> (batch,)

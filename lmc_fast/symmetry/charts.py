@@ -18,7 +18,7 @@ from torch import Tensor
 from ..architectures import Spec
 from ..solvers import cayley, polar
 from .groups import query_key_maps, rotates, unit_scale_signs, value_maps
-from .transform import BlockTransform, Transform, rotary_map
+from .transform import BlockTransform, Transform, compose_block, inverse_block, rotary_map
 
 MAX_STRETCH = 10.0  # singular values of head maps, and scales, stay within [1/10, 10]
 
@@ -56,28 +56,44 @@ class Chart:
 
     def elements(self) -> list[Transform]:
         """One group element per side; differentiable in `tensors`."""
-        t, spec = self.tensors, self.spec
-        parts: dict[str, Tensor] = {}
-        if "vo" in t:
-            parts["vo"], parts["vo_inverse"] = _polar_map(t["vo"])
-        if "qk" in t or "pair_angle" in t:
-            parts["qk"], parts["qk_inverse"] = self._query_key_maps()
-        for name in ("unit_scale", "expert_scale"):
-            if name in t:
-                parts[name] = t[name].exp()
-        rotations = cayley(_skew(self._projected(t["rotation"]))) if "rotation" in t else None
+        rotations, blocks = self._rotations(), [self._sides(self.coordinates(i)) for i in range(self.spec.layers)]
         return [
-            Transform(
-                None if rotations is None else rotations[s],
-                [BlockTransform(**{name: part[s, i] for name, part in parts.items()}) for i in range(spec.layers)],
-            )
+            Transform(None if rotations is None else rotations[s], [sides[s] for sides in blocks])
             for s in range(self.sides)
         ]
 
     def relative(self) -> Transform:
         """g_A⁻¹ g_B (g_B alone for one side): all that the loss along the line depends on."""
-        elements = self.elements()
-        return elements[0] if self.sides == 1 else elements[0].inverse().compose(elements[1])
+        return Transform(self.rotation(), [self.block(i) for i in range(self.spec.layers)])
+
+    def rotation(self) -> Tensor | None:
+        """(d, d), the rotation of `relative`."""
+        r = self._rotations()
+        return None if r is None else r[0] if self.sides == 1 else r[0].mT @ r[1]
+
+    def coordinates(self, i: int) -> dict[str, Tensor]:
+        """The coordinates that belong to block i, (S, ...) each: all but the rotation's."""
+        return {name: x[:, i] for name, x in self.tensors.items() if name != "rotation"}
+
+    def block(self, i: int, coordinates: dict[str, Tensor] | None = None) -> BlockTransform:
+        """The part of `relative` inside block i, from `coordinates(i)` or what a caller puts in their place."""
+        sides = self._sides(self.coordinates(i) if coordinates is None else coordinates)
+        return sides[0] if self.sides == 1 else compose_block(inverse_block(sides[0]), sides[1])
+
+    def _rotations(self) -> Tensor | None:
+        t = self.tensors
+        return cayley(_skew(self._projected(t["rotation"]))) if "rotation" in t else None
+
+    def _sides(self, t: dict[str, Tensor]) -> list[BlockTransform]:
+        parts: dict[str, Tensor] = {}
+        if "vo" in t:
+            parts["vo"], parts["vo_inverse"] = _polar_map(t["vo"])
+        if "qk" in t or "pair_angle" in t:
+            parts["qk"], parts["qk_inverse"] = self._query_key_maps(t)
+        for name in ("unit_scale", "expert_scale"):
+            if name in t:
+                parts[name] = t[name].exp()
+        return [BlockTransform(**{name: part[s] for name, part in parts.items()}) for s in range(self.sides)]
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -102,8 +118,8 @@ class Chart:
         free = free - free.mean(-1, keepdim=True)
         return free - free.mean(-2, keepdim=True)
 
-    def _query_key_maps(self) -> tuple[Tensor, Tensor]:
-        t, spec = self.tensors, self.spec
+    def _query_key_maps(self, t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        spec = self.spec
         if "qk" in t:
             rest, rest_inverse = _polar_map(t["qk"])
         else:

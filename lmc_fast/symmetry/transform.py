@@ -91,11 +91,11 @@ class Transform:
         """g⁻¹."""
         rotation = None if self.rotation is None else self.rotation.mT
         head = None if self.head_units is None else _inverse_permutation(self.head_units)
-        return Transform(rotation, [_inverse_block(block) for block in self.blocks], head)
+        return Transform(rotation, [inverse_block(block) for block in self.blocks], head)
 
     def compose(self, first: Transform) -> Transform:
         """self · first: what applying `first` and then self does."""
-        blocks = [_compose_block(a, b) for a, b in zip(self.blocks, first.blocks, strict=True)]
+        blocks = [compose_block(a, b) for a, b in zip(self.blocks, first.blocks, strict=True)]
         head = first.head_units if self.head_units is None else self.head_units
         if first.head_units is not None and self.head_units is not None:
             head = first.head_units[self.head_units]
@@ -114,67 +114,93 @@ def apply_ends(spec: Spec, rotation: Tensor | None, ends: Slots, head_units: Ten
         for name in ("head_transform", "head_transform_bias", "head_norm", "head_norm_bias"):
             out[name] = out[name][head_units]
         out["head"] = out["head"][:, head_units]
+    return {name: turn_end(spec, rotation, name, w) for name, w in out.items()}
+
+
+def turn_end(spec: Spec, rotation: Tensor | None, name: str, w: Tensor) -> Tensor:
+    """What the residual rotation makes of one slot outside the blocks."""
     if rotation is None:
-        return out
+        return w
     readers = ("head_transform", "pooler") if spec.head_transform else ("head", "final_norm_bias")
-    for name in (*END_ROWS, *readers):
-        if name in out:  # the head may read several vectors side by side
-            out[name] = (out[name].unflatten(-1, (-1, spec.width)) @ rotation.mT).flatten(-2)
-    for name in (*END_WRITERS, *(f"{name}_bias" for name in END_WRITERS)):
-        if name in out:
-            out[name] = rotation @ out[name]
-    _move_norms(spec, rotation, out, ("embed_norm",))
-    return out
+    if name in END_ROWS or name in readers:  # the head may read several vectors side by side
+        return turn_rows(w, rotation)
+    if name.removesuffix("_bias") in END_WRITERS:
+        return rotation @ w
+    return _turned_norm(spec, rotation, name, w) if name.removesuffix("_bias") == "embed_norm" else w
 
 
-def _move_norms(spec: Spec, rotation: Tensor, out: Slots, names: tuple[str, ...]) -> None:
-    """Norms in the stream's own path. Where R is not a signed permutation, their gains are equal and stay."""
-    for name in names:
-        if name in out and not rotates(spec):
-            out[name] = rotation.abs() @ out[name]
-        if f"{name}_bias" in out:
-            out[f"{name}_bias"] = rotation @ out[f"{name}_bias"]
+def turn_rows(w: Tensor, rotation: Tensor) -> Tensor:
+    """w Rᵀ, for w (..., n d) on each of its n vectors side by side."""
+    return (w.unflatten(-1, (-1, len(rotation))) @ rotation.mT).flatten(-2)
+
+
+def _turned_norm(spec: Spec, rotation: Tensor, name: str, w: Tensor) -> Tensor:
+    """A norm in the stream's own path. Where R is not a signed permutation, its gains are equal and stay."""
+    if name.endswith("_bias"):
+        return rotation @ w
+    return w if rotates(spec) else rotation.abs() @ w
 
 
 def apply_block(spec: Spec, rotation: Tensor | None, t: BlockTransform, w: Slots) -> Slots:
     """The action on one block's slots; differentiable."""
-    g, r, e = spec.kv_heads, spec.queries_per_group, spec.head_dim
-    out = dict(w)
+    return {name: turn(spec, rotation, name, map_inside(spec, t, name, slot)) for name, slot in w.items()}
 
-    for slot, count, maps in (("q", r, t.qk_inverse), ("k", 1, t.qk), ("v", 1, t.vo)):
-        if maps is not None and slot == "q":
-            maps = maps.mT
-        for name in (slot, f"{slot}_bias"):
-            if name in w:
-                rows = w[name].view(g, count, e, -1)  # the last axis is the width, or 1 for a bias
-                rows = _permute_heads(t, rows)
-                if maps is not None:
-                    rows = maps[:, None] @ rows
-                out[name] = rows.reshape(w[name].shape)
-    columns = w["o"].view(-1, g, r, e).permute(1, 2, 0, 3)
+
+def map_inside(spec: Spec, t: BlockTransform, name: str, w: Tensor) -> Tensor:
+    """What permutations, head maps and scales make of one slot of a block; itself where they leave it alone."""
+    if name.startswith("experts_") or name == "router":
+        return _move_experts(t, name, w)
+    part = name.removesuffix("_bias")
+    if part in ("q", "k", "v"):
+        return _move_heads(spec, t, part, w)
+    if name == "o":
+        return _move_output(spec, t, w)
+    if part in ("up", "gate") or name == "down":
+        return _move_units(w, name, t.units, t.unit_scale)
+    if name in ("q_norm", "k_norm") and spec.qk_norm == "full":
+        count = spec.queries_per_group if name == "q_norm" else 1
+        return _permute_heads(t, w.view(spec.kv_heads, count, spec.head_dim)).reshape(-1)
+    return w
+
+
+def turn(spec: Spec, rotation: Tensor | None, name: str, w: Tensor) -> Tensor:
+    """What the residual rotation makes of one slot of a block."""
+    part = name.removesuffix("_bias")
+    if rotation is None:
+        return w
+    if name in BLOCK_READERS or name in ("attn_norm_bias", "ffn_norm_bias"):
+        return w @ rotation.mT
+    if part in BLOCK_WRITERS:
+        return rotation @ w
+    return _turned_norm(spec, rotation, name, w) if part in POST_NORMS else w
+
+
+def _move_heads(spec: Spec, t: BlockTransform, slot: str, w: Tensor) -> Tensor:
+    """Rows of q, k or v, or their bias."""
+    count = spec.queries_per_group if slot == "q" else 1
+    maps = head_maps(t, slot)
+    if maps is None and t.heads is None and (t.queries is None or count == 1):
+        return w
+    rows = _permute_heads(t, w.view(spec.kv_heads, count, spec.head_dim, -1))  # last: the width, or 1 for a bias
+    return (rows if maps is None else maps[:, None] @ rows).reshape(w.shape)
+
+
+def head_maps(t: BlockTransform, slot: str) -> Tensor | None:
+    """(G, e, e): what multiplies the rows of q, k or v, or, for o, its columns from the right."""
+    if slot == "q":
+        return None if t.qk_inverse is None else t.qk_inverse.mT
+    return {"k": t.qk, "v": t.vo, "o": t.vo_inverse}[slot]
+
+
+def _move_output(spec: Spec, t: BlockTransform, w: Tensor) -> Tensor:
+    """Columns of o."""
+    if t.heads is None and t.queries is None and t.vo_inverse is None:
+        return w
+    columns = w.view(-1, spec.kv_heads, spec.queries_per_group, spec.head_dim).permute(1, 2, 0, 3)
     columns = _permute_heads(t, columns)
     if t.vo_inverse is not None:
         columns = columns @ t.vo_inverse[:, None]
-    out["o"] = columns.permute(2, 0, 1, 3).reshape(w["o"].shape)
-
-    if spec.qk_norm == "full":
-        for name, count in (("q_norm", r), ("k_norm", 1)):
-            out[name] = _permute_heads(t, w[name].view(g, count, e)).reshape(-1)
-    for name in ("up", "up_bias", "gate", "gate_bias", "down"):
-        if name in w:
-            out[name] = _move_units(w[name], name, t.units, t.unit_scale)
-    _move_experts(t, out)
-
-    if rotation is not None:
-        for name in (*BLOCK_READERS, "attn_norm_bias", "ffn_norm_bias"):
-            if name in out:
-                out[name] = out[name] @ rotation.mT
-        for name in BLOCK_WRITERS:
-            for part in (name, f"{name}_bias"):
-                if part in out:
-                    out[part] = rotation @ out[part]
-        _move_norms(spec, rotation, out, POST_NORMS)
-    return out
+    return columns.permute(2, 0, 1, 3).reshape(w.shape)
 
 
 def _move_units(w: Tensor, name: str, units: Tensor | None, scale: Tensor | None) -> Tensor:
@@ -188,20 +214,17 @@ def _move_units(w: Tensor, name: str, units: Tensor | None, scale: Tensor | None
     return unit.mT if name == "down" else unit
 
 
-def _move_experts(t: BlockTransform, out: Slots) -> None:
+def _move_experts(t: BlockTransform, name: str, w: Tensor) -> Tensor:
     """Experts to their new places, then the units of each."""
-    for name in ("router", "experts_up", "experts_gate", "experts_down"):
-        if name in out and t.experts is not None:
-            out[name] = out[name][t.experts]
-    if "router" not in out or (t.expert_units is None and t.expert_scale is None):
-        return
+    if t.experts is not None:
+        w = w[t.experts]
+    if name == "router" or (t.expert_units is None and t.expert_scale is None):
+        return w
     pick = lambda x, j: None if x is None else x[j]  # noqa: E731
-    for name in ("up", "gate", "down"):
-        moved = [
-            _move_units(w, name, pick(t.expert_units, j), pick(t.expert_scale, j))
-            for j, w in enumerate(out[f"experts_{name}"])
-        ]
-        out[f"experts_{name}"] = torch.stack(moved)
+    part = name.removeprefix("experts_")
+    return torch.stack(
+        [_move_units(e, part, pick(t.expert_units, j), pick(t.expert_scale, j)) for j, e in enumerate(w)]
+    )
 
 
 def _permute_heads(t: BlockTransform, rows: Tensor) -> Tensor:
@@ -217,7 +240,8 @@ def _inverse_permutation(p: Tensor) -> Tensor:
     return torch.argsort(p, dim=-1)
 
 
-def _inverse_block(t: BlockTransform) -> BlockTransform:
+def inverse_block(t: BlockTransform) -> BlockTransform:
+    """The inverse of the part inside a block."""
     back = None if t.heads is None else _inverse_permutation(t.heads)
     moved = lambda x: x if x is None or back is None else x[back]  # noqa: E731
     units = None if t.units is None else _inverse_permutation(t.units)
@@ -250,7 +274,7 @@ def _product(second: Tensor | None, first: Tensor | None) -> Tensor | None:
     return second @ first
 
 
-def _compose_block(second: BlockTransform, first: BlockTransform) -> BlockTransform:
+def compose_block(second: BlockTransform, first: BlockTransform) -> BlockTransform:
     """second · first. With W' = M W[p]: M₂ (M₁ W[p₁])[p₂] = (M₂ M₁[p₂]) W[p₁[p₂]]."""
     by_heads = lambda x: x if x is None or second.heads is None else x[second.heads]  # noqa: E731
     by_units = lambda x: x if x is None or second.units is None else x[second.units]  # noqa: E731

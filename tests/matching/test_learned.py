@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from lmc_fast.checkpoints import Model, Weights, lerp
 from lmc_fast.engine.model import logits
+from lmc_fast.engine.source import Resident
+from lmc_fast.engine.step import Item, learn
 from lmc_fast.matching.balance import balance
 from lmc_fast.matching.learned import History, Learner, NonFiniteLoss, Schedule
 from lmc_fast.matching.muon import muon_step, orthogonalized
@@ -30,10 +32,16 @@ def randomize(chart, size, seed=0):
         t.data.copy_(size * torch.randn(t.shape, generator=g))
 
 
+def random_chart(spec):
+    chart = Chart(spec, 2, torch.float64)
+    randomize(chart, 0.1)
+    return chart
+
+
 def learner(make_checkpoint, dtype=torch.float32, **options):
     a, b = (canonical(make_checkpoint("neox", seed), dtype) for seed in (1, 2))
     calibration = torch.randint(40, (9, 16), generator=torch.Generator().manual_seed(3))
-    return Learner(a, b, calibration, Schedule(**({"steps": 8, "batch": 4, "warmup": 2} | options)))
+    return Learner(Resident(a, b), calibration, Schedule(**({"steps": 8, "batch": 4, "warmup": 2} | options)))
 
 
 @pytest.mark.parametrize("variant", ["neox", "neox-sequential", "gpt2", "llama"])
@@ -56,15 +64,11 @@ def test_gradients_are_those_of_the_materialised_stock_model(variant, make_check
     """Both endpoints moved, interpolated and run by transformers; ours sees the relative transform alone."""
     model = Model(make_checkpoint(variant))
     a, b = (canonical(make_checkpoint(variant, seed)) for seed in (1, 2))
-    schedule = Schedule(objective="text", batch=3)
-    ours = Learner(a, b, tokens, schedule)
-    randomize(ours.chart, 0.1)
-    leaves = list(ours.chart.tensors.values())
-    weights = lerp(a, ours.chart.relative().apply(b), 0.37)
-    mine = torch.autograd.grad(ours._loss(weights, tokens, 0.37), leaves)
+    chart = random_chart(a.spec)
+    _, mine = learn(Resident(a, b), [Item(tokens, 0.37)], chart, divergence=False)
 
     stock = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float64)
-    g_a, g_b = ours.chart.elements()
+    g_a, g_b = chart.elements()
     middle = lerp(g_a.apply(a), g_b.apply(b), 0.37)
     state = {}
     for name, entry, index in model.family.entries(middle.spec):
@@ -73,36 +77,36 @@ def test_gradients_are_those_of_the_materialised_stock_model(variant, make_check
         state[stock_name] = entry.layout.join([slots[s] for s in entry.slots], middle.spec)
     with true_float64():
         out = functional_call(stock, state, kwargs={"input_ids": tokens[:, :-1]}, strict=False).logits
+    leaves = list(chart.tensors.values())
     theirs = torch.autograd.grad(F.cross_entropy(out.flatten(0, 1), tokens[:, 1:].flatten()), leaves)
-    for name, x, y in zip(ours.chart.tensors, mine, theirs, strict=True):
+    for name, y in zip(chart.tensors, theirs, strict=True):
+        x = mine[name]
         assert (x - y).abs().max() <= 1e-9 * y.abs().max(), name
         assert y.abs().max() > 0, name
 
 
 def test_gradient_of_the_divergence_by_differences(make_checkpoint, tokens):
     a, b = (canonical(make_checkpoint("llama", seed)) for seed in (1, 2))
-    ours = Learner(a, b, tokens, Schedule(batch=3))
-    randomize(ours.chart, 0.1)
-    value = lambda: ours._loss(lerp(a, ours.chart.relative().apply(b), 0.4), tokens, 0.4)  # noqa: E731
-    for name, leaf in ours.chart.tensors.items():
-        (gradient,) = torch.autograd.grad(value(), leaf)
+    chart = random_chart(a.spec)
+    value = lambda: learn(Resident(a, b), [Item(tokens, 0.4)], chart)  # noqa: E731
+    gradients = value()[1]
+    for name, leaf in chart.tensors.items():
         direction = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(1)).double()
         h = 1e-6
         with torch.no_grad():
             leaf += h * direction
-            up = value()
+            up = value()[0]
             leaf -= 2 * h * direction
-            down = value()
+            down = value()[0]
             leaf += h * direction
-        slope = (gradient * direction).sum()
+        slope = (gradients[name] * direction).sum()
         assert abs((up - down) / (2 * h) - slope) < 1e-6 * max(1, abs(slope)), name
 
 
 def test_gradients_of_both_sides_are_opposite_at_the_identity(make_checkpoint, tokens):
     a, b = (canonical(make_checkpoint("gpt2", seed)) for seed in (1, 2))
-    ours = Learner(a, b, tokens, Schedule(batch=3))
-    loss = ours._loss(lerp(a, ours.chart.relative().apply(b), 0.5), tokens, 0.5)
-    for g in torch.autograd.grad(loss, list(ours.chart.tensors.values())):
+    _, gradients = learn(Resident(a, b), [Item(tokens, 0.5)], Chart(a.spec, 2, torch.float64))
+    for g in gradients.values():
         assert torch.allclose(g[0], -g[1], atol=1e-12)
 
 
@@ -149,7 +153,7 @@ def test_nan_is_reported_and_changes_nothing(make_checkpoint):
     ours = learner(make_checkpoint)
     ours.step()
     before = {name: t.clone() for name, t in ours.state().items()}
-    ours.b.blocks[0]["up"][0, 0] = math.nan
+    ours.source.b.blocks[0]["up"][0, 0] = math.nan
     with pytest.raises(NonFiniteLoss, match="step 2"):
         ours.step()
     assert ours.done == 1
@@ -196,7 +200,9 @@ def test_muon_steps_are_nearly_orthogonal():
 
 def test_learner_leaves_the_endpoints_alone(make_checkpoint):
     ours = learner(make_checkpoint)
-    before = Weights(ours.b.spec, dict(ours.b.ends), [dict(x) for x in ours.b.blocks]).map(torch.clone)
+    before = Weights(ours.source.b.spec, dict(ours.source.b.ends), [dict(x) for x in ours.source.b.blocks]).map(
+        torch.clone
+    )
     ours.step()
-    for x, y in zip(before.blocks, ours.b.blocks, strict=True):
+    for x, y in zip(before.blocks, ours.source.b.blocks, strict=True):
         assert all(torch.equal(x[name], y[name]) for name in x)

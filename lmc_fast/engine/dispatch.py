@@ -1,0 +1,190 @@
+"""Which way to interpolate linear layers: the cheaper side by a count of operations, measured where that is close.
+
+For a block of 12 d² weights and T tokens, in multiply-adds: on the activations 60 T d² for forward and backward (88
+with recompute); on the weights 36 T d² + 36 d³ (48 T d² + 36 d³). So weights win above T = 1.5 d (0.9 d). Within a
+factor of CLOSE of that, both are timed once on a layer of the same proportions; the crossover is cached per device.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..kernels.interp_linear import PATHS, interp_linear, interpolated
+
+COUNTED = {True: 1.5, False: 0.9}  # crossover in tokens per width, by whether graphs are kept
+CLOSE = 2.5
+WIDEST = {"cpu": 1024}  # widths above need no measurement there: large GEMMs run at one speed, and take long
+_log = logging.getLogger("lmc_fast")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A path of kernels.interp_linear.PATHS, and why."""
+
+    path: str
+    why: str
+
+
+def choose(tokens: int, width: int, dtype: torch.dtype, device: torch.device, keep: bool = True) -> Choice:
+    """For a block of `width` that serves `tokens` in one visit. keep: graphs are kept, so that nothing is recomputed.
+
+    LMC_FAST_PATH overrides. Raises ValueError if that names no path.
+    """
+    forced = os.environ.get("LMC_FAST_PATH")
+    if forced:
+        if forced not in PATHS:
+            raise ValueError(f"LMC_FAST_PATH is {forced!r}; it takes one of {', '.join(PATHS)}")
+        return Choice(forced, "set by LMC_FAST_PATH")
+    ratio, counted = tokens / width, COUNTED[keep]
+    if counted / CLOSE < ratio < counted * CLOSE and width <= WIDEST.get(device.type, width):
+        crossover, how = _crossover(width, dtype, device, keep), "measured"
+    else:
+        crossover, how = counted, "counted"
+    path = _activation_path(width, dtype, device) if ratio < crossover else "weight"
+    choice = Choice(path, f"{ratio:.2f} tokens per width, crossover {how} at {crossover:.2f}")
+    _log.info("interpolated layers: %s (%s)", choice.path, choice.why)
+    return choice
+
+
+@cache
+def _crossover(width: int, dtype: torch.dtype, device: torch.device, keep: bool) -> float:
+    """Tokens per width at which both sides take the same time."""
+    key = f"crossover {'keep' if keep else 'recompute'} {_place(width, dtype, device)}"
+    return _cached(key, lambda: _measure_crossover(width, dtype, device, keep))
+
+
+def _measure_crossover(width: int, dtype: torch.dtype, device: torch.device, keep: bool) -> float:
+    case = _Case(width, dtype, device)
+    few, many = width // 2 + 1, 2 * width
+    ways = {
+        "activations": lambda: case.on_activations(few, keep),
+        "weights, few": lambda: case.on_weights(few, keep),
+        "weights, many": lambda: case.on_weights(many, keep),
+    }
+    t = _times(ways, device)
+    slope = t["activations"] / few
+    weights_slope = (t["weights, many"] - t["weights, few"]) / (many - few)
+    fixed = t["weights, few"] - weights_slope * few
+    if slope <= weights_slope or fixed <= 0:  # a disturbed measurement says nothing
+        return COUNTED[keep]
+    return fixed / (slope - weights_slope) / width
+
+
+@cache
+def _activation_path(width: int, dtype: torch.dtype, device: torch.device) -> str:
+    if device.type == "cpu":
+        return "fused"  # a concatenated GEMM measured no faster there (benchmarks/step.py)
+
+    def measure() -> float:
+        case = _Case(width, dtype, device)
+        ways = {p: partial(case.product, 4 * width, p) for p in ("fused", "concat")}
+        t = _times(ways, device)
+        return t["concat"] / t["fused"]
+
+    return "concat" if _cached(f"concat/fused {_place(width, dtype, device)}", measure) < 1 else "fused"
+
+
+class _Case:
+    """Three layers' worth of rows behind one rotation, as q, k and v are: what a block is on average."""
+
+    def __init__(self, width: int, dtype: torch.dtype, device: torch.device):
+        generator = torch.Generator().manual_seed(0)
+        random = lambda *shape: torch.randn(shape, generator=generator).to(device, dtype)  # noqa: E731
+        both = random(3 * width, 2, width)
+        self.a, self.b = both[:, 0], both[:, 1]
+        self.rotation = (random(width, width) * width**-0.5).requires_grad_()
+        self.random = random
+
+    def _input(self, tokens: int) -> Tensor:
+        return self.random(tokens, self.a.shape[1]).requires_grad_()
+
+    def product(self, tokens: int, path: str) -> None:
+        x = self._input(tokens)
+        y = interp_linear(x, self.a, self.b, 0.4, right=self.rotation, path=path)
+        torch.autograd.grad(y, [x, self.rotation], y.detach())
+
+    def on_activations(self, tokens: int, keep: bool) -> None:
+        if not keep:
+            with torch.no_grad():
+                interp_linear(self._input(tokens), self.a, self.b, 0.4, right=self.rotation, path="fused")
+        self.product(tokens, "fused")
+
+    def on_weights(self, tokens: int, keep: bool) -> None:
+        if keep:
+            return self.product(tokens, "weight")
+        x = self._input(tokens)
+        with torch.no_grad():
+            y = x @ interpolated(self.a, self.b, 0.4, None, self.rotation).mT
+        w = interpolated(self.a, self.b, 0.4, None, self.rotation)
+        leaf = w.detach().requires_grad_()
+        _, dw = torch.autograd.grad(x @ leaf.mT, [x, leaf], y)
+        torch.autograd.grad(w, self.rotation, dw)
+        return None
+
+
+def _times(ways: Mapping[str, Callable[[], object]], device: torch.device, repeats: int = 7) -> dict[str, float]:
+    """Seconds of each way at its best: what disturbs a run only ever makes it longer."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(repeats + 1):  # the first warms up
+        for name, way in ways.items():
+            _finish(device)
+            start = time.perf_counter()
+            way()
+            _finish(device)
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return {name: min(some) for name, some in times.items()}
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _place(width: int, dtype: torch.dtype, device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return f"{name}, {torch.get_num_threads()} threads, {dtype}, torch {torch.__version__}, width {width}"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def cache_file() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "lmc_fast" / "dispatch.json"
+
+
+def _cached(key: str, measure: Callable[[], float]) -> float:
+    """The remembered figure of this device, or a new one. A cache that cannot be read or written is done without."""
+    try:
+        known = json.loads(cache_file().read_text())
+    except (OSError, ValueError):
+        known = {}
+    if isinstance(known, dict) and isinstance(known.get(key), float):
+        return known[key]
+    value = measure()
+    known = (known if isinstance(known, dict) else {}) | {key: value}
+    try:
+        cache_file().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=cache_file().parent, delete=False) as file:
+            json.dump(known, file, indent=1)
+        os.replace(file.name, cache_file())
+    except OSError:
+        _log.info("could not write %s", cache_file())
+    return value

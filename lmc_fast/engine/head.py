@@ -1,0 +1,160 @@
+"""The loss behind an interpolated head, in chunks of tokens and runs of vocabulary, so that full logits never exist.
+
+One run of vocabulary needs one pass (`whole`). Several need two: `scan` each for the normalisers (which is all that a
+cross-entropy without gradients needs), then `add` each for the divergence and the gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .loss import CHUNK_ELEMENTS, capped
+
+
+@dataclass
+class Reading:
+    """Logits Σ share · x Wᵀ + bias; x (n, d) each. A model has one term, the line two: x, and x R for B's head."""
+
+    inputs: list[Tensor]
+    shares: list[float]
+    normaliser: Tensor = field(init=False)  # (n,) log Σ exp over the vocabulary seen so far
+
+    def __post_init__(self) -> None:
+        n = len(self.inputs[0])
+        self.normaliser = self.inputs[0].new_full((n,), -torch.inf, dtype=accurate(self.inputs[0].dtype))
+
+    def logits(self, weights: list[Tensor], bias: Tensor | None, rows: slice, softcap: float) -> Tensor:
+        total = None
+        for x, share, w in zip(self.inputs, self.shares, weights, strict=True):
+            if total is not None:
+                total.addmm_(x[rows], w.mT, alpha=share)
+            elif bias is not None:
+                total = torch.addmm(bias, x[rows], w.mT, alpha=share)
+            else:
+                total = torch.addmm(x.new_zeros(1), x[rows], w.mT, beta=0, alpha=share)
+        assert total is not None
+        return capped(total.to(self.normaliser.dtype), softcap)
+
+    def see(self, logits: Tensor, rows: slice) -> None:
+        """Takes a run of logits into the normaliser."""
+        self.normaliser[rows] = torch.logaddexp(self.normaliser[rows], logits.logsumexp(1))
+
+
+def accurate(dtype: torch.dtype) -> torch.dtype:
+    """At least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of the vocabulary: rows of the heads that one reading multiplies with, and its place."""
+
+    weights: list[Tensor]
+    bias: Tensor | None
+    start: int = 0
+
+
+class HeadLoss:
+    """Sum over rows of a loss, and its gradients with respect to the reading's inputs.
+
+    target (n,) int64: cross-entropy with it. teachers: divergence KL(Σ share · softmax(teacher) ‖ softmax(reading)).
+    Exactly one of both. gradients: one tensor like each of the reading's inputs, if `learn`.
+    """
+
+    def __init__(
+        self,
+        reading: Reading,
+        target: Tensor | None = None,
+        teachers: list[tuple[float, Reading]] | None = None,
+        *,
+        softcap: float = 0.0,
+        learn: bool = False,
+        chunk: int = CHUNK_ELEMENTS,
+    ):
+        self.reading, self.target, self.teachers = reading, target, teachers or []
+        self.softcap, self.chunk = softcap, chunk
+        like = reading.normaliser
+        self._loss = like.new_zeros((), dtype=torch.float64)
+        self.gradients = [torch.zeros_like(x) for x in reading.inputs] if learn else []
+        self.best = like.new_full(like.shape, -torch.inf)  # the largest logit so far, and where
+        self.guess = torch.zeros(len(like), dtype=torch.int64, device=like.device)
+
+    def _chunks(self, part: Part) -> list[slice]:
+        n, step = len(self.reading.inputs[0]), max(1, self.chunk // len(part.weights[0]))
+        return [slice(i, min(n, i + step)) for i in range(0, n, step)]
+
+    def whole(self, part: Part, teachers: list[Part]) -> None:
+        """The only run of vocabulary."""
+        for rows in self._chunks(part):
+            self._add(part, rows, *self._scan(part, teachers, rows))
+
+    def scan(self, part: Part, teachers: list[Part]) -> None:
+        """First of two passes over a run."""
+        for rows in self._chunks(part):
+            self._scan(part, teachers, rows)
+
+    def add(self, part: Part, teachers: list[Part]) -> None:
+        """Second of two passes over a run."""
+        for rows in self._chunks(part):
+            logits = self.reading.logits(part.weights, part.bias, rows, self.softcap)
+            taught = [
+                t.logits(p.weights, p.bias, rows, self.softcap)
+                for (_, t), p in zip(self.teachers, teachers, strict=True)
+            ]
+            self._add(part, rows, logits, taught)
+
+    def _scan(self, part: Part, teachers: list[Part], rows: slice) -> tuple[Tensor, list[Tensor]]:
+        logits = self.reading.logits(part.weights, part.bias, rows, self.softcap)
+        self.reading.see(logits, rows)
+        if self.target is not None:
+            index, here = self._targets(self.target[rows], part)
+            self._loss -= (logits.gather(1, index) * here).sum()
+        if self.target is not None and not self.gradients:
+            value, place = logits.max(1)
+            better = value > self.best[rows]
+            self.best[rows] = torch.where(better, value, self.best[rows])
+            self.guess[rows] = torch.where(better, place + part.start, self.guess[rows])
+        taught = []
+        for (_, teacher), p in zip(self.teachers, teachers, strict=True):
+            taught.append(teacher.logits(p.weights, p.bias, rows, self.softcap))
+            teacher.see(taught[-1], rows)
+        return logits, taught
+
+    @staticmethod
+    def _targets(target: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+        """(places within a run, whether they lie in it), each (rows, 1)."""
+        place, size = (target - part.start)[:, None], len(part.weights[0])
+        return place.clamp(0, size - 1), (place >= 0) & (place < size)
+
+    def _add(self, part: Part, rows: slice, logits: Tensor, taught: list[Tensor]) -> None:
+        if self.target is not None and not self.gradients:
+            return
+        log_p = logits - self.reading.normaliser[rows, None]
+        if self.target is not None:
+            index, here = self._targets(self.target[rows], part)
+            slope = log_p.exp_().scatter_add_(1, index, -here.to(log_p.dtype))
+        else:
+            aim = torch.zeros_like(log_p)
+            for (share, teacher), t in zip(self.teachers, taught, strict=True):
+                aim.add_(t.sub_(teacher.normaliser[rows, None]).exp_(), alpha=share)
+            self._loss += torch.xlogy(aim, aim).sub_(aim * log_p).sum(dtype=torch.float64)
+            slope = log_p.exp_().sub_(aim)
+        if self.softcap:
+            slope = slope * (1 - (logits / self.softcap).square())
+        slope = slope.to(part.weights[0].dtype)
+        for gradient, share, w in zip(self.gradients, self.reading.shares, part.weights, strict=True):
+            gradient[rows].addmm_(slope, w, alpha=share)
+
+    @property
+    def loss(self) -> Tensor:
+        """The sum over rows, float64; complete once every run was scanned (and, with teachers, added)."""
+        return self._loss if self.target is None else self._loss + self.reading.normaliser.double().sum()
+
+    @property
+    def right(self) -> int:
+        """How many guesses hit the target (only where there is one and nothing is learned)."""
+        assert self.target is not None
+        return int((self.guess == self.target).sum())

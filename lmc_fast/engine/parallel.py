@@ -1,0 +1,61 @@
+"""Several processes on one step, through torch.distributed: each takes a share of the batch."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import LmcError
+
+
+def start(device: torch.device | str) -> bool:
+    """Joins the group that torchrun set up, if it did; True if there is one to `stop`. Raises LmcError if it fails."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return False
+    try:
+        dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
+    except Exception as error:
+        raise LmcError(
+            f"WORLD_SIZE is set, but the processes did not find each other ({error}); use torchrun"
+        ) from error
+    return True
+
+
+def stop() -> None:
+    """Leaves the group."""
+    dist.destroy_process_group()
+
+
+def place() -> tuple[int, int]:
+    """(rank, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(rows: Tensor) -> Tensor:
+    """This process's rows. Raises LmcError where some process would have none."""
+    rank, world = place()
+    if world > len(rows):
+        raise LmcError(f"a batch of {len(rows)} blocks is too small for {world} processes; raise --batch")
+    return rows[rank::world]
+
+
+def mean(loss: Tensor, gradients: dict[str, Tensor], count: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean over all processes' predictions, of which this one's mean covers `count`."""
+    if place()[1] == 1:
+        return loss, gradients
+    scalars = torch.stack([loss.double() * count, loss.new_tensor(count, dtype=torch.float64)])
+    dist.all_reduce(scalars)
+    for gradient in gradients.values():
+        gradient *= count
+        dist.all_reduce(gradient)
+        gradient /= scalars[1].to(gradient.dtype)
+    return scalars[0] / scalars[1], gradients
+
+
+def wait() -> None:
+    """Until every process is here."""
+    if place()[1] > 1:
+        dist.barrier()

@@ -1,0 +1,132 @@
+"""The slots that the forward pass reads: one model's tensors, or two models' interpolated on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..architectures import BLOCK_READERS, Spec
+from ..kernels.interp_linear import apply_right, interp_linear, interpolated
+from ..symmetry.transform import BlockTransform, head_maps, map_inside, turn, turn_end
+
+Slots = Mapping[str, Tensor]
+_HEAD_READERS = ("q", "k", "v")
+
+
+def linear(w: Slots, slot: str, x: Tensor) -> Tensor:
+    """The linear layer `slot` of x (..., in)."""
+    if isinstance(w, LineSlots):
+        return w.linear(slot, x)
+    return F.linear(x, w[slot], w.get(f"{slot}_bias"))
+
+
+class LineSlots(Mapping[str, Tensor]):
+    """(1 - λ) a + λ g b, one slot at a time, made when it is read.
+
+    a, b: slots of one block, or (maps None) of what lies outside the blocks; frozen. rotation, maps: g's residual
+    rotation and its part in this block, both leaves that gradients are wanted for. Slots that are not large linear
+    layers are made whole. For large ones `path` (kernels.interp_linear.PATHS) decides.
+
+    once: this object serves one forward pass, whose graph leads back to rotation and maps. Otherwise it serves any
+    number: slots that were made are leaves, `collect` adds up their gradients, and `contract` sends them on to
+    rotation and maps. So W(λ) is made, and dW contracted, once for all micro-batches of a visit.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        a: Slots,
+        b: Slots,
+        position: float,
+        rotation: Tensor | None,
+        maps: BlockTransform | None,
+        path: str,
+        once: bool,
+    ):
+        self.spec, self.a, self.b, self.position = spec, a, b, position
+        self.rotation, self.maps, self.path, self.once = rotation, maps, path, once
+        self._made: dict[str, Tensor] = {}
+        self._leaves: dict[str, Tensor] = {}
+        self._turned: tuple[Tensor, Tensor] | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.a)
+
+    def __len__(self) -> int:
+        return len(self.a)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.a
+
+    def __getitem__(self, name: str) -> Tensor:
+        a = self.a[name]
+        if self.position == 0:
+            return a
+        if name not in self._made:
+            with torch.set_grad_enabled(torch.is_grad_enabled() or not self.once):
+                made = self._make(name, a, self.b[name])
+            self._made[name] = made
+            if not self.once and made.requires_grad:
+                self._leaves[name] = made.detach().requires_grad_()
+        return self._leaves.get(name, self._made[name])
+
+    def _make(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        if self.maps is None:
+            return torch.lerp(a, turn_end(self.spec, self.rotation, name, b), self.position)
+        if a.dim() == 2:
+            left, right = self._factors(name)
+            return interpolated(a, b, self.position, left, right)
+        moved = turn(self.spec, self.rotation, name, map_inside(self.spec, self.maps, name, b))
+        return torch.lerp(a, moved, self.position)
+
+    def _factors(self, slot: str) -> tuple[Tensor | None, Tensor | None]:
+        """L and R of a linear slot, as in interp_linear."""
+        t, r = self.maps, self.rotation
+        assert t is not None
+        if slot in _HEAD_READERS:
+            return head_maps(t, slot), r
+        if slot == "o":
+            inverse = head_maps(t, slot)
+            return r, None if inverse is None else inverse.mT
+        if slot == "down":
+            return r, None if t.unit_scale is None else 1 / t.unit_scale
+        return (t.unit_scale if slot == "up" else None), r
+
+    def linear(self, slot: str, x: Tensor) -> Tensor:
+        """The interpolated linear layer of x (..., in)."""
+        bias = self.get(f"{slot}_bias")
+        if self.maps is None or self.position == 0 or (self.path == "weight" and not self.once):
+            return F.linear(x, self[slot], bias)
+        left, right = self._factors(slot)
+        path = "fused" if self.path == "concat" and left is not None else self.path
+        turned = self._turn(x) if path != "weight" and slot in BLOCK_READERS else None
+        return interp_linear(
+            x, self.a[slot], self.b[slot], self.position, left=left, right=right, bias=bias, turned=turned, path=path
+        )
+
+    def _turn(self, x: Tensor) -> Tensor:
+        """x R, computed once for all readers of x."""
+        if self._turned is None or self._turned[0] is not x:
+            self._turned = x, apply_right(x, self.rotation)
+        return self._turned[1]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return list(self._leaves.values())
+
+    def collect(self, gradients: list[Tensor | None]) -> None:
+        """Adds gradients of `leaves`, in their order."""
+        for leaf, gradient in zip(self._leaves.values(), gradients, strict=True):
+            if gradient is not None:
+                leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
+
+    def contract(self, parameters: list[Tensor]) -> list[Tensor | None]:
+        """What the collected gradients mean for `parameters`; ends this object's life."""
+        live = [(self._made[name], leaf.grad) for name, leaf in self._leaves.items() if leaf.grad is not None]
+        if not live or not parameters:
+            return [None] * len(parameters)
+        made, slopes = zip(*live, strict=True)
+        return list(torch.autograd.grad(made, parameters, slopes, allow_unused=True))

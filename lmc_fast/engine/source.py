@@ -1,0 +1,90 @@
+"""Where a step finds the weights of both endpoints, one unit after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..architectures import Spec
+from ..checkpoints.weights import Weights
+from .slots import Slots
+
+TABLES = ("embed", "head", "head_bias")
+
+
+class Source(Protocol):
+    """Both endpoints, in the dtype and on the device that computes. Units 0 ... layers - 1 are the blocks, the
+    `head_parts` after them runs of the head's rows: {"head": (rows, d)}, with "head_bias" (rows,) where there is one.
+    """
+
+    spec: Spec
+    ends: tuple[Slots, Slots]  # what lies outside the blocks, but for TABLES: small, always at hand
+    head_parts: int
+
+    @property
+    def sample(self) -> Tensor:
+        """Any tensor of the dtype and device in use."""
+        ...
+
+    def begin(self, visits: Sequence[int]) -> None:
+        """Announces the units of the coming pass, in order. Without news, the pass after it is assumed alike."""
+        ...
+
+    def visit(self, unit: int) -> AbstractContextManager[tuple[Slots, Slots]]:
+        """A's and B's slots of a unit; valid inside the `with` only."""
+        ...
+
+    def embed_rows(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows (U, d) of both embedding tables."""
+        ...
+
+
+class Resident:
+    """Two models in memory as a Source. Lazy weights work too: a block is read when it is visited."""
+
+    head_parts = 1
+
+    def __init__(self, a: Weights, b: Weights):
+        self.spec, self.a, self.b = a.spec, a, b
+        self.ends: tuple[Slots, Slots] = (_small(a), _small(b))
+
+    @property
+    def sample(self) -> Tensor:
+        return self.a.ends["head"]
+
+    def begin(self, visits: Sequence[int]) -> None:
+        """Everything is there."""
+
+    @contextmanager
+    def visit(self, unit: int) -> Iterator[tuple[Slots, Slots]]:
+        if unit < self.spec.layers:
+            yield self.a.blocks[unit], self.b.blocks[unit]
+        else:
+            yield _head(self.a), _head(self.b)
+
+    def embed_rows(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return self.a.ends["embed"][tokens], self.b.ends["embed"][tokens]
+
+
+def _small(weights: Weights) -> Slots:
+    return {name: w for name, w in weights.ends.items() if name not in TABLES}
+
+
+def _head(weights: Weights) -> Slots:
+    return {name: weights.ends[name] for name in ("head", "head_bias") if name in weights.ends}
+
+
+def paired(a: Weights, b: Weights) -> tuple[Weights, Weights]:
+    """The same models with every matrix of a block of A beside that of B, as one GEMM over [A | B] needs it."""
+    blocks = [_paired_slots(x, y) for x, y in zip(a.blocks, b.blocks, strict=True)]
+    return Weights(a.spec, a.ends, [x for x, _ in blocks]), Weights(b.spec, b.ends, [y for _, y in blocks])
+
+
+def _paired_slots(a: Slots, b: Slots) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    both = {n: torch.stack([a[n], b[n]], dim=1) if a[n].dim() == 2 else torch.stack([a[n], b[n]]) for n in a}
+    half = lambda k: {n: t[:, k] if a[n].dim() == 2 else t[k] for n, t in both.items()}  # noqa: E731
+    return half(0), half(1)

@@ -1,0 +1,180 @@
+"""The interpolated linear layer y = x [(1 - λ) A + λ L B Rᵀ]ᵀ + bias, without a transformed model.
+
+Three ways, one contract (T tokens, weights (N, K), square case K = d):
+
+    fused     rotate the activations: z = x R, then y = (1-λ) x Aᵀ + λ (z Bᵀ) Lᵀ by two GEMMs that share an accumulator
+    concat    the same as one GEMM, [(1-λ) x | λ z] [A | B]ᵀ, where A and B lie side by side and L does nothing
+    weight    one transient matrix W = (1-λ) A + λ L B Rᵀ, then a plain GEMM; backward makes W again and contracts
+              dW at once into the gradients of R, L and λ
+
+The first two cost 2 T N K forward and backward each, and T d² for the rotation; the last T N K forward, 2 T N K
+backward, and 3 N K d whatever T is. engine.dispatch picks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PATHS = ("fused", "concat", "weight")
+Position = float | Tensor  # lambda; a 0-d tensor where its gradient is wanted
+
+
+def interp_linear(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    position: Position,
+    *,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
+    bias: Tensor | None = None,
+    turned: Tensor | None = None,
+    path: str | None = None,
+) -> Tensor:
+    """x (..., K), a and b (N, K) -> (..., N). Differentiable in x, left, right, bias and position; not in a and b.
+
+    left, right: L (N, N) and R (K, K), each None (identity), (n, n) dense, (G, e, e) blocks that repeat over n / (G e)
+    neighbouring heads each, (n,) a scale, or (n,) int64 a permutation p, which takes row (column) p[i] of B to i.
+    turned: x R, where a caller has it already. path: one of PATHS, or None for engine.dispatch's choice.
+
+    Raises ValueError for a path that is unknown, or "concat" where A and B do not lie side by side or L is there.
+    """
+    if path is None:
+        from ..engine.dispatch import choose
+
+        path = choose(x.numel() // x.shape[-1], a.shape[1], a.dtype, a.device).path
+        path = "fused" if path == "concat" and (left is not None or side_by_side(a, b) is None) else path
+    if path == "weight":
+        y = _Transient.apply(x, a, b, position, left, right)
+        return y if bias is None else y + bias
+    z = turned if turned is not None else apply_right(x, right)
+    if path == "fused":
+        return _two_products(x, z, a, b, position, left, bias)
+    if path != "concat":
+        raise ValueError(f"path {path!r} is unknown; choose one of {', '.join(PATHS)}")
+    both = side_by_side(a, b)
+    if both is None or left is not None:
+        raise ValueError("the concat path needs A and B side by side in memory, and no L")
+    return F.linear(torch.cat([(1 - position) * x, position * z], dim=-1), both, bias)
+
+
+def _two_products(
+    x: Tensor, z: Tensor, a: Tensor, b: Tensor, position: Position, left: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    shape = (*x.shape[:-1], len(a))
+    x, z = x.flatten(0, -2), z.flatten(0, -2)
+    if isinstance(position, Tensor):
+        y = (1 - position) * (x @ a.mT) + position * apply_left(z @ b.mT, left)
+        y = y if bias is None else y + bias
+    elif left is None:
+        y = _scaled_product(x, a, 1 - position, bias).addmm_(z, b.mT, alpha=position)
+    else:
+        y = torch.add(_scaled_product(x, a, 1 - position, bias), apply_left(z @ b.mT, left), alpha=position)
+    return y.view(shape)
+
+
+def _scaled_product(x: Tensor, a: Tensor, share: float, bias: Tensor | None) -> Tensor:
+    if bias is None:  # beta 0: what is added is not read
+        return torch.addmm(x.new_zeros(1), x, a.mT, beta=0, alpha=share)
+    return torch.addmm(bias, x, a.mT, alpha=share)
+
+
+def interpolated(
+    a: Tensor, b: Tensor, position: Position, left: Tensor | None = None, right: Tensor | None = None
+) -> Tensor:
+    """W = (1 - λ) A + λ L B Rᵀ (N, K), differentiable; the last dense factor and the sum are one GEMM."""
+    dense_left, dense_right = _is_dense(left), _is_dense(right)
+    if isinstance(position, Tensor):
+        return (1 - position) * a + position * _rows(left, _rows(right, b.mT).mT)
+    if dense_right:
+        return torch.addmm(a, _rows(left, b), right.mT, beta=1 - position, alpha=position)  # type: ignore[union-attr]
+    moved = b if right is None else _rows(right, b.mT).mT
+    if dense_left:
+        return torch.addmm(a, left, moved, beta=1 - position, alpha=position)  # type: ignore[arg-type]
+    return torch.lerp(a, _rows(left, moved), position)
+
+
+def apply_right(x: Tensor, right: Tensor | None) -> Tensor:
+    """x R for x (..., K), R as in `interp_linear`."""
+    if right is None:
+        return x
+    if right.dim() == 1:
+        return x[..., torch.argsort(right)] if right.dtype == torch.int64 else x * right
+    if right.dim() == 2:
+        return x @ right
+    return _by_heads(x, right)
+
+
+def apply_left(y: Tensor, left: Tensor | None) -> Tensor:
+    """y Lᵀ for y (..., N), L as in `interp_linear`."""
+    if left is None:
+        return y
+    if left.dim() == 1:
+        return y[..., left] if left.dtype == torch.int64 else y * left
+    return y @ left.mT if left.dim() == 2 else _by_heads(y, left.mT)
+
+
+def _by_heads(x: Tensor, maps: Tensor) -> Tensor:
+    """Every head of x (..., n) times its group's map (G, e, e)."""
+    groups, e, _ = maps.shape
+    heads = x.reshape(-1, groups, x.shape[-1] // (groups * e), e).permute(1, 0, 2, 3)  # (G, T, r, e)
+    return (heads.flatten(1, 2) @ maps).view(heads.shape).permute(1, 0, 2, 3).reshape(x.shape)
+
+
+def _rows(factor: Tensor | None, w: Tensor) -> Tensor:
+    """L w for w (N, K)."""
+    if factor is None:
+        return w
+    if factor.dim() == 1:
+        return w[factor] if factor.dtype == torch.int64 else w * factor[:, None]
+    if factor.dim() == 2:
+        return factor @ w
+    groups, e, _ = factor.shape
+    return (factor[:, None] @ w.reshape(groups, -1, e, w.shape[1])).view(w.shape)
+
+
+def _is_dense(factor: Tensor | None) -> bool:
+    return factor is not None and factor.dim() == 2
+
+
+def side_by_side(a: Tensor, b: Tensor) -> Tensor | None:
+    """[A | B] (N, 2K) as a view, where both are halves of the same rows; else None."""
+    rows, columns = a.shape
+    together = (
+        a.stride() == b.stride() == (2 * columns, 1) and b.data_ptr() == a.data_ptr() + columns * a.element_size()
+    )
+    return a.as_strided((rows, 2 * columns), (2 * columns, 1)) if together else None
+
+
+class _Transient(torch.autograd.Function):
+    """x Wᵀ; W lives for one GEMM, in forward and again in backward, and dW is contracted at once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, position: Position, left: Tensor | None, right: Tensor | None
+    ) -> Tensor:
+        moving = position if isinstance(position, Tensor) else None
+        ctx.position = position
+        ctx.save_for_backward(x, a, b, moving, left, right)
+        return x @ interpolated(a, b, position, left, right).mT
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grad_outputs
+        x, a, b, *saved = ctx.saved_tensors
+        needed = ctx.needs_input_grad[3:]
+        parameters = [None if p is None else p.detach() for p in saved]
+        wanted = [p.requires_grad_() for p, need in zip(parameters, needed, strict=True) if p is not None and need]
+        with torch.enable_grad():
+            position = ctx.position if parameters[0] is None else parameters[0]
+            w = interpolated(a, b, position, parameters[1], parameters[2])
+        dx = dy @ w.detach() if ctx.needs_input_grad[0] else None
+        found: list[Tensor] = []
+        if wanted:
+            dw = dy.flatten(0, -2).mT @ x.flatten(0, -2)
+            found = list(torch.autograd.grad(w, wanted, dw))
+        return dx, None, None, *(found.pop(0) if need else None for need in needed)

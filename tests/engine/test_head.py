@@ -1,0 +1,85 @@
+"""The chunked loss behind an interpolated head: any number of chunks and runs gives what plain torch gives."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lmc_fast.engine.head import HeadLoss, Part, Reading
+
+ROWS, VOCAB, WIDTH = 11, 13, 5
+SHARES = [0.7, 0.3]
+
+
+def case(softcap):
+    g = torch.Generator().manual_seed(0)
+    random = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64)  # noqa: E731
+    xs, ws, bias = [random(ROWS, WIDTH) for _ in range(2)], [random(VOCAB, WIDTH) for _ in range(2)], random(VOCAB)
+    taught = [random(ROWS, WIDTH) for _ in range(2)]
+    target = torch.randint(VOCAB, (ROWS,), generator=g)
+    cap = lambda x: softcap * torch.tanh(x / softcap) if softcap else x  # noqa: E731
+    return xs, ws, bias, taught, target, cap
+
+
+def runs(sizes):
+    start = 0
+    for size in sizes:
+        yield slice(start, start + size)
+        start += size
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("chunk", [1, 3 * VOCAB, 10**6])
+@pytest.mark.parametrize("sizes", [[VOCAB], [6, 7], [1, 5, 7]])
+@pytest.mark.parametrize("objective", ["text", "teachers"])
+def test_loss_and_gradients(softcap, chunk, sizes, objective):
+    xs, ws, bias, taught, target, cap = case(softcap)
+    leaves = [x.clone().requires_grad_() for x in xs]
+    logits = cap(sum(s * x @ w.mT for s, x, w in zip(SHARES, leaves, ws, strict=True)) + bias)
+    aim = sum(s * cap(t @ w.mT + bias).softmax(1) for s, t, w in zip(SHARES, taught, ws, strict=True))
+    if objective == "text":
+        expected = F.cross_entropy(logits, target, reduction="sum")
+    else:
+        expected = F.kl_div(logits.log_softmax(1), aim, reduction="sum")
+    gradients = torch.autograd.grad(expected, leaves)
+
+    teachers = [(s, Reading([t], [1.0])) for s, t in zip(SHARES, taught, strict=True)]
+    options = {"softcap": softcap, "learn": True, "chunk": chunk}
+    if objective == "text":
+        h = HeadLoss(Reading(xs, SHARES), target, **options)
+    else:
+        h = HeadLoss(Reading(xs, SHARES), None, teachers, **options)
+
+    def part(some):
+        own = [Part([w[some]], bias[some], some.start) for w in ws]
+        return Part([w[some] for w in ws], bias[some], some.start), own if objective == "teachers" else []
+
+    for apply in [HeadLoss.whole] if len(sizes) == 1 else [HeadLoss.scan, HeadLoss.add]:
+        for some in runs(sizes):
+            apply(h, *part(some))
+    assert abs(h.loss - expected.detach()) < 1e-10
+    for got, wanted in zip(h.gradients, gradients, strict=True):
+        assert (got - wanted).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("sizes", [[VOCAB], [6, 7], [1, 5, 7]])
+def test_one_scan_gives_loss_and_guesses(sizes):
+    xs, ws, bias, _, target, _ = case(0.0)
+    logits = sum(s * x @ w.mT for s, x, w in zip(SHARES, xs, ws, strict=True)) + bias
+    h = HeadLoss(Reading(xs, SHARES), target, chunk=2 * VOCAB)
+    for some in runs(sizes):
+        h.scan(Part([w[some] for w in ws], bias[some], some.start), [])
+    assert abs(h.loss - F.cross_entropy(logits, target, reduction="sum")) < 1e-10
+    assert torch.equal(h.guess, logits.argmax(1))
+    assert h.right == int((logits.argmax(1) == target).sum())
+
+
+def test_runs_of_vocabulary_agree_with_one_run_in_float32(poisoned):
+    """Nothing uninitialised is read, and the normaliser of many runs is as exact as that of one."""
+    xs, ws, bias, _, target, _ = case(0.0)
+    exact = F.cross_entropy(sum(s * x @ w.mT for s, x, w in zip(SHARES, xs, ws, strict=True)) + bias, target)
+    xs, ws, bias = [x.float() for x in xs], [w.float() for w in ws], bias.float()
+    plain = F.cross_entropy(sum(s * x @ w.mT for s, x, w in zip(SHARES, xs, ws, strict=True)) + bias, target)
+    h = HeadLoss(Reading(xs, SHARES), target, chunk=VOCAB)
+    for some in runs([4, 4, 5]):
+        h.scan(Part([w[some] for w in ws], bias[some], some.start), [])
+    assert abs(h.loss / ROWS - exact) <= 2 * abs(plain - exact) + 1e-7

@@ -1,0 +1,101 @@
+"""The step, unit by unit, against plain autograd through the materialised line, for every family that has a loss."""
+
+import pytest
+import torch
+import zoo
+
+from lmc_fast.checkpoints import Model, lerp
+from lmc_fast.engine.loss import Teacher, divergence
+from lmc_fast.engine.model import mean_loss, prediction_rows, task_loss
+from lmc_fast.engine.source import Resident, paired
+from lmc_fast.engine.step import Item, evaluate, learn
+from lmc_fast.examples import Examples
+from lmc_fast.symmetry import canonicalize
+from lmc_fast.symmetry.charts import Chart
+
+POSITIONS = (0.3, 0.55)
+
+
+def batch_of(name, spec, seed):
+    inputs = zoo.inputs(name)
+    generator = torch.Generator().manual_seed(seed)
+    if spec.task == "causal":
+        return torch.randint(spec.vocab, inputs.shape, generator=generator)
+    if spec.task == "masked":
+        target = torch.where(torch.rand(inputs.shape, generator=generator) < 0.3, inputs, -1)
+        return Examples(inputs, target)
+    return Examples(inputs.roll(seed, 0), torch.randint(spec.vocab, (len(inputs),), generator=generator))
+
+
+def materialised(a, b, chart, items, text):
+    """Mean over all predictions, through one interpolated model per item."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for data, position in items:
+        w = lerp(a, chart.relative().apply(b), position)
+        rows = prediction_rows(w, data)
+        if text:
+            loss = task_loss(w, data)
+        else:
+            teachers = [
+                Teacher(share, prediction_rows(m, data).detach(), m.ends["head"], m.ends.get("head_bias"))
+                for share, m in ((1 - position, a), (position, b))
+            ]
+            loss = divergence(rows, w.ends["head"], w.ends.get("head_bias"), teachers, softcap=w.spec.head_softcap)
+        total, count = total + loss * len(rows), count + len(rows)
+    loss = total / count
+    return loss, dict(zip(chart.tensors, torch.autograd.grad(loss, list(chart.tensors.values())), strict=True))
+
+
+@pytest.fixture
+def case(checkpoint_of):
+    def make(name):
+        a, b = (canonicalize(Model(checkpoint_of(name, seed)).load(torch.float64)) for seed in (1, 2))
+        if a.spec.task == "features":
+            pytest.skip("features have no loss")
+        chart = Chart(a.spec, 2, torch.float64)
+        generator = torch.Generator().manual_seed(7)
+        for t in chart.tensors.values():
+            t.data.copy_(0.1 * torch.randn(t.shape, generator=generator))
+        data = [batch_of(name, a.spec, seed) for seed in range(3)]
+        # the first two share a lambda, and so their interpolated weights
+        return a, b, chart, list(zip(data, (POSITIONS[0], POSITIONS[0], POSITIONS[1]), strict=True))
+
+    return make
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_gradients(name, case):
+    a, b, chart, items = case(name)
+    loss, gradients = materialised(a, b, chart, items, text=True)
+    source = Resident(*paired(a, b))
+    for path in ("fused", "concat", "weight"):
+        for keep in (False, True):
+            got, found = learn(source, [Item(*i) for i in items], chart, divergence=False, keep=keep, path=path)
+            assert abs(got.item() - loss.item()) <= 1e-12 * loss.abs().item()
+            for key, expected in gradients.items():
+                error = (found[key] - expected).abs().max()
+                assert error <= 1e-10 * expected.abs().max() + 1e-14, (key, path, keep)
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_divergence_from_the_endpoints(name, case):
+    a, b, chart, items = case(name)
+    loss, gradients = materialised(a, b, chart, items, text=False)
+    got, found = learn(Resident(a, b), [Item(*i) for i in items], chart)
+    assert abs(got.item() - loss.item()) <= 1e-11 * loss.abs().item()
+    for key, expected in gradients.items():
+        assert (found[key] - expected).abs().max() <= 1e-9 * expected.abs().max() + 1e-14, key
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_evaluation(name, case):
+    a, b, chart, items = case(name)
+    data = items[0][0]
+    with torch.no_grad():
+        moved = chart.relative().apply(b)
+    points = (0.0, 0.4, 1.0)
+    for source, some in ((Resident(a, b), chart), (Resident(a, moved), None)):
+        scores = evaluate(source, [Item(data, t) for t in points], some)
+        for t, score in zip(points, scores, strict=True):
+            expected = mean_loss(lerp(a, moved, t), data)
+            assert abs(score.loss - expected) <= 1e-12 * abs(expected)

@@ -1,0 +1,83 @@
+"""The Triton solvers without a GPU. Whether kernels are interpreted or compiled is settled when triton is imported, so
+both kinds of test run in processes of their own, whatever else this one has imported."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lmc_fast.native as native
+
+TESTS = Path(__file__).resolve().parent
+needs_triton = pytest.mark.skipif(not native.backends().triton, reason="triton is not installed")
+
+
+def run(command: list[str], **environment: str) -> None:
+    kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", native.GPU_SOLVERS)}
+    done = subprocess.run(
+        [sys.executable, *command], env=kept | environment, cwd=TESTS.parent.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+
+
+@needs_triton
+@pytest.mark.parametrize("file, interpret", (("triton_interpreted.py", "1"), ("triton_compiled.py", "0")))
+def test_kernels(file, interpret):
+    run(
+        ["-m", "pytest", "-q", "-x", "--noconftest", "-p", "no:cacheprovider", str(TESTS / file)],
+        TRITON_INTERPRET=interpret,
+        OMP_NUM_THREADS="1",
+    )
+
+
+def test_importing_the_package_does_not_import_triton():
+    run(["-c", "import sys, lmc_fast.native, lmc_fast.solvers; sys.exit('lmc_fast.solvers._triton' in sys.modules)"])
+
+
+class OnGpu:
+    """What `triton_takes` asks of a tensor."""
+
+    is_cuda = True
+
+    def __init__(self, n, dtype=torch.float32, batch=3):
+        self.shape, self.dtype = torch.Size((batch, n, n)), dtype
+
+
+@pytest.fixture
+def cuda_build(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv(native.GPU_SOLVERS, raising=False)
+    return monkeypatch
+
+
+def test_which_tensors_triton_takes(cuda_build):
+    cuda_build.setattr(native, "_has_triton", lambda: True)
+    assert native.triton_takes(OnGpu(64)) and native.triton_takes(OnGpu(1))
+    assert not native.triton_takes(OnGpu(65))
+    assert not native.triton_takes(OnGpu(0))
+    assert not native.triton_takes(OnGpu(8, batch=0))
+    assert not native.triton_takes(OnGpu(8, torch.float64))
+    assert not native.triton_takes(torch.zeros(3, 8, 8))
+    cuda_build.setattr(torch.version, "cuda", None)  # a ROCm build also says is_cuda
+    assert not native.triton_takes(OnGpu(8))
+
+
+def test_the_environment_chooses(cuda_build):
+    cuda_build.setattr(native, "_has_triton", lambda: True)
+    assert native.backends().gpu.startswith("Triton")
+    cuda_build.setenv(native.GPU_SOLVERS, "torch")
+    assert native.backends().gpu == "torch" and not native.triton_takes(OnGpu(8))
+    cuda_build.setenv(native.GPU_SOLVERS, "cublas")
+    with pytest.raises(ValueError, match='"cublas"; expected'):
+        native.triton_takes(OnGpu(8))
+
+
+def test_without_triton_the_torch_formulation(cuda_build):
+    cuda_build.setattr(native, "_has_triton", lambda: False)
+    assert native.backends().gpu == "torch" and not native.triton_takes(OnGpu(8))
+    cuda_build.setenv(native.GPU_SOLVERS, "triton")
+    with pytest.raises(ValueError, match="not installed"):
+        native.triton_takes(OnGpu(8))

@@ -141,7 +141,7 @@ def _fits(width: int, tensor: Tensor) -> bool:
     """Whether shared memory holds a map: up to 128 channels everywhere, up to 256 on the data-centre GPUs."""
     if width <= 128 or INTERPRETED:
         return True
-    return width <= 256 and torch.cuda.get_device_properties(tensor.device).shared_memory_per_block_optin >= 160 << 10
+    return width <= 256 and torch.cuda.get_device_capability(tensor.device) in ((8, 0), (9, 0), (10, 0), (10, 3))
 
 
 def _sizes(heads: int, width: int, rope: Rope | None) -> tuple[Tensor | None, Tensor | None, int, int]:

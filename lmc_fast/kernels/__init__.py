@@ -1,1 +1,22 @@
-"""Operations of the interpolated forward pass."""
+"""Operations of the interpolated forward pass.
+
+    interp_linear   one layer in any of three ways, in torch operations
+    dual_gemm       dual_linear(x, a, z, b, lam, ...)           two products, one accumulator, one launch
+    norm_concat     norm_concat(x, rotation, lam, ...)          [α norm(x) | β norm(x) R] for one product with [A | B]
+    head_maps       head_maps(ya, yb, lam, maps, ...)           mix, map heads, bias, RoPE
+    transient       interpolate(a, b, rotation, lam, ...)       one matrix α A + β diag(s) (B Rᵀ)[p]
+    softmax_loss    cross_entropy_(logits, target, ...), divergence_(logits, teachers, ...)
+
+All but the first are Triton kernels with a `reference` in plain torch, which runs where Triton does not. Importing this
+package does not import Triton; importing one of their modules does, where it is installed. docs/kernels.md counts what
+each operation moves.
+"""
+
+from importlib.util import find_spec
+
+import torch
+
+
+def available() -> bool:
+    """Whether Triton and an NVIDIA GPU are here, without importing Triton; `runtime.usable` judges given tensors."""
+    return find_spec("triton") is not None and torch.version.cuda is not None and torch.cuda.is_available()

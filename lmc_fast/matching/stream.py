@@ -109,9 +109,13 @@ def weigh(from_weights: Tensor, from_activations: Tensor | None, shares: tuple[f
     """
     if from_activations is None:
         return from_weights.mul_(shares[0])
-    size = torch.stack([from_activations[run].double().norm() for run in row_runs(from_activations)]).norm()
-    scale = from_weights.norm() / size.clamp(min=1e-30)
-    return from_weights.mul_(shares[0]).add_(from_activations, alpha=float(shares[1] * scale))
+    runs = list(row_runs(from_activations))  # torch would copy all of it to float64
+    size = torch.stack([from_activations[run].double().norm() for run in runs]).norm()
+    scale = float(shares[1] * from_weights.norm() / size.clamp(min=1e-30))
+    from_weights.mul_(shares[0])
+    for run in runs:
+        from_weights[run].add_(from_activations[run], alpha=scale)
+    return from_weights
 
 
 def _written(spec: Spec, w: Slots, name: str, rows: Tensor) -> Tensor:

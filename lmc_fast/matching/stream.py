@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..architectures import BLOCK_READERS, BLOCK_WRITERS, END_WRITERS, POST_NORMS, Spec
-from ..checkpoints.lazy import Slots
+from ..checkpoints.lazy import Slots, row_runs
 from ..checkpoints.weights import Weights
 from ..engine.block import norm
 from ..symmetry.groups import resolves_embedding
@@ -109,9 +109,13 @@ def weigh(from_weights: Tensor, from_activations: Tensor | None, shares: tuple[f
     """
     if from_activations is None:
         return from_weights.mul_(shares[0])
-    size = torch.linalg.vector_norm(from_activations, dtype=torch.float64)
-    scale = from_weights.norm() / size.clamp(min=1e-30)
-    return from_weights.mul_(shares[0]).add_(from_activations, alpha=float(shares[1] * scale))
+    runs = list(row_runs(from_activations))  # torch would copy all of it to float64
+    size = torch.stack([from_activations[run].double().norm() for run in runs]).norm()
+    scale = float(shares[1] * from_weights.norm() / size.clamp(min=1e-30))
+    from_weights.mul_(shares[0])
+    for run in runs:
+        from_weights[run].add_(from_activations[run], alpha=scale)
+    return from_weights
 
 
 def _written(spec: Spec, w: Slots, name: str, rows: Tensor) -> Tensor:

@@ -93,16 +93,23 @@ void cayley_backward(std::uintptr_t Q, std::uintptr_t G, std::uintptr_t X_bar, l
     });
 }
 
+// NaN where either is.
+double larger(double a, double b) { return a >= b || a != a ? a : b; }
+
+// The largest norm of the batch, NaN where one is NaN: the room on the tape depends on it.
 template <class T>
-double one_norm(std::uintptr_t X, long batch, long n) {
+double one_norm(std::uintptr_t X, long batch, long n, int threads) {
     const Solvers<T>& s = *active<T>();
-    std::vector<T> work(n);
-    double largest = 0;
-    for (long i = 0; i < batch; ++i) {
-        const double norm = s.one_norm(at<T>(X) + i * n * n, n, work.data());
-        if (!(norm <= largest)) largest = norm;
-    }
-    return largest;
+    if (double(batch) * n * n < 1e5) threads = 1;
+    std::vector<std::vector<T>> work(threads, std::vector<T>(n));
+    std::vector<double> largest(threads, 0);
+    parallel_for(batch, threads, [&](long i, int worker) {
+        const double norm = s.one_norm(at<T>(X) + i * n * n, n, work[worker].data());
+        largest[worker] = larger(largest[worker], norm);
+    });
+    double result = 0;
+    for (double norm : largest) result = larger(result, norm);
+    return result;
 }
 
 using Row = std::vector<double>;

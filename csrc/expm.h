@@ -79,7 +79,7 @@ static void scale_in_place(T* A, long size, T factor) {
     for (long i = 0; i < size; ++i) A[i] *= factor;
 }
 
-// Largest column sum of absolute values of the leading rows x n part; `sums` holds n numbers. NaN in, NaN or infinity out.
+// Largest column sum of absolute values of the leading rows x n part; `sums` holds n numbers. NaN in, NaN out.
 template <class T>
 static T column_norm(long rows, long n, const T* A, long ld, T* sums) {
     fill(sums, n, T(0));
@@ -87,7 +87,7 @@ static T column_norm(long rows, long n, const T* A, long ld, T* sums) {
         for (long j = 0; j < n; ++j) sums[j] += __builtin_fabs(A[i * ld + j]);
     T largest = 0;
     for (long j = 0; j < n; ++j)
-        if (!(sums[j] <= largest)) largest = sums[j];
+        if (!(sums[j] <= largest) && largest == largest) largest = sums[j];
     return largest;
 }
 

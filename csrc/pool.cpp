@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
@@ -27,7 +28,7 @@ class Pool {
             task_ = &task;
             count_ = count;
             // Large enough that the counter is not contended, small enough that the last chunks even out.
-            chunk_ = std::max(1L, count / (8L * threads));
+            chunk_ = std::max(1L, count / (32L * threads));
             next_ = 0;
             error_ = nullptr;
             members_ = threads;
@@ -36,6 +37,8 @@ class Pool {
         }
         wake_.notify_all();
         work(0);
+        // The others are in their last chunk: sleeping and waking would often take longer than that.
+        spin([this] { return busy_ == 0; });
         std::unique_lock<std::mutex> lock(mutex_);
         done_.wait(lock, [this] { return busy_ == 0; });
         if (error_) std::rethrow_exception(error_);
@@ -53,6 +56,17 @@ class Pool {
             work(id);
             lock.lock();
             if (--busy_ == 0) done_.notify_one();
+            // The products inside a large matrix follow each other closely.
+            lock.unlock();
+            spin([&] { return round_ != seen; });
+            lock.lock();
+        }
+    }
+
+    // Waits for `ready` without sleeping, for some 30 µs at most.
+    template <class Ready> static void spin(const Ready& ready) {
+        const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(30);
+        while (!ready() && std::chrono::steady_clock::now() < until) {
         }
     }
 
@@ -72,9 +86,10 @@ class Pool {
     std::vector<std::thread> workers_;
     const std::function<void(long, int)>* task_ = nullptr;
     std::exception_ptr error_;
-    std::atomic<long> next_{0};
-    long count_ = 0, chunk_ = 1, round_ = 0;
-    int members_ = 0, busy_ = 0;
+    std::atomic<long> next_{0}, round_{0};
+    std::atomic<int> busy_{0};
+    long count_ = 0, chunk_ = 1;
+    int members_ = 0;
 };
 
 // Threads do not survive a fork, so a child gets a pool of its own. Pools are never destroyed: their threads wait for work

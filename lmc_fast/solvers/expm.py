@@ -95,7 +95,7 @@ def _forward_native(X: Tensor, keep_tape: bool) -> tuple[Tensor, _Tape]:  # (bat
     tape = _Tape(None, 0, torch.empty(batch, 2, dtype=torch.int32))
     if keep_tape:
         # Room for the most squarings that the largest ‖X‖₁ allows. What a matrix does not use is never touched.
-        norm = getattr(native, f"one_norm_{suffix(X)}")(X.data_ptr(), batch, n)
+        norm = getattr(native, f"one_norm_{suffix(X)}")(X.data_ptr(), batch, n, torch.get_num_threads())
         if isfinite(norm):
             require_expm_norm(X, norm)
             squarings = expm_torch.plan_for(norm, X.dtype)[1]

@@ -101,6 +101,24 @@ def test_non_finite_is_refused(name, value, grad):
         SOLVERS[name][0](X.requires_grad_(grad))
 
 
+@needs_extension
+@pytest.mark.parametrize("threads", (1, 3))
+def test_no_order_hides_a_nan_or_a_large_norm(threads):
+    """The length of the tape follows the largest norm of the batch."""
+    eye = torch.eye(20)
+    sizes = torch.tensor([100.0, float("nan"), 1.0] * 200)  # enough for threads
+    X = sizes[:, None, None] * eye
+    norm = lambda X: native.one_norm_float32(X.data_ptr(), len(X), 20, threads)  # noqa: E731
+    assert norm(X) != norm(X)
+    assert norm(X[::3].contiguous()) == 100 and norm(X[2::3].contiguous()) == 1
+    torch.set_num_threads(threads)
+    with pytest.raises(ValueError, match=r"non-finite.*matrix 1 of 600"):
+        expm(X.requires_grad_())
+    early = eye.clone()[None]
+    early[0, 0, 0] = float("nan")  # the columns after it are finite
+    assert norm(early) != norm(early)
+
+
 @pytest.mark.parametrize("name", SOLVERS)
 def test_wrong_types_are_refused(name):
     f = SOLVERS[name][0]

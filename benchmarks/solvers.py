@@ -1,8 +1,9 @@
-"""Cayley and expm against torch on the CPU: time, orthogonality, error, and where torch's threaded batch is wrong.
+"""Cayley and expm against torch: time, orthogonality, error, and where torch's threaded batch is wrong.
 
 One thread unless a row says otherwise, in process CPU time; with two threads, wall-clock time. Variants run in turns.
 X is skew with spectral norm about 1. torch means torch.linalg.solve and torch.linalg.matrix_exp with their own backward
-passes. The two-thread torch call prints errors of its own: that is part of what is shown.
+passes. The two-thread torch call prints errors of its own: that is part of what is shown. Rows of a GPU, where there is
+one, are wall-clock with the device synchronised, and time the batched torch formulation beside the Triton kernels.
 """
 
 import os
@@ -14,8 +15,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.common import RESULTS, Row, interleave, options, provenance, quantiles, write_csv, write_json
-from lmc_fast.native import backends
+from benchmarks.common import (
+    RESULTS,
+    Row,
+    interleave,
+    options,
+    processor,
+    provenance,
+    quantiles,
+    write_csv,
+    write_json,
+)
+from lmc_fast.native import GPU_SOLVERS, backends
 from lmc_fast.solvers import cayley, expm
 
 SOURCES = (
@@ -38,10 +49,11 @@ class Case:
     backward: bool = True
     threads: int = 1
     dtype: torch.dtype = torch.float32
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
-        return f"{self.op} {self.n} x {self.batch}"
+        return f"{self.op} {self.n} x {self.batch}" + (" GPU" if self.device == "cuda" else "")
 
 
 CASES = [
@@ -61,11 +73,12 @@ FLOAT64 = [
     Case("cayley", 64, 256, None, dtype=torch.float64),
     Case("expm", 64, 256, None, dtype=torch.float64),
 ]
-THREADS = [Case("cayley", 64, 512, 1.7), Case("expm", 64, 512, 1.7)]
+THREADS = [Case(op, n, batch, 1.7) for op in ("cayley", "expm") for n, batch in ((64, 512), (32, 1024))]
+GPU = [Case("cayley", 64, 1024, 10.0, device="cuda"), Case("expm", 64, 1024, 10.0, device="cuda")]
 
 
 def torch_cayley(X: Tensor) -> Tensor:
-    eye = torch.eye(X.shape[-1], dtype=X.dtype)
+    eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
     return torch.linalg.solve(eye - X / 2, eye + X / 2)
 
 
@@ -97,17 +110,38 @@ def orthogonality(Q: Tensor) -> float:
     return float(torch.linalg.matrix_norm(R).max())
 
 
+def batched(f: Callable[[Tensor], Tensor], X: Tensor, G: Tensor | None) -> None:
+    """`run` with the torch formulation in place of the Triton kernels."""
+    before = os.environ.get(GPU_SOLVERS)
+    os.environ[GPU_SOLVERS] = "torch"
+    try:
+        run(f, X, G)
+    finally:
+        del os.environ[GPU_SOLVERS]
+        if before is not None:
+            os.environ[GPU_SOLVERS] = before
+
+
+def device_clock() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def relative_error(value: Tensor, truth: Tensor) -> float:
     return float((value.double() - truth).abs().max() / truth.abs().max())
 
 
 def measure(case: Case, repeats: int) -> Row:
     torch.set_num_threads(case.threads)
-    X = skew_batch(case.batch, case.n, case.dtype)
+    X = skew_batch(case.batch, case.n, case.dtype).to(case.device)
     G = torch.randn_like(X) if case.backward else None
     variants = {"torch": TORCH[case.op], "ours": OURS[case.op]}
     clock = time.process_time if case.threads == 1 else time.perf_counter
-    times = interleave({name: lambda f=f: run(f, X, G) for name, f in variants.items()}, repeats, clock)
+    calls: dict[str, Callable[[], object]] = {name: lambda f=f: run(f, X, G) for name, f in variants.items()}
+    if case.device == "cuda":
+        calls["batched"] = lambda: batched(OURS[case.op], X, G)
+        clock = device_clock
+    times = interleave(calls, repeats, clock)
     row: Row = {
         "case": case.name,
         "pass": "f+b" if case.backward else "f",
@@ -128,6 +162,9 @@ def measure(case: Case, repeats: int) -> Row:
             row[f"{name}_error"] = relative_error(Y, truth[0])
         if truth[1] is not None and grad is not None:
             row[f"{name}_grad_error"] = relative_error(grad, truth[1])
+    if "batched" in times:
+        row["batched_ms"] = round(quantiles(times["batched"])[1], 3)
+        row |= {"gpu_solvers": backends().gpu_solvers, "device": torch.cuda.get_device_name()}
     row["ratio"] = round(row["torch_ms"] / row["ours_ms"], 2)
     row["need"] = case.need
     row["ok"] = (case.need is None or row["ratio"] >= case.need) and errors_ok(row)
@@ -195,6 +232,8 @@ def show(row: Row) -> None:
         errors = f"{row['ours_error']:9.1e}/{row['torch_error']:7.1e}"
     if "ours_grad_error" in row:
         errors += f" {row['ours_grad_error']:9.1e}/{row['torch_grad_error']:7.1e}"
+    if "batched_ms" in row:
+        errors += f"  {row['gpu_solvers']}; batched torch formulation {row['batched_ms']:.2f} ms"
     print(
         f"{row['case']:26} {row['pass']:4} {row['dtype']:8} {row['threads']:2} {row['torch_ms']:10.2f} "
         f"{row['torch_orthogonality']:8.1e} {row['ours_ms']:9.2f} {row['ours_orthogonality']:8.1e} "
@@ -214,17 +253,19 @@ def repeats(case: Case, quick: bool) -> int:
     if case.n == 4096:
         return 1 if quick else 3
     if quick:
-        return 2 if case.op == "expm" else 5
+        return (1 if case.n >= 512 else 2) if case.op == "expm" else 5
     return 5 if case.op == "expm" and case.n >= 64 else 15
 
 
 def main() -> int:
     arguments = options(__doc__).parse_args()
     active = backends()
-    source = provenance(*SOURCES) | {"isa": active.isa, "cores": len(os.sched_getaffinity(0))}
+    machine = {"device": processor(), "isa": active.isa, "cores": len(os.sched_getaffinity(0))}
+    source = provenance(*SOURCES) | machine
     print(f"{source['commit']}  torch {source['torch']}  {source['device']}  {active.cpu}\n{HEADER}")
     rows = []
-    for case in CASES + ([] if arguments.quick else FLOAT64):
+    gpu = GPU if torch.cuda.is_available() else []
+    for case in CASES + ([] if arguments.quick else FLOAT64) + gpu:
         rows.append(measure(case, repeats(case, arguments.quick)))
         show(rows[-1])
     for case in THREADS:
@@ -243,7 +284,7 @@ def main() -> int:
             f"{row['case']:26} torch {row['torch_residual']:8.1e}   ours {row['ours_residual']:8.1e}{verdict}",
             flush=True,
         )
-    rows = [row | source for row in rows]
+    rows = [source | row for row in rows]
     if arguments.json:
         write_json(arguments.json, rows)
     if not arguments.quick:

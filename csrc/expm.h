@@ -83,8 +83,15 @@ static void scale_in_place(T* A, long size, T factor) {
 template <class T>
 static T column_norm(long rows, long n, const T* A, long ld, T* sums) {
     fill(sums, n, T(0));
-    for (long i = 0; i < rows; ++i)
-        for (long j = 0; j < n; ++j) sums[j] += __builtin_fabs(A[i * ld + j]);
+    for (long i = 0; i < rows; ++i) {
+        const T* row = A + i * ld;
+        long j = 0;
+        for (; j + lanes<T> <= n; j += lanes<T>) {
+            const Vec<T> value = load(row + j);
+            store(sums + j, load(sums + j) + (value < 0 ? -value : value));
+        }
+        for (; j < n; ++j) sums[j] += row[j] < 0 ? -row[j] : row[j];
+    }
     T largest = 0;
     for (long j = 0; j < n; ++j)
         if (!(sums[j] <= largest) && largest == largest) largest = sums[j];

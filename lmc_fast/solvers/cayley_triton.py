@@ -1,7 +1,7 @@
 """The Cayley map of skew float32 matrices on a GPU, one program for each matrix.
 
 Block Gauss-Jordan without pivoting, as in csrc/cayley.h: one launch reads X and writes Q, where the batched formulation
-of cayley_torch.py makes about twenty passes over memory. The backward pass is its two products in one launch.
+of cayley_torch.py is a chain of some thirty operations. The backward pass is its two products in one launch.
 """
 
 import torch

@@ -125,7 +125,7 @@ def test_an_incomplete_pair_is_refused_and_leaves_nothing(make_pair, tmp_path):
         ([*good, good[-1]], "twice"),
         ([("ends", *ends), *good[1:]], "head has fewer rows"),
         ([("ends", *short), *good[1:]], "embed has fewer rows"),
-        ([good[0], good[0]], "embed has more rows"),
+        ([("ends", {"embed": a.ends["embed"]}, {"embed": b.ends["embed"]})] * 2, "embed has more rows"),
         ([(0, broken, b.blocks[0])], "slot q overflows"),
         ([(0, wrong, b.blocks[0])], "slot q has shapes"),
         ([(0, extra, b.blocks[0])], "queen"),

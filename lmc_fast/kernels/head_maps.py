@@ -138,10 +138,11 @@ def blocks(width: int, mapped: bool) -> dict[str, int]:
 
 
 def _fits(width: int, tensor: Tensor) -> bool:
-    """Whether shared memory holds a map: up to 128 channels everywhere, up to 256 on the data-centre GPUs."""
-    if width <= 128 or INTERPRETED:
+    """Whether shared memory holds a map: rows of 256 bytes everywhere, of 512 on the data-centre GPUs."""
+    row = width * tensor.element_size()
+    if row <= 256 or INTERPRETED:
         return True
-    return width <= 256 and torch.cuda.get_device_capability(tensor.device) in ((8, 0), (9, 0), (10, 0), (10, 3))
+    return row <= 512 and torch.cuda.get_device_capability(tensor.device) in ((8, 0), (9, 0), (10, 0), (10, 3))
 
 
 def _sizes(heads: int, width: int, rope: Rope | None) -> tuple[Tensor | None, Tensor | None, int, int]:

@@ -110,7 +110,7 @@ def divergence_kernel(
 
 def block_of(width: int) -> dict[str, int]:
     block = 16 if INTERPRETED else min(triton.next_power_of_2(width), 4096)
-    return {"BLOCK": block, "num_warps": 8 if block > 1024 else 4}
+    return {"BLOCK": block, "num_warps": max(block // 256, 4)}
 
 
 def _check(logits: Tensor, others: Sequence[Tensor] = ()) -> None:

@@ -95,3 +95,11 @@ def write_csv(path: Path, rows: list[Row]) -> None:
         writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def read_csv(path: Path) -> list[Row]:
+    """What write_csv wrote, all of it text; nothing where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))

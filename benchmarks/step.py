@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import GPTNeoXConfig
 
-from benchmarks.common import RESULTS, Row, interleave, options, provenance, write_csv, write_json
+from benchmarks.common import RESULTS, Row, interleave, options, provenance, read_csv, write_csv, write_json
 from lmc_fast.architectures import FAMILIES, Spec
 from lmc_fast.checkpoints import Weights, lerp
 from lmc_fast.engine.dispatch import choose
@@ -183,7 +183,7 @@ def misses(rows: list[Row]) -> list[str]:
 
 def main() -> int:
     parser = options(__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, action="append", help="only these widths")
+    parser.add_argument("--width", type=int, action="append", help="only these widths; rows of others stay in the results")
     args = parser.parse_args()
     torch.set_num_threads(1)
     widths = args.width or ([256] if args.quick else [256, 512, 1024])
@@ -194,7 +194,7 @@ def main() -> int:
             if args.quick:
                 some = measure(width, count, repeats=1 if many else 2, only=QUICKEST if many else QUICK)
             else:
-                some = measure(width, count, repeats=5)
+                some = measure(width, count, repeats=5 if width * count <= 2**20 else 3)
             for r in some:
                 print(
                     f"d {r['d']:5} T {r['tokens']:6}  {r['variant']:20} {r['picked']:7} {r['ms']:10.1f} ms "
@@ -206,7 +206,9 @@ def main() -> int:
     if args.json:
         write_json(args.json, rows)
     if not args.quick:
-        write_csv(RESULTS / "step.csv", rows)
+        file = RESULTS / "step.csv"
+        others = [row for row in read_csv(file) if int(row["d"]) not in widths] if args.width else []
+        write_csv(file, sorted(others + rows, key=lambda row: int(row["d"])))
     missed = misses(rows)
     for text in missed:
         print(f"missed: {text}")

@@ -19,8 +19,10 @@ from ..symmetry.charts import Chart
 from ..symmetry.transform import BlockTransform, turn_rows
 from .attention import Positions
 from .block import block
+from .boundaries import Boundaries
 from .dispatch import Choice, choose
 from .head import HeadLoss, Part, Reading
+from .loss import CHUNK_ELEMENTS
 from .model import answers, asked, embed, read_out, read_part, require_task
 from .slots import LineSlots, Slots
 from .source import Source
@@ -73,9 +75,18 @@ class _Pass:
     """What both kinds of passes share: items on their way through the units."""
 
     def __init__(
-        self, source: Source, items: Sequence[Item], chart: Chart | None, path: str | None, learn: bool, keep: bool
+        self,
+        source: Source,
+        items: Sequence[Item],
+        chart: Chart | None,
+        path: str | None,
+        logits: int,
+        *,
+        learn: bool,
+        keep: bool,
     ):
         require_task(source.spec)
+        self.logits = logits
         self.source, self.spec, self.chart = source, source.spec, chart
         self.items = sorted(items, key=lambda item: item.position)
         with torch.set_grad_enabled(learn):
@@ -170,7 +181,7 @@ class _Evaluation(_Pass):
         for item, x, (line, _, _, _) in zip(self.items, streams, ends, strict=True):
             rows = asked(read_out(spec, line, x, read_part(item.data)), item.data)
             reading = self.reading(rows, item.position)
-            losses.append(HeadLoss(reading, answers(item.data), softcap=spec.head_softcap))
+            losses.append(HeadLoss(reading, answers(item.data), softcap=spec.head_softcap, chunk=self.logits))
         start = 0
         for k in range(source.head_parts):
             with source.visit(spec.layers + k) as (a, b):
@@ -183,25 +194,41 @@ class _Evaluation(_Pass):
         return [Score(h.loss.item() / n, h.right / n, n) for h, n in zip(losses, counts, strict=True)]
 
 
-def evaluate(source: Source, items: Sequence[Item], chart: Chart | None = None, path: str | None = None) -> list[Score]:
-    """Scores of `items`, in order of lambda, in one pass over the units. chart: applied to b; None: the plain line."""
-    return _Evaluation(source, items, chart, path, learn=False, keep=False).run()
+def evaluate(
+    source: Source,
+    items: Sequence[Item],
+    chart: Chart | None = None,
+    path: str | None = None,
+    logits: int = CHUNK_ELEMENTS,
+) -> list[Score]:
+    """Scores of `items`, in order of lambda, in one pass over the units. chart: applied to b; None: the plain line.
+
+    logits: how many are held at a time.
+    """
+    return _Evaluation(source, items, chart, path, logits, learn=False, keep=False).run()
 
 
 def line_scores(
-    source: Source, data: Data, points: Sequence[float], chart: Chart | None = None, batch: int = 32
+    source: Source,
+    data: Data,
+    points: Sequence[float],
+    chart: Chart | None = None,
+    batch: int = 32,
+    *,
+    rows: int | None = None,
+    logits: int = CHUNK_ELEMENTS,
 ) -> list[Score]:
     """One score per place of the line, ascending, on data taken `batch` rows at a time.
 
-    All places share a pass over the units; data whose streams exceed STREAM_ELEMENTS takes several passes.
+    All places share a pass over the units, on `rows` rows of data; by default as many as make STREAM_ELEMENTS.
     """
     spec = source.spec
     length = spec.position_rows if spec.image else read_part(data).shape[1]
-    rows = max(batch, STREAM_ELEMENTS // (len(points) * length * spec.width))
+    rows = max(batch, rows or STREAM_ELEMENTS // (len(points) * length * spec.width))
     seen: list[list[Score]] = [[] for _ in points]
     for some in data.split(rows):
         parts = [part for part in some.split(batch) if len(answers(part))]
-        scores = evaluate(source, [Item(part, t) for t in sorted(points) for part in parts], chart)
+        scores = evaluate(source, [Item(part, t) for t in sorted(points) for part in parts], chart, logits=logits)
         for k in range(len(points)):
             seen[k] += scores[k * len(parts) : (k + 1) * len(parts)]
     return [_together(scores) for scores in seen]
@@ -212,23 +239,25 @@ def _together(scores: list[Score]) -> Score:
     return Score(sum(s.loss * s.count for s in scores) / n, sum(s.accuracy * s.count for s in scores) / n, n)
 
 
-def line_losses(
-    source: Source, data: Data, points: Sequence[float], chart: Chart | None = None, batch: int = 32
-) -> list[float]:
-    """The losses of `line_scores`."""
-    return [score.loss for score in line_scores(source, data, points, chart, batch)]
-
-
 class _Learning(_Pass):
     def __init__(
-        self, source: Source, items: Sequence[Item], chart: Chart, path: str | None, divergence: bool, keep: bool
+        self,
+        source: Source,
+        items: Sequence[Item],
+        chart: Chart,
+        path: str | None,
+        logits: int,
+        *,
+        divergence: bool,
+        keep: bool,
+        offload: bool,
     ):
-        super().__init__(source, items, chart, path, learn=True, keep=keep)
+        super().__init__(source, items, chart, path, logits, learn=True, keep=keep)
         self.divergence, self.keep = divergence, keep
         self.gradients = {name: torch.zeros_like(t) for name, t in chart.tensors.items()}
         self.turn_gradient = None if self.rotation is None else torch.zeros_like(self.rotation)
         self.teachers: list[list[Tensor]] = []  # streams of A and B, per item
-        self.inputs: list[list[Tensor]] = []  # per block: every item's stream in front of it
+        self.boundaries = Boundaries(offload)
         self.kept: dict[int, _KeptBlock] = {}
 
     @torch.no_grad()
@@ -275,16 +304,18 @@ class _Learning(_Pass):
                 pair[k] = block(self.spec, w, pair[k], self.positions(pair[k]), i)
 
     def _forward(self, i: int, a: Slots, b: Slots, streams: list[Tensor]) -> list[Tensor]:
-        self.inputs.append(streams)
         if self.keep:
             kept = self.kept[i] = _KeptBlock(self, i)
             return [kept.forward(a, b, item.position, x) for item, x in zip(self.items, streams, strict=True)]
-        maps, out = self.maps(i), list(streams)
+        maps = self.maps(i)
+        self.boundaries.next_block()
         for position, group in self.groups():
             line = self.line(a, b, position, maps, learn=False)
             for m in group:
-                out[m] = block(self.spec, line, streams[m], self.positions(streams[m]), i)
-        return out
+                x = streams[m]
+                streams[m] = block(self.spec, line, x, self.positions(x), i)
+                self.boundaries.put(x)
+        return streams
 
     def _head(self, ends: list[tuple[LineSlots, Slots, Slots, Tensor | None]], streams: list[Tensor]):
         """(mean loss, its gradients with respect to the streams behind the last block)."""
@@ -303,7 +334,7 @@ class _Learning(_Pass):
                 teachers = [(s, Reading([t], [1.0])) for s, t in zip(shares, taught, strict=True)]
             target = None if self.divergence else answers(item.data)
             reading = self.reading(rows, item.position)
-            losses.append(HeadLoss(reading, target, teachers, softcap=spec.head_softcap, learn=True))
+            losses.append(HeadLoss(reading, target, teachers, softcap=spec.head_softcap, learn=True, chunk=self.logits))
         self.teachers = []
         self._over_head(losses)
         slopes = []
@@ -344,7 +375,6 @@ class _Learning(_Pass):
         return dx
 
     def _backward(self, i: int, a: Slots, b: Slots, slopes: list[Tensor | None]) -> list[Tensor | None]:
-        streams = self.inputs.pop()
         if self.keep:
             return self.kept.pop(i).backward(slopes)
         moving = _MovingMaps(self, i)
@@ -353,7 +383,7 @@ class _Learning(_Pass):
             line = self.line(a, b, position, moving.leaves)
             for m in group:
                 with torch.enable_grad():
-                    x = streams[m].detach().requires_grad_()
+                    x = self.boundaries.take().detach().requires_grad_()
                     y = block(self.spec, line, x, self.positions(x), i)
                 n = len(moving.tensors)
                 inputs = [x, *self._turns, *moving.tensors, *line.leaves]
@@ -442,12 +472,15 @@ def learn(
     divergence: bool = True,
     keep: bool = False,
     path: str | None = None,
+    logits: int = CHUNK_ELEMENTS,
+    offload: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean loss over all predictions of `items` (0-d, float64), and its gradients by the chart's tensors.
 
     divergence: from (1-λ) p_A + λ p_B, the endpoints' own predictions; else cross-entropy with the text. keep: hold
     every block's graph until backward instead of computing it again; the source must then be `Resident`.
-    path: one of kernels.interp_linear.PATHS; None: engine.dispatch chooses.
+    path: one of kernels.interp_linear.PATHS; None: engine.dispatch chooses. logits: how many are held at a time.
+    offload: see Boundaries.
     """
-    job = _Learning(source, items, chart, path, divergence, keep)
+    job = _Learning(source, items, chart, path, logits, divergence=divergence, keep=keep, offload=offload)
     return job.run(), job.gradients

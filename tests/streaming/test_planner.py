@@ -143,9 +143,9 @@ def test_ways_of_computing():
 def test_a_seven_billion_pair_on_one_gpu():
     spec = FAMILIES["llama"].spec(LlamaConfig())
     found = plan(spec, Job(16_384, 512), profile("h100-80gb"), parse_bytes("8GiB"))
-    assert found.total <= 8 << 30 and found.share >= 0.9 and found.boundaries_on_host
+    assert found.total <= 8 << 30 and found.share >= 0.9 and found.way.boundaries_on_host
     everything = plan(spec, Job(16_384, 512), profile("h100-80gb"), parse_bytes("80GB"))
-    assert everything.slots == 0 and not everything.boundaries_on_host
+    assert everything.slots == 0 and not everything.way.boundaries_on_host
 
 
 def test_what_is_shown():

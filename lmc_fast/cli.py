@@ -157,10 +157,10 @@ def _align(args: argparse.Namespace, console: Console) -> int:
         alignment.save(run.path / "alignment.safetensors")
         with meter.stage("verifying"):
             report["proof"] = _proof(args, console, run.path, held_out)
-        report["stages"] = meter.to_json()
+        report["costs"] = meter.to_json()
         (run.path / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         run.publish()
-    _show_costs(console, report, args.memory)
+    _show_costs(console, report["costs"], args.memory)
     for curve in curves:
         lowest = f", lowest accuracy {min(curve.accuracies):.2%}" if curve.accuracies else ""
         console.say(f"barrier {curve.name:>8}: {curve.barrier:.4f} nats at lambda {curve.at:.1f}{lowest}")
@@ -173,23 +173,20 @@ def _align(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _show_costs(console: Console, report: dict[str, Any], memory: int | None) -> None:
+def _show_costs(console: Console, costs: dict[str, Any], memory: int | None) -> None:
     """What each stage took at most, and what was moved."""
-    which = "peak_rss" if all(stage["peak_device"] is None for stage in report["stages"]) else "peak_device"
-    peaks = {stage["name"]: stage[which] for stage in report["stages"]}
+    peaks = {stage["name"]: stage["peak_device"] or stage["peak_rss"] for stage in costs["stages"]}
     console.say("memory at most: " + ", ".join(f"{name} {show_bytes(peak)}" for name, peak in peaks.items()))
-    if "traffic" in report:
-        moved = report["traffic"]
+    if "traffic" in costs:
+        moved = costs["traffic"]
         console.say(
             f"read {show_bytes(moved['bytes'] + moved['row_bytes'])} of weights in {moved['loads']} loads; "
             f"waited {moved['stall_seconds']:.1f} s for them"
         )
-    if memory is not None and max(peaks.values()) > memory:
-        worst = max(peaks, key=peaks.__getitem__)
-        print(
-            f"lmc-fast: warning: {worst} took {show_bytes(peaks[worst])}, more than the {show_bytes(memory)} allowed",
-            file=sys.stderr,
-        )
+    worst = max(peaks, key=peaks.__getitem__)
+    if memory is not None and peaks[worst] > memory:
+        text = f"{worst} took {show_bytes(peaks[worst])}, more than the {show_bytes(memory)} allowed"
+        print(f"lmc-fast: warning: {text}", file=sys.stderr)
 
 
 def _unit(pair: Pair) -> str:

@@ -102,6 +102,7 @@ def align(
             way = before["run"].get("way") if before else None
             within = plan_learning(pair.spec, schedule, length, device, memory, way and Way(*way))
             run["way"] = list(within.way)
+            meter.facts["plan"] = within.to_json()
 
     # without learning, or within a budget, one block at a time is enough
     load = Model.load if learns and within is None else Model.open_weights
@@ -138,9 +139,7 @@ def align(
         with meter.stage("learning"):
             _learn(learner, validation, progress, lambda: _save(state, learner, base, run))
         if isinstance(source, Streamed):
-            run["traffic"] = source.traffic.to_json()
-    if within is not None:
-        run["plan"] = within.to_json()
+            meter.facts["traffic"] = source.traffic.to_json()
     moved = learner.final_chart().elements()
     moved = [t.map(Tensor.detach) for t in ([Transform.identity(pair.spec), *moved] if len(moved) == 1 else moved)]
     info = run | {"history": asdict(learner.history)}

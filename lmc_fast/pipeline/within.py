@@ -41,7 +41,8 @@ def plan_learning(
     sequences = -(-schedule.batch // parallel.place()[1])
     job = Job(sequences * length, length, schedule.sides, 2 if schedule.objective == "endpoints" else 0)
     found = plan(spec, job, here(device), budget, way)
-    for line in found.table():
+    _log.info("a plan for %s of memory, expected to take %s:", show_bytes(budget), show_bytes(found.total))
+    for line in found.summary():
         _log.info("%s", line)
     return found
 

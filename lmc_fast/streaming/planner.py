@@ -101,7 +101,7 @@ class Plan:
         }
 
     def table(self) -> list[str]:
-        """Lines for people."""
+        """Lines for people: every item, then the summary."""
         lines = [f"memory on {self.device.name}, budget {show_bytes(self.budget)}"]
         most = max(("block", "head", "update"), key=self.phase)
         for phase, title in [("always", None), ("block", "a block"), ("head", "the head"), ("update", "the update")]:
@@ -113,11 +113,15 @@ class Plan:
                     indent = "  " if phase == "always" else "    "
                     lines.append(f"{indent}{item.name:<42}{show_bytes(item.bytes):>12}")
         lines.append(f"  {'in all':<42}{show_bytes(self.total):>12}")
+        return lines + self.summary()
+
+    def summary(self) -> list[str]:
+        """What was decided and what is expected, without the items."""
         blocks = sum(unit < self.layers for unit in self.resident)
         path, micro, _, _ = self.way
         how = "the stream is rotated" if path == ACTIVATION else "weights are transformed one block at a time"
         parts = f"head in {self.head_parts} parts" if self.head_parts > 1 else "head in one part"
-        lines += [
+        lines = [
             f"resident: {blocks} of {self.layers} blocks, {len(self.resident) - blocks} of {self.head_parts} parts of "
             f"the head; {self.slots} slots for the others",
             f"micro-batches of {micro} x {self.job.length} tokens, {parts}, {path} path ({how})",

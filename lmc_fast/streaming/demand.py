@@ -17,6 +17,7 @@ LOGITS = 6  # tensors of a chunk's size: logits, log-probabilities, target, a te
 _TAPE = 30  # matrices that a head map's forward and backward keep, for each of its own (measured 26)
 _UPDATE = 6  # (d, d) matrices of one side that Muon and the Cayley transform need beside their operands (measured 4.1)
 SLACK = 0.03  # allocators round up and fragment
+_PAIRS = 15  # bytes for a pair of FFN units: the score in float64, statistics in float32, signs, a mask
 _HEAD_MAPS = ("vo", "qk")
 
 
@@ -108,6 +109,15 @@ class Demand:
         windows = set(spec.windows) if spec.windows else {0}
         special = [w for w in windows if w or spec.alibi or spec.attn_softcap]
         return tables + len(special) * n * n * (self.itemsize * (spec.heads if spec.alibi else 1) + 16)
+
+    @cached_property
+    def matching_bytes(self) -> int:
+        """What matching takes before learning: blocks, and evidence for every pair of FFN units and of heads."""
+        spec = self.spec
+        units = max(spec.ffn_width, spec.expert_width)
+        wide = spec.heads * spec.head_dim
+        evidence = _PAIRS * units**2 + 8 * 6 * max(wide, spec.width) ** 2
+        return self.base + math.ceil((1 + SLACK) * (3 * block_bytes(spec, FP32) // 2 + evidence))
 
     @cached_property
     def boundary_bytes(self) -> int:

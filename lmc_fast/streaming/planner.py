@@ -25,7 +25,7 @@ _CHUNKS = tuple(1 << power for power in (24, 23, 22, 21, 20, 19, 18))  # logits 
 _REPORTED = (
     *("slots", "resident", "layers", "head_parts", "loads", "moved"),
     *("compute_seconds", "transfer_seconds", "step_seconds", "share", "tokens_to_hide"),
-    *("host_bytes", "store_bytes"),
+    *("host_bytes", "store_bytes", "matching_bytes"),
 )
 
 
@@ -70,6 +70,7 @@ class Plan:
     transfer_seconds: float
     host_bytes: int  # pinned main memory beside the budget (CUDA): units, and boundary activations if they are there
     store_bytes: int
+    matching_bytes: int  # that matching takes, before learning
 
     @property
     def step_seconds(self) -> float:
@@ -128,6 +129,7 @@ class Plan:
             f"a step of {self.job.tokens:,} tokens: computes {_show_seconds(self.compute_seconds)}, moves "
             f"{show_bytes(self.moved)} in {_show_seconds(self.transfer_seconds)} from {self.device.source} -> "
             f"{_show_seconds(self.step_seconds)}, {self.share:.0%} of in-memory speed",
+            f"before learning, matching takes about {show_bytes(self.matching_bytes)}",
             f"transfers are hidden from {self.tokens_to_hide:,} tokens per step on",
             f"figures: {self.device.flops:.3g} flop/s in {str(self.device.dtype).removeprefix('torch.')}, "
             f"{self.device.bandwidth:.3g} byte/s; disk space for the pair {show_bytes(self.store_bytes)}",
@@ -161,7 +163,7 @@ def plan(spec: Spec, job: Job, device: Device, budget: int, way: Way | None = No
             moved = loaded + boundaries
             transfer = moved / device.bandwidth
             rank = (max(compute, transfer), moved, total, -micro)
-            if total > budget or (best is not None and rank >= best[0]):
+            if max(total, demand.matching_bytes) > budget or (best is not None and rank >= best[0]):
                 continue
             found = Plan(
                 budget=budget,
@@ -180,11 +182,12 @@ def plan(spec: Spec, job: Job, device: Device, budget: int, way: Way | None = No
                 transfer_seconds=transfer,
                 host_bytes=host,
                 store_bytes=demand.store_bytes,
+                matching_bytes=demand.matching_bytes,
             )
             best = rank, found
     assert smallest is not None
     if best is None:
-        raise TooSmall(budget, smallest)
+        raise TooSmall(budget, max(smallest, demand.matching_bytes))
     return best[1]
 
 

@@ -251,8 +251,8 @@ static int parity(long n, const T* A) {
         }
     bool skew = true, symmetric = may_be_symmetric;
     for (int r = 0; r < 4; ++r) {
-        skew &= !(not_skew[r] << 1);  // the sign of a zero does not count
-        symmetric &= !(not_symmetric[r] << 1);
+        skew &= (not_skew[r] << 1) == 0;  // the sign of a zero does not count
+        symmetric &= (not_symmetric[r] << 1) == 0;
     }
     return skew ? -1 : symmetric ? 1 : 0;
 }

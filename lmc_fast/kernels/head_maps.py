@@ -137,7 +137,7 @@ def blocks(width: int, mapped: bool) -> dict[str, int]:
     return {"BLOCK_T": rows, "BLOCK_E": block, "BLOCK_J": piece, "num_warps": warps, "num_stages": 2}
 
 
-def _fits(width: int, tensor: Tensor) -> bool:
+def fits(width: int, tensor: Tensor) -> bool:
     """Whether shared memory holds a map: rows of 256 bytes everywhere, of 512 on the data-centre GPUs."""
     row = width * tensor.element_size()
     if row <= 256 or INTERPRETED:
@@ -282,6 +282,6 @@ def head_maps(
         raise ValueError(f"the bias has one entry for each of the {ya.shape[1]} channels, not {tuple(bias.shape)}")
     if rope is not None and (len(ya) % len(rope[0]) or 2 * rope[0].shape[1] > width or rope[0].shape != rope[1].shape):
         raise ValueError(f"cos and sin are (a divisor of {len(ya)}, at most {width // 2}) both")
-    if not usable(ya, yb, maps, bias) or (maps is not None and not _fits(width, ya)):
+    if not usable(ya, yb, maps, bias) or (maps is not None and not fits(width, ya)):
         return reference(ya, yb, lam, maps, bias, rope, heads)
     return _HeadMaps.apply(ya, yb, lam, maps, bias, *(rope or (None, None)), heads)

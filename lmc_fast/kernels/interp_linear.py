@@ -171,7 +171,7 @@ def _interpolated_by_kernel(
     if dense is None or not _is_dense(dense) or (other is not None and other.dim() != 1):
         return None
     perm, scale = _permutation_or_scale(other)
-    if other is None and not isinstance(position, Tensor) or not engaged("transient", a, b, dense, scale):
+    if (other is None and not isinstance(position, Tensor)) or not engaged("transient", a, b, dense, scale):
         return None
     from .transient import interpolate
 

@@ -66,7 +66,9 @@ def obstacle(device: torch.device) -> str | None:
     try:
         (found,) = softmax_loss.row_statistics(torch.zeros(1, 32, device=device))[0].tolist()
     except Exception as error:  # no C compiler, no room for the cache, a driver of another age, ...
-        return f"a Triton kernel fails here ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        return (
+            f"a Triton kernel fails here ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        )
     return None if abs(found - math.log(32)) < 1e-5 else f"a Triton kernel finds {found} for log 32"
 
 

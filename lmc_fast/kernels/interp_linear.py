@@ -39,7 +39,7 @@ def interp_linear(
     turned: Tensor | None = None,
     path: str | None = None,
 ) -> Tensor:
-    """x (..., K), a and b (N, K) -> (..., N). Differentiable in x, left, right, bias and position; not in a and b.
+    """x (..., K), a and b (N, K) -> (..., N). Differentiable once in x, left, right, bias and position; not in a, b.
 
     left, right: L (N, N) and R (K, K), each None (identity), (n, n) dense, (G, e, e) blocks that repeat over n / (G e)
     neighbouring heads each, (n,) a scale, or (n,) int64 a permutation p, which takes row (column) p[i] of B to i.
@@ -90,7 +90,8 @@ def _two_products_by_kernels(
     """None where no Triton operation serves this L, or none is on."""
     if left is not None and left.dim() == 3:
         return mapped_heads(x, z, a, b, position, left, bias, len(a) // left.shape[1], None)
-    learned = left is not None and left.requires_grad  # its gradient from dY and z Bᵀ is cheaper than a third product
+    # the gradient of a scale takes z Bᵀ, which dual_gemm does not keep, or a third product
+    learned = left is not None and left.requires_grad and torch.is_grad_enabled()
     if learned or _is_dense(left) or a.stride(-1) != 1 or b.stride(-1) != 1:
         return None
     perm, scale = _permutation_or_scale(left)

@@ -153,7 +153,8 @@ def _finish(device: torch.device) -> None:
 
 def _place(width: int, dtype: torch.dtype, device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return f"{name}, {torch.get_num_threads()} threads, {dtype}, torch {torch.__version__}, width {width}"
+    kernels = f", kernels {os.environ.get('LMC_FAST_KERNELS', '1')}" if device.type == "cuda" else ""
+    return f"{name}, {torch.get_num_threads()} threads, {dtype}, torch {torch.__version__}{kernels}, width {width}"
 
 
 def _processor() -> str:

@@ -63,6 +63,7 @@ class Part:
     weights: list[Tensor]
     bias: Tensor | None
     start: int = 0
+    gradient: Tensor | None = None  # (rows, d), of the only weight: added to where it is wanted
 
 
 class HeadLoss:
@@ -211,7 +212,9 @@ class HeadLoss:
         self._pull(part, rows, slope.to(part.weights[0].dtype))
 
     def _pull(self, part: Part, rows: slice, slope: Tensor) -> None:
-        """Adds what the slope of some rows' logits means for the inputs."""
+        """Adds what the slope of some rows' logits means for the inputs, and for the weight where that is wanted."""
+        if part.gradient is not None:
+            part.gradient.addmm_(slope.mT, self.reading.inputs[0][rows])
         for gradient, share, w in zip(self.gradients, self.reading.shares, part.weights, strict=True):
             gradient[rows].addmm_(slope, w, alpha=share)
 

@@ -7,7 +7,8 @@ that no graph holds a weight that is not there any more.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import groupby
 
@@ -27,6 +28,7 @@ from .model import answers, asked, embed, read_out, read_part, require_task
 from .slots import LineSlots, Slots
 from .source import Source
 
+WHOLE_HEAD = {True: 2.0, False: 1.0}  # tokens per width from which the head is interpolated as weights; if it learns
 STREAM_ELEMENTS = 1 << 24  # of residual streams, held at a time by an evaluation: 64 MiB in float32
 
 
@@ -86,12 +88,13 @@ class _Pass:
         keep: bool,
     ):
         require_task(source.spec)
-        self.logits = logits
+        self.logits, self.learns = logits, learn
         self.source, self.spec, self.chart = source, source.spec, chart
         self.items = sorted(items, key=lambda item: item.position)
         with torch.set_grad_enabled(learn):
             self.rotation_made = chart.rotation() if chart else None
         self.rotation = _leaf(self.rotation_made)
+        self.turn_gradient = None if self.rotation is None or not learn else torch.zeros_like(self.rotation)
         self._positions: dict[int, Positions] = {}
         if self.rotation is None:
             self.path = "weight"  # nothing but an interpolation of weights
@@ -133,19 +136,48 @@ class _Pass:
                 a["positions"], b["positions"] = a["positions"][some], b["positions"][some]
         return self.line(a, b, item.position, None), a, b, rows
 
+    def whole_head(self, position: float) -> bool:
+        """Whether the head's rows are interpolated as weights, and not applied to two streams.
+
+        In multiply-adds for each of the head's weights, of N tokens: a second stream takes N (2 N with gradients),
+        weights take d (N + 2 d).
+        """
+        if self.rotation is None or position == 0:
+            return True
+        tokens = sum(item.count for item in self.items if item.position == position)
+        return self.path == "weight" and tokens > WHOLE_HEAD[self.learns] * self.spec.width
+
     def reading(self, rows: Tensor, position: float) -> Reading:
         """The interpolated head's, of what it reads (n, d); its weights are in `head_part`."""
-        if self.rotation is None or position == 0:
+        if self.whole_head(position):
             return Reading([rows], [1.0])
+        assert self.rotation is not None
         return Reading([rows, turn_rows(rows, self.rotation.mT)], [1 - position, position])
 
-    def head_part(self, a: Slots, b: Slots, position: float, start: int) -> Part:
+    @contextmanager
+    def head_part(self, a: Slots, b: Slots, position: float, start: int, pull: float = 0) -> Iterator[Part]:
+        """A run of the head's rows for the items at one place of the line. pull: what gradients are multiplied with."""
         bias = torch.lerp(a["head_bias"], b["head_bias"], position) if "head_bias" in a else None
-        if position == 0:
-            return Part([a["head"]], bias, start)
-        if self.rotation is None:
-            return Part([torch.lerp(a["head"], b["head"], position)], bias, start)
-        return Part([a["head"], b["head"]], bias, start)
+        if not self.whole_head(position):
+            yield Part([a["head"], b["head"]], bias, start)
+            return
+        line = self.line(a, b, position, None, learn=bool(pull))
+        weight = line["head"].detach()
+        gradient = torch.zeros_like(weight) if line.leaves else None
+        yield Part([weight], bias, start, gradient)
+        if gradient is not None:
+            line.collect([gradient.mul_(pull)])
+            self.add_turn(line.contract(self.turns))
+
+    @property
+    def turns(self) -> list[Tensor]:
+        return [] if self.rotation is None else [self.rotation]
+
+    def add_turn(self, gradients: Sequence[Tensor | None]) -> None:
+        for gradient in gradients:
+            if gradient is not None:
+                assert self.turn_gradient is not None
+                self.turn_gradient += gradient
 
 
 def _pull(outputs: Sequence[Tensor], slopes: Sequence[Tensor | None], inputs: list[Tensor]) -> list[Tensor | None]:
@@ -186,9 +218,9 @@ class _Evaluation(_Pass):
         for k in range(source.head_parts):
             with source.visit(spec.layers + k) as (a, b):
                 for position, group in self.groups():
-                    part = self.head_part(a, b, position, start)
-                    for m in group:
-                        losses[m].scan(part, [])
+                    with self.head_part(a, b, position, start) as part:
+                        for m in group:
+                            losses[m].scan(part, [])
                 start += len(a["head"])
         counts = [item.count for item in self.items]
         return [Score(h.loss.item() / n, h.right / n, n) for h, n in zip(losses, counts, strict=True)]
@@ -255,7 +287,6 @@ class _Learning(_Pass):
         super().__init__(source, items, chart, path, logits, learn=True, keep=keep)
         self.divergence, self.keep = divergence, keep
         self.gradients = {name: torch.zeros_like(t) for name, t in chart.tensors.items()}
-        self.turn_gradient = None if self.rotation is None else torch.zeros_like(self.rotation)
         self.teachers: list[list[Tensor]] = []  # streams of A and B, per item
         self.boundaries = Boundaries(offload)
         self.kept: dict[int, _KeptBlock] = {}
@@ -282,21 +313,11 @@ class _Learning(_Pass):
                 slopes = self._backward(i, a, b, slopes)
         for item, slope, (line, _, _, rows) in zip(self.items, slopes, ends, strict=True):
             self._outside(line, lambda w, item=item, rows=rows: [embed(spec, w, read_part(item.data), rows)], [slope])
-            self._add_turn(line.contract(self._turns))
+            self.add_turn(line.contract(self.turns))
         if self.rotation_made is not None and self.chart is not None:
             leaf = self.chart.tensors["rotation"]
             self.gradients["rotation"] = torch.autograd.grad(self.rotation_made, leaf, self.turn_gradient)[0]
         return loss
-
-    @property
-    def _turns(self) -> list[Tensor]:
-        return [] if self.rotation is None else [self.rotation]
-
-    def _add_turn(self, gradients: Sequence[Tensor | None]) -> None:
-        for gradient in gradients:
-            if gradient is not None:
-                assert self.turn_gradient is not None
-                self.turn_gradient += gradient
 
     def _teach(self, i: int, a: Slots, b: Slots) -> None:
         for pair in self.teachers:
@@ -336,7 +357,7 @@ class _Learning(_Pass):
             reading = self.reading(rows, item.position)
             losses.append(HeadLoss(reading, target, teachers, softcap=spec.head_softcap, learn=True, chunk=self.logits))
         self.teachers = []
-        self._over_head(losses)
+        self._over_head(losses, total)
         slopes = []
         for m, (item, (line, _, _, _), h) in enumerate(zip(self.items, ends, losses, strict=True)):
             gradients = [g / total for g in h.gradients]
@@ -348,7 +369,7 @@ class _Learning(_Pass):
             slopes.append(self._outside(line, rows_of, gradients, streams[m]))
         return torch.stack([h.loss for h in losses]).sum() / total, slopes
 
-    def _over_head(self, losses: list[HeadLoss]) -> None:
+    def _over_head(self, losses: list[HeadLoss], total: int) -> None:
         """All losses through the head's runs: once, or, where there are several, forth and back."""
         parts = [(k, HeadLoss.scan) for k in range(self.source.head_parts)]
         parts += [(k, HeadLoss.add) for k in reversed(range(self.source.head_parts))]
@@ -358,9 +379,12 @@ class _Learning(_Pass):
         for k, apply in parts:
             with self.source.visit(self.spec.layers + k) as (a, b):
                 start = starts[k]
-                for item, h in zip(self.items, losses, strict=True):
-                    teachers = [Part([w["head"]], w.get("head_bias"), start) for w in (a, b)] if h.teachers else []
-                    apply(h, self.head_part(a, b, item.position, start), teachers)
+                teachers = [Part([w["head"]], w.get("head_bias"), start) for w in (a, b)] if self.divergence else []
+                for position, group in self.groups():
+                    pull = 0 if apply is HeadLoss.scan else 1 / total
+                    with self.head_part(a, b, position, start, pull) as part:
+                        for m in group:
+                            apply(losses[m], part, teachers)
                 starts.append(start + len(a["head"]))
 
     def _outside(self, line: LineSlots, function, slopes: list[Tensor], x: Tensor | None = None) -> Tensor | None:
@@ -368,9 +392,9 @@ class _Learning(_Pass):
         with torch.enable_grad():
             leaf = None if x is None else x.detach().requires_grad_()
             made = function(line) if leaf is None else function(line, leaf)
-        found = _pull(made, slopes, ([] if leaf is None else [leaf]) + self._turns + line.leaves)
+        found = _pull(made, slopes, ([] if leaf is None else [leaf]) + self.turns + line.leaves)
         dx = None if leaf is None else found.pop(0)
-        self._add_turn([found.pop(0) for _ in self._turns])
+        self.add_turn([found.pop(0) for _ in self.turns])
         line.collect(found)
         return dx
 
@@ -386,13 +410,13 @@ class _Learning(_Pass):
                     x = self.boundaries.take().detach().requires_grad_()
                     y = block(self.spec, line, x, self.positions(x), i)
                 n = len(moving.tensors)
-                inputs = [x, *self._turns, *moving.tensors, *line.leaves]
+                inputs = [x, *self.turns, *moving.tensors, *line.leaves]
                 out[m], *rest = _pull([y], [slopes[m]], inputs)
-                self._add_turn([rest.pop(0) for _ in self._turns])
+                self.add_turn([rest.pop(0) for _ in self.turns])
                 moving.add(rest[:n])
                 line.collect(rest[n:])
-            found = line.contract([*self._turns, *moving.tensors])
-            self._add_turn([found.pop(0) for _ in self._turns])
+            found = line.contract([*self.turns, *moving.tensors])
+            self.add_turn([found.pop(0) for _ in self.turns])
             moving.add(found)
         moving.finish()
         return out
@@ -453,12 +477,12 @@ class _KeptBlock:
 
     def backward(self, slopes: list[Tensor | None]) -> list[Tensor | None]:
         out: list[Tensor | None] = []
-        turns = self.owner._turns
+        turns = self.owner.turns
         for slope in slopes:
             x, y = self.graphs.pop(0)
             dx, *rest = _pull([y], [slope], [x, *turns, *self.moving.tensors])
             out.append(dx)
-            self.owner._add_turn([rest.pop(0) for _ in turns])
+            self.owner.add_turn([rest.pop(0) for _ in turns])
             self.moving.add(rest)
         self.moving.finish()
         return out

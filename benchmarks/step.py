@@ -31,8 +31,9 @@ from lmc_fast.architectures import FAMILIES, Spec
 from lmc_fast.checkpoints import Weights, lerp
 from lmc_fast.engine.dispatch import choose
 from lmc_fast.engine.model import task_loss
+from lmc_fast.engine.passes import Item
 from lmc_fast.engine.source import Resident, paired
-from lmc_fast.engine.step import Item, learn
+from lmc_fast.engine.step import learn
 from lmc_fast.symmetry import canonicalize
 from lmc_fast.symmetry.charts import Chart
 

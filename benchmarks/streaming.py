@@ -28,8 +28,9 @@ from benchmarks.common import RESULTS, Row, interleave, options, provenance, rea
 from benchmarks.step import random_weights, spec_of
 from benchmarks.synthetic import SHAPES, config_of, write_pair
 from lmc_fast.architectures import FAMILIES, Spec
+from lmc_fast.engine.passes import Item
 from lmc_fast.engine.source import Resident, paired
-from lmc_fast.engine.step import Item, learn
+from lmc_fast.engine.step import learn
 from lmc_fast.streaming.demand import Job
 from lmc_fast.streaming.devices import here, profile
 from lmc_fast.streaming.meter import peak_bytes, return_freed_memory

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints import Weights
+from ..engine.evaluate import line_scores
 from ..engine.source import Resident
-from ..engine.step import line_scores
 from ..examples import Data, Examples
 
 DEFINITION = "barrier = max over the grid of L(lambda) - [(1 - lambda) L(A) + lambda L(B)], L in nats per token"

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from ..engine import parallel
+from ..engine.evaluate import line_scores
 from ..engine.loss import CHUNK_ELEMENTS
+from ..engine.passes import Item, choose_path
 from ..engine.source import Source
-from ..engine.step import Item, choose_path, learn, line_scores
+from ..engine.step import learn
 from ..examples import Data
 from ..symmetry.charts import Chart
 from .muon import muon_step

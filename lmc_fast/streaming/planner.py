@@ -248,7 +248,7 @@ def _show_seconds(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Portions:
-    """How much of the data an evaluation takes at a time: see engine.step.line_scores."""
+    """How much of the data an evaluation takes at a time: see engine.evaluate.line_scores."""
 
     batch: int
     rows: int

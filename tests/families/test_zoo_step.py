@@ -5,11 +5,13 @@ import torch
 import zoo
 
 from lmc_fast.checkpoints import Model, lerp
-from lmc_fast.engine import step
+from lmc_fast.engine import passes
+from lmc_fast.engine.evaluate import evaluate
 from lmc_fast.engine.loss import Teacher, divergence
 from lmc_fast.engine.model import mean_loss, prediction_rows, task_loss
+from lmc_fast.engine.passes import Item
 from lmc_fast.engine.source import Resident, paired
-from lmc_fast.engine.step import Item, evaluate, learn
+from lmc_fast.engine.step import learn
 from lmc_fast.examples import Examples
 from lmc_fast.symmetry import canonicalize
 from lmc_fast.symmetry.charts import Chart
@@ -93,7 +95,7 @@ def test_divergence_from_the_endpoints(name, case):
 def test_a_head_that_is_interpolated_as_weights(name, runs, case, monkeypatch):
     """As it is for many tokens: a gradient through the rows, whole or in several runs."""
     a, b, chart, items = case(name)
-    monkeypatch.setattr(step, "WHOLE_HEAD", {True: 0, False: 0})
+    monkeypatch.setattr(passes, "WHOLE_HEAD", {True: 0, False: 0})
     source = Resident(a, b)
     source._runs = [(k * a.spec.vocab // runs, (k + 1) * a.spec.vocab // runs) for k in range(runs)]
     source.head_parts = runs

@@ -13,9 +13,11 @@ from kernels.checks import DEVICE, values
 
 from lmc_fast.checkpoints import Model
 from lmc_fast.checkpoints.weights import Weights
+from lmc_fast.engine.evaluate import evaluate
 from lmc_fast.engine.head import HeadLoss, Part, Reading
+from lmc_fast.engine.passes import Item
 from lmc_fast.engine.source import Resident, paired
-from lmc_fast.engine.step import Item, evaluate, learn
+from lmc_fast.engine.step import learn
 from lmc_fast.kernels import dual_gemm, head_maps, runtime, softmax_loss, switch, transient
 from lmc_fast.kernels.interp_linear import interpolated
 from lmc_fast.symmetry import canonicalize

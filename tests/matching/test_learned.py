@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from lmc_fast.checkpoints import Model, Weights, lerp
 from lmc_fast.engine.model import logits
+from lmc_fast.engine.passes import Item
 from lmc_fast.engine.source import Resident
-from lmc_fast.engine.step import Item, learn
+from lmc_fast.engine.step import learn
 from lmc_fast.matching.balance import balance
 from lmc_fast.matching.learned import History, Learner, NonFiniteLoss, Schedule
 from lmc_fast.matching.muon import muon_step, orthogonalized

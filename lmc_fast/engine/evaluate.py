@@ -1,0 +1,107 @@
+"""Losses on the line between two endpoints, in one pass over the units."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..examples import Data
+from ..symmetry.charts import Chart
+from .block import block
+from .head import HeadLoss
+from .loss import CHUNK_ELEMENTS
+from .model import answers, asked, embed, read_out, read_part
+from .passes import Item, Pass, visits
+from .source import Source
+
+STREAM_ELEMENTS = 1 << 24  # of residual streams, held at a time by an evaluation: 64 MiB in float32
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one item: mean loss in nats per prediction, share of predictions that are right, number of predictions."""
+
+    loss: float
+    accuracy: float
+    count: int
+
+
+class _Evaluation(Pass):
+    @torch.no_grad()
+    def run(self) -> list[Score]:
+        source, spec = self.source, self.spec
+        source.begin(visits(source, learn=False))
+        ends = [self.ends(item) for item in self.items]
+        streams = [
+            embed(spec, line, read_part(item.data), rows)
+            for item, (line, _, _, rows) in zip(self.items, ends, strict=True)
+        ]
+        for i in range(spec.layers):
+            with source.visit(i) as (a, b):
+                maps = self.maps(i)
+                for position, group in self.groups():
+                    line = self.line(a, b, position, maps)
+                    for m in group:
+                        streams[m] = block(spec, line, streams[m], self.positions(streams[m]), i)
+        losses = []
+        for item, x, (line, _, _, _) in zip(self.items, streams, ends, strict=True):
+            rows = asked(read_out(spec, line, x, read_part(item.data)), item.data)
+            reading = self.reading(rows, item.position)
+            losses.append(HeadLoss(reading, answers(item.data), softcap=spec.head_softcap, chunk=self.logits))
+        start = 0
+        for k in range(source.head_parts):
+            with source.visit(spec.layers + k) as (a, b):
+                for position, group in self.groups():
+                    with self.head_part(a, b, position, start) as part:
+                        for m in group:
+                            losses[m].scan(part, [])
+                start += len(a["head"])
+        counts = [item.count for item in self.items]
+        return [Score(h.loss.item() / n, h.right / n, n) for h, n in zip(losses, counts, strict=True)]
+
+
+def evaluate(
+    source: Source,
+    items: Sequence[Item],
+    chart: Chart | None = None,
+    path: str | None = None,
+    logits: int = CHUNK_ELEMENTS,
+) -> list[Score]:
+    """Scores of `items`, in order of lambda, in one pass over the units. chart: applied to b; None: the plain line.
+
+    logits: how many are held at a time.
+    """
+    return _Evaluation(source, items, chart, path, logits, learn=False, keep=False).run()
+
+
+def line_scores(
+    source: Source,
+    data: Data,
+    points: Sequence[float],
+    chart: Chart | None = None,
+    batch: int = 32,
+    *,
+    rows: int | None = None,
+    logits: int = CHUNK_ELEMENTS,
+) -> list[Score]:
+    """One score per place of the line, ascending, on data taken `batch` rows at a time.
+
+    All places share a pass over the units, on `rows` rows of data; by default as many as make STREAM_ELEMENTS.
+    """
+    spec = source.spec
+    length = spec.position_rows if spec.image else read_part(data).shape[1]
+    rows = max(batch, rows or STREAM_ELEMENTS // (len(points) * length * spec.width))
+    seen: list[list[Score]] = [[] for _ in points]
+    for some in data.split(rows):
+        parts = [part for part in some.split(batch) if len(answers(part))]
+        scores = evaluate(source, [Item(part, t) for t in sorted(points) for part in parts], chart, logits=logits)
+        for k in range(len(points)):
+            seen[k] += scores[k * len(parts) : (k + 1) * len(parts)]
+    return [_together(scores) for scores in seen]
+
+
+def _together(scores: list[Score]) -> Score:
+    n = sum(s.count for s in scores)
+    return Score(sum(s.loss * s.count for s in scores) / n, sum(s.accuracy * s.count for s in scores) / n, n)

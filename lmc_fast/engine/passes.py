@@ -1,0 +1,177 @@
+"""What learning and evaluation share: items on their way through the units of a pair, one unit after the other.
+
+Every unit (a block, a run of the head's rows) serves all micro-batches while it is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from ..examples import Data
+from ..symmetry.charts import Chart
+from ..symmetry.transform import BlockTransform, turn_rows
+from .attention import Positions
+from .dispatch import Choice, choose
+from .head import Part, Reading
+from .model import answers, read_part, require_task
+from .slots import LineSlots, Slots
+from .source import Source
+
+WHOLE_HEAD = {True: 2.0, False: 1.0}  # tokens per width from which the head is interpolated as weights; if it learns
+
+
+@dataclass(frozen=True)
+class Item:
+    """One micro-batch at one place of the line."""
+
+    data: Data
+    position: float
+
+    @property
+    def count(self) -> int:
+        """How many predictions it asks for."""
+        return len(answers(self.data))
+
+
+def choose_path(source: Source, items: Sequence[Item], keep: bool) -> Choice:
+    """How a step on these items interpolates linear layers, and why."""
+    spec, sample = source.spec, source.sample
+    rows = (read_part(item.data) for item in items)
+    counts = [len(x) * (spec.position_rows if spec.image else x.shape[1]) for x in rows]
+    # a graph that is kept leads to one item's weights; a visit that recomputes makes W once for each lambda
+    shared = len(items) if keep else len({item.position for item in items})
+    return choose(sum(counts) // shared, spec.width, sample.dtype, sample.device, keep)
+
+
+def visits(source: Source, learn: bool) -> list[int]:
+    """The units of a pass, in order."""
+    blocks = list(range(source.spec.layers))
+    head = [source.spec.layers + k for k in range(source.head_parts)]
+    if learn and len(head) > 1:
+        head += head[::-1]  # several runs: normalisers first, gradients then, from the run that is still there
+    return blocks + head + (blocks[::-1] if learn else [])
+
+
+class Pass:
+    """What both kinds of passes share: items on their way through the units."""
+
+    def __init__(
+        self,
+        source: Source,
+        items: Sequence[Item],
+        chart: Chart | None,
+        path: str | None,
+        logits: int,
+        *,
+        learn: bool,
+        keep: bool,
+    ):
+        require_task(source.spec)
+        self.logits, self.learns = logits, learn
+        self.source, self.spec, self.chart = source, source.spec, chart
+        self.items = sorted(items, key=lambda item: item.position)
+        with torch.set_grad_enabled(learn):
+            self.rotation_made = chart.rotation() if chart else None
+        self.rotation = leaf_of(self.rotation_made)
+        self.turn_gradient = None if self.rotation is None or not learn else torch.zeros_like(self.rotation)
+        self._positions: dict[int, Positions] = {}
+        if self.rotation is None:
+            self.path = "weight"  # nothing but an interpolation of weights
+        else:
+            self.path = path or choose_path(source, self.items, keep).path
+
+    def positions(self, x: Tensor) -> Positions:
+        if x.shape[1] not in self._positions:
+            self._positions[x.shape[1]] = Positions.of(self.spec, x.shape[1], x.dtype, x.device)
+        return self._positions[x.shape[1]]
+
+    def maps(self, unit: int) -> BlockTransform:
+        return self.chart.block(unit) if self.chart else BlockTransform()
+
+    def line(
+        self, a: Slots, b: Slots, position: float, maps: BlockTransform | None, once: bool = False, learn: bool = True
+    ) -> LineSlots:
+        rotation = self.rotation if learn or self.rotation is None else self.rotation.detach()
+        return LineSlots(self.spec, a, b, position, rotation, maps, self.path, once)
+
+    def groups(self) -> list[tuple[float, list[int]]]:
+        """(lambda, its items)."""
+        indices = range(len(self.items))
+        return [(p, list(group)) for p, group in groupby(indices, key=lambda m: self.items[m].position)]
+
+    def ends(self, item: Item) -> tuple[LineSlots, Slots, Slots, Tensor | None]:
+        """What lies outside the blocks, with the rows of the embedding that an item needs: on the line, A's, B's.
+
+        And which of these rows each token takes.
+        """
+        inputs = read_part(item.data)
+        a, b = (dict(slots) for slots in self.source.ends)
+        rows = None
+        if not self.spec.image:
+            used, rows = inputs.unique(return_inverse=True)
+            a["embed"], b["embed"] = self.source.embed_rows(used)
+            if "positions" in a:
+                some = slice(0, inputs.shape[1] + self.spec.position_offset)
+                a["positions"], b["positions"] = a["positions"][some], b["positions"][some]
+        return self.line(a, b, item.position, None), a, b, rows
+
+    def whole_head(self, position: float) -> bool:
+        """Whether the head's rows are interpolated as weights, and not applied to two streams.
+
+        In multiply-adds for each of the head's weights, of N tokens: a second stream takes N (2 N with gradients),
+        weights take d (N + 2 d).
+        """
+        if self.rotation is None or position == 0:
+            return True
+        tokens = sum(item.count for item in self.items if item.position == position)
+        return self.path == "weight" and tokens > WHOLE_HEAD[self.learns] * self.spec.width
+
+    def reading(self, rows: Tensor, position: float) -> Reading:
+        """The interpolated head's, of what it reads (n, d); its weights are in `head_part`."""
+        if self.whole_head(position):
+            return Reading([rows], [1.0])
+        assert self.rotation is not None
+        return Reading([rows, turn_rows(rows, self.rotation.mT)], [1 - position, position])
+
+    @contextmanager
+    def head_part(self, a: Slots, b: Slots, position: float, start: int, pull: float = 0) -> Iterator[Part]:
+        """A run of the head's rows for the items at one place of the line. pull: what gradients are multiplied with."""
+        bias = torch.lerp(a["head_bias"], b["head_bias"], position) if "head_bias" in a else None
+        if not self.whole_head(position):
+            yield Part([a["head"], b["head"]], bias, start)
+            return
+        line = self.line(a, b, position, None, learn=bool(pull))
+        weight = line["head"].detach()
+        gradient = torch.zeros_like(weight) if line.leaves else None
+        yield Part([weight], bias, start, gradient)
+        if gradient is not None:
+            line.collect([gradient.mul_(pull)])
+            self.add_turn(line.contract(self.turns))
+
+    @property
+    def turns(self) -> list[Tensor]:
+        return [] if self.rotation is None else [self.rotation]
+
+    def add_turn(self, gradients: Sequence[Tensor | None]) -> None:
+        for gradient in gradients:
+            if gradient is not None:
+                assert self.turn_gradient is not None
+                self.turn_gradient += gradient
+
+
+def pull_back(outputs: Sequence[Tensor], slopes: Sequence[Tensor | None], inputs: list[Tensor]) -> list[Tensor | None]:
+    """Gradients of Σ slope · output with respect to inputs; None where nothing depends on one."""
+    live = [(y, s) for y, s in zip(outputs, slopes, strict=True) if s is not None and y.requires_grad]
+    if not live or not inputs:
+        return [None] * len(inputs)
+    return list(torch.autograd.grad([y for y, _ in live], inputs, [s for _, s in live], allow_unused=True))
+
+
+def leaf_of(made: Tensor | None) -> Tensor | None:
+    return None if made is None else made.detach().requires_grad_(made.requires_grad)

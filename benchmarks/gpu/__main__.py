@@ -1,0 +1,137 @@
+"""Everything about a GPU that is promised, measured on the one at hand. docs/gpu.md says how.
+
+Needs one NVIDIA GPU, torch, triton and transformers; installs nothing and needs no network. Runs again go on where the
+last one stopped: a case that the same sources have measured on the same device is not measured again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import RESULTS, ROOT, options, write_json
+from benchmarks.gpu.promises import problems
+from benchmarks.gpu.rows import Journal, latest, read_rows
+from benchmarks.gpu.slices import SLICES
+from benchmarks.gpu.summary import write_summary
+from benchmarks.gpu.worker import CONTINUED, stamp
+
+GRACE = 35.0  # seconds after its time that a process gets before it is killed
+LEAST = 45.0  # seconds with which no process is started any more
+BUILD_SECONDS = 240
+
+
+def main() -> int:
+    parser = options(__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=SLICES, default=list(SLICES), metavar="SLICE", help=str([*SLICES]))
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop cleanly before this time is over")
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu", help="rows and SUMMARY.md (default: %(default)s)")
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "lmc_fast_gpu")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with --quick, tries the harness")
+    args = parser.parse_args()
+    if args.device == "cpu" and not args.quick:
+        parser.error("--device cpu only tries the harness itself; add --quick")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no NVIDIA GPU; --quick --device cpu tries the harness without one")
+    end = time.monotonic() + 60 * args.minutes
+    out, scratch = args.out.resolve(), args.scratch.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    print(build_extension(), flush=True)
+    run = f"{int(time.time())}-{os.getpid()}"
+    unfinished = []
+    for name in args.only:
+        print(f"{name}: {SLICES[name].what}", flush=True)
+        if not run_slice(name, out, scratch, args.device, args.quick, run, end):
+            unfinished.append(name)
+    rows = [row for name in SLICES for row in latest(read_rows(out / f"{name}.jsonl")) if row["quick"] == args.quick]
+    write_summary(out, rows, args.quick)
+    if args.json:
+        write_json(args.json, rows)
+    print(f"wrote {out / 'SUMMARY.md'}")
+    if unfinished:
+        print(f"to be continued: {', '.join(unfinished)}; the same command goes on")
+    found = problems(rows)
+    for text in found:
+        print(f"problem: {text}")
+    return 1 if args.check and found else 0
+
+
+def run_slice(name: str, out: Path, scratch: Path, device: str, quick: bool, run: str, end: float) -> bool:
+    """Measures a slice in a process of its own, in another one where that dies. Returns whether all was tried."""
+    least = 1.0 if quick else LEAST
+    limit = min(time.monotonic() + 60 * SLICES[name].minutes, end - GRACE)
+    running = out / f"{name}.running"
+    running.unlink(missing_ok=True)
+    while (seconds := limit - time.monotonic()) > least:
+        command = [sys.executable, "-m", "benchmarks.gpu.worker", name, "--out", str(out), "--scratch", str(scratch)]
+        command += ["--device", device, "--seconds", f"{seconds:.0f}", "--run", run] + ["--quick"] * quick
+        code = supervised(command, seconds + GRACE)
+        if code in (0, CONTINUED):
+            return code == 0
+        why = "did not end in time and was killed" if code is None else f"ended with {code}"
+        if not running.exists():  # not within a case: after a lost device the next process goes on
+            if code != 70:
+                print(f"  {name}: the process {why} before or between cases", flush=True)
+                return False
+            continue
+        case = running.read_text()
+        running.unlink()
+        print(f"  {case}: ERROR the process {why}", flush=True)
+        journal = Journal(out / f"{name}.jsonl", stamp(name, quick, device, run))
+        journal.add(case, [{"key": case, "error": f"the process {why}"}])
+    return False
+
+
+def supervised(command: list[str], seconds: float) -> int | None:
+    """Exit code of a command; None where it took too long and was killed with all that it had started."""
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return None
+    except KeyboardInterrupt:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+
+
+def build_extension() -> str:
+    """Builds the C++ solvers in place unless they are newer than their sources. Returns what was done."""
+    sources = [*(ROOT / "csrc").glob("*"), ROOT / "setup.py"]
+    built = [p for p in (ROOT / "lmc_fast").glob("_C*") if p.stat().st_mtime >= max(s.stat().st_mtime for s in sources)]
+    if built and _loads():
+        return f"C++ solvers: {built[0].name} is there"
+    missing = [name for name in ("pybind11", "setuptools") if importlib.util.find_spec(name) is None]
+    compiler = next((found for name in (os.environ.get("CXX"), "c++", "g++") if name and (found := shutil.which(name))), None)
+    if missing or compiler is None:
+        lack = ", ".join([*missing, *(["a C++ compiler"] if compiler is None else [])])
+        return f"C++ solvers: not built ({lack} missing); the torch formulation runs on the CPU"
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return f"C++ solvers: not built after {BUILD_SECONDS} s; the torch formulation runs on the CPU"
+    if done.returncode or not _loads():
+        return f"C++ solvers: not built; the torch formulation runs on the CPU\n{(done.stdout + done.stderr)[-1500:]}"
+    return f"C++ solvers: built with {compiler}"
+
+
+def _loads() -> bool:
+    """Whether another process can import the extension: this one may have looked for it already."""
+    command = [sys.executable, "-c", "import lmc_fast._C"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

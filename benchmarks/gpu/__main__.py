@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -23,11 +24,12 @@ from benchmarks.gpu.promises import problems
 from benchmarks.gpu.rows import Journal, latest, read_rows
 from benchmarks.gpu.slices import SLICES
 from benchmarks.gpu.summary import write_summary
-from benchmarks.gpu.worker import CONTINUED, stamp
+from benchmarks.gpu.worker import CONTINUED, LOST, stamp
 
 GRACE = 35.0  # seconds after its time that a process gets before it is killed
 LEAST = 45.0  # seconds with which no process is started any more
 BUILD_SECONDS = 240
+MOST_DEATHS = 8  # of processes of one slice
 
 
 def main() -> int:
@@ -36,7 +38,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop cleanly before this time is over")
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu", help="rows and SUMMARY.md (default: %(default)s)")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "lmc_fast_gpu")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with --quick, tries the harness")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with --quick, tries the harness"
+    )
     args = parser.parse_args()
     if args.device == "cpu" and not args.quick:
         parser.error("--device cpu only tries the harness itself; add --quick")
@@ -71,15 +75,17 @@ def run_slice(name: str, out: Path, scratch: Path, device: str, quick: bool, run
     limit = min(time.monotonic() + 60 * SLICES[name].minutes, end - GRACE)
     running = out / f"{name}.running"
     running.unlink(missing_ok=True)
-    while (seconds := limit - time.monotonic()) > least:
+    deaths = 0
+    while deaths < MOST_DEATHS and (seconds := limit - time.monotonic()) > least:
         command = [sys.executable, "-m", "benchmarks.gpu.worker", name, "--out", str(out), "--scratch", str(scratch)]
         command += ["--device", device, "--seconds", f"{seconds:.0f}", "--run", run] + ["--quick"] * quick
         code = supervised(command, seconds + GRACE)
         if code in (0, CONTINUED):
             return code == 0
+        deaths += 1
         why = "did not end in time and was killed" if code is None else f"ended with {code}"
         if not running.exists():  # not within a case: after a lost device the next process goes on
-            if code != 70:
+            if code != LOST:
                 print(f"  {name}: the process {why} before or between cases", flush=True)
                 return False
             continue
@@ -108,12 +114,13 @@ def supervised(command: list[str], seconds: float) -> int | None:
 
 def build_extension() -> str:
     """Builds the C++ solvers in place unless they are newer than their sources. Returns what was done."""
-    sources = [*(ROOT / "csrc").glob("*"), ROOT / "setup.py"]
-    built = [p for p in (ROOT / "lmc_fast").glob("_C*") if p.stat().st_mtime >= max(s.stat().st_mtime for s in sources)]
-    if built and _loads():
-        return f"C++ solvers: {built[0].name} is there"
+    target = ROOT / "lmc_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    newest = max(s.stat().st_mtime for s in [*(ROOT / "csrc").glob("*"), ROOT / "setup.py"])
+    if target.exists() and target.stat().st_mtime >= newest and _loads(target):
+        return f"C++ solvers: {target.name} is there"
     missing = [name for name in ("pybind11", "setuptools") if importlib.util.find_spec(name) is None]
-    compiler = next((found for name in (os.environ.get("CXX"), "c++", "g++") if name and (found := shutil.which(name))), None)
+    named = (os.environ.get("CXX"), "c++", "g++")
+    compiler = next((found for name in named if name and (found := shutil.which(name))), None)
     if missing or compiler is None:
         lack = ", ".join([*missing, *(["a C++ compiler"] if compiler is None else [])])
         return f"C++ solvers: not built ({lack} missing); the torch formulation runs on the CPU"
@@ -122,15 +129,19 @@ def build_extension() -> str:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         return f"C++ solvers: not built after {BUILD_SECONDS} s; the torch formulation runs on the CPU"
-    if done.returncode or not _loads():
+    if done.returncode or not target.exists() or not _loads(target):
         return f"C++ solvers: not built; the torch formulation runs on the CPU\n{(done.stdout + done.stderr)[-1500:]}"
     return f"C++ solvers: built with {compiler}"
 
 
-def _loads() -> bool:
-    """Whether another process can import the extension: this one may have looked for it already."""
-    command = [sys.executable, "-c", "import lmc_fast._C"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
+def _loads(file: Path) -> bool:
+    """Whether a process can import the extension."""
+    program = f"""
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location("lmc_fast._C", {str(file)!r})
+spec.loader.exec_module(module_from_spec(spec))
+"""
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode == 0
 
 
 if __name__ == "__main__":

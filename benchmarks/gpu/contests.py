@@ -248,9 +248,7 @@ def divergence(m: Model, tokens: int, draw: Draw) -> Contest:
         return softmax_loss.reference_divergence(i["logits"], teachers(i))[1]
 
     rivals = {"log_softmax": log_softmax, "reference": reference}
-    return Contest(
-        inputs, ours, rivals, reference, (), tuple(inputs), kernel=runtime.usable(inputs["logits"])
-    )
+    return Contest(inputs, ours, rivals, reference, (), tuple(inputs), kernel=runtime.usable(inputs["logits"]))
 
 
 OPERATIONS: dict[str, Callable[[Model, int, Draw], Contest]] = {

@@ -80,7 +80,9 @@ def contest(key: str, place: Place, op: str, model: Model, tokens: int, dtype: t
         row: Row = {"key": f"{key} {what}", "op": op, "model": model.name, "tokens": tokens, "pass": what}
         row |= {"dtype": str(dtype).removeprefix("torch.")}
         rivals = dict(made.rivals) if backward else {**made.rivals, **made.forward_only}
-        calls = {name: _bound(f, work, made.wanted, backward, slope) for name, f in {"ours": made.ours, **rivals}.items()}
+        calls = {
+            name: _bound(f, work, made.wanted, backward, slope) for name, f in {"ours": made.ours, **rivals}.items()
+        }
         row |= _compete(calls, place)
         rows.append(row | _errors(made, row.get("best", "reference"), backward, slope))
         if not made.kernel:
@@ -88,9 +90,7 @@ def contest(key: str, place: Place, op: str, model: Model, tokens: int, dtype: t
     return rows
 
 
-def _bound(
-    f: Function, inputs: Inputs, wanted: tuple[str, ...], backward: bool, slope: Tensor
-) -> Callable[[], object]:
+def _bound(f: Function, inputs: Inputs, wanted: tuple[str, ...], backward: bool, slope: Tensor) -> Callable[[], object]:
     return partial(outcome, f, inputs, wanted, slope if backward else None)
 
 
@@ -121,7 +121,12 @@ def _compete(calls: dict[str, Callable[[], object]], place: Place) -> Row:
         return row
     best = min(rivals, key=rivals.__getitem__)
     ratio = round(rivals[best] / medians["ours"], 3)
-    return row | {"best": best, **spread("best", times[best]), "ratio": ratio, "verdict": "used" if ratio >= WORTH else "not used"}
+    return row | {
+        "best": best,
+        **spread("best", times[best]),
+        "ratio": ratio,
+        "verdict": "used" if ratio >= WORTH else "not used",
+    }
 
 
 def _errors(made: Contest, best: str, backward: bool, slope: Tensor) -> Row:
@@ -160,7 +165,7 @@ def _relative(value: Tensor, truth: Tensor) -> float:
 
 
 def interpolated_layer(key: str, place: Place, m: Model, tokens: int, dtype: torch.dtype) -> list[Row]:
-    """The FFN's up matrix in all ways, forward and backward, beside an ordinary layer with a gradient of its weights."""
+    """The FFN's up matrix in all ways, forward and backward, beside an ordinary layer whose weights get a gradient."""
     draw = Draw(place.device, dtype)
     a, b = draw.beside(m.ffn, m.width)
     inputs = {"x": draw(tokens, m.width), "right": draw(m.width, m.width, scale=m.width**-0.5)}
@@ -174,7 +179,9 @@ def interpolated_layer(key: str, place: Place, m: Model, tokens: int, dtype: tor
         return F.linear(i["x"], interpolated(a, b, LAMBDA, None, i["right"]))
 
     ways = {**{p: by_path(p) for p in PATHS}, "reference": through_autograd}
-    calls = {name: partial(outcome, f, inputs, ("x", "right"), slope) for name, f in ways.items()}
+    calls: dict[str, Callable[[], object]] = {}
+    for name, f in ways.items():
+        calls[name] = partial(outcome, f, inputs, ("x", "right"), slope)
     plain = {"x": inputs["x"], "w": a.contiguous()}
     calls["ordinary"] = lambda: outcome(lambda i: F.linear(i["x"], i["w"]), plain, ("x", "w"), slope)
     fit, large = runnable(calls, place.device)

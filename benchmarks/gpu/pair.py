@@ -57,7 +57,7 @@ def _align(key: str, place: Place, directory: Path, recipe: Recipe) -> list[Row]
     calibration = blocks(directory / "train.npy", length, 64 if quick else 8192)
     validation = blocks(directory / "val.npy", length, 8 if quick else 64)
     test = blocks(directory / "test.npy", length, 8 if quick else 128)
-    options = {"steps": 5, "batch": 4} if quick else {}
+    schedule = Schedule(steps=5, batch=4) if quick else Schedule()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     began = time.monotonic()
@@ -71,7 +71,13 @@ def _align(key: str, place: Place, directory: Path, recipe: Recipe) -> list[Row]
 
     def run(where: torch.device) -> Alignment:
         return align(
-            pair, calibration, validation=validation, device=where, state_file=state, progress=watch, **options
+            pair,
+            calibration,
+            schedule=schedule,
+            validation=validation,
+            device=where,
+            progress=watch,
+            state_file=state,
         )
 
     trouble: Row = {}
@@ -80,7 +86,7 @@ def _align(key: str, place: Place, directory: Path, recipe: Recipe) -> list[Row]
     except KeyboardInterrupt:
         raise Unfinished("the alignment is saved, to be continued") from None
     except RuntimeError as error:
-        if device.type == "cpu" or not _learned(state, options.get("steps", Schedule.steps)):
+        if device.type == "cpu" or not _learned(state, schedule.steps):
             state.unlink(missing_ok=True)
             raise
         trouble = {"device_error": f"after the last step: {error}"[:500], "finished_on": "cpu"}

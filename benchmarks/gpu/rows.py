@@ -46,7 +46,7 @@ class Clock:
 
 
 class Journal:
-    """The rows of one slice. stamp: what all of this run's rows have in common, with the fields of IDENTITY and `run`."""
+    """The rows of one slice. stamp: what all rows of this run have in common: at least IDENTITY and `run`."""
 
     def __init__(self, file: Path, stamp: Row):
         self.file, self.stamp = file, stamp

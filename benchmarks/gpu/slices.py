@@ -23,37 +23,35 @@ class Slice:
 
 
 SLICES = {
-    "tests": Slice(
-        "suite", "tests of kernels, solvers and the ring on the device", 8.5, ("lmc_fast", "csrc", "tests")
-    ),
+    "tests": Slice("suite", "tests of kernels, solvers and the ring on the device", 8.2, ("lmc_fast", "csrc", "tests")),
     "kernels": Slice(
         "kernels",
         "Triton kernels and interp_linear beside cuBLAS",
-        8.5,
+        8.2,
         ("lmc_fast/kernels", "lmc_fast/engine", "benchmarks/gpu/kernels.py", "benchmarks/gpu/contests.py"),
     ),
     "solvers": Slice(
         "solvers",
         "cayley and expm beside torch.linalg",
-        8.5,
+        8.2,
         ("lmc_fast/solvers", "lmc_fast/native.py", "csrc", "benchmarks/solvers.py", "benchmarks/gpu/solvers.py"),
     ),
     "step": Slice(
         "step",
         "a step of learning beside an ordinary training step",
-        8.5,
+        8.2,
         ("lmc_fast", "benchmarks/synthetic.py", "benchmarks/gpu/models.py", "benchmarks/gpu/step.py"),
     ),
     "streaming": Slice(
         "streaming",
         "a step whose weights are streamed beside one in memory",
-        8.5,
+        8.2,
         ("lmc_fast", "benchmarks/synthetic.py", "benchmarks/gpu/models.py", "benchmarks/gpu/streaming.py"),
     ),
     "pair": Slice(
         "pair",
         "a pair of 160 M parameters, trained here and aligned",
-        8.5,
+        8.2,
         ("lmc_fast", "csrc", "benchmarks/gpu/pair.py", "benchmarks/gpu/training.py"),
     ),
 }

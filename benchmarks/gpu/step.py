@@ -1,4 +1,4 @@
-"""Slice `step`: engine.step.learn beside an ordinary training step of one model, on cross-entropy, without an optimiser.
+"""Slice `step`: engine.step.learn beside an ordinary training step of one model, on cross-entropy, no optimiser.
 
     floor                 forward, backward, gradients of all weights of one model
     fused, concat, weight ours by one path, every block's graph kept (+ recompute: computed again in backward)

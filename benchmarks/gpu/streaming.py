@@ -1,8 +1,9 @@
 """Slice `streaming`: a learning step whose weights come from pinned memory, within a budget, beside one in memory.
 
-The store holds DISTINCT random blocks again and again, so that it is made quickly; what is moved is the same. Each case
-is measured as the planner wants it, and with nothing resident. First the streamed step runs alone, for its peak memory
-and traffic, then in turns with the resident one, for the times.
+The store holds DISTINCT random blocks again and again, so that it is made quickly; what is moved is the same. Each
+case is measured "planned", with the planner's resident units and micro-batches, and "smallest", with nothing resident
+and one sequence at a time. First the streamed step runs alone, for its peak memory and traffic, then in turns with the
+resident one, for the times. Boundary activations stay on the device, also where the planner wants them in main memory.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +26,10 @@ from benchmarks.gpu.rows import Case, Unmeasured, spread
 from benchmarks.gpu.slices import Place
 from lmc_fast.architectures import Spec
 from lmc_fast.checkpoints import Weights
-from lmc_fast.engine.source import Resident, Source, paired
+from lmc_fast.engine.source import Resident, paired
 from lmc_fast.engine.step import Item, learn
 from lmc_fast.streaming.demand import ACTIVATION, Job
-from lmc_fast.streaming.devices import Device, here
+from lmc_fast.streaming.devices import here
 from lmc_fast.streaming.layout import block_bytes
 from lmc_fast.streaming.meter import available_memory
 from lmc_fast.streaming.packing import Piece
@@ -72,12 +74,12 @@ def measure(key: str, place: Place, shape: str, wanted: int, tokens: Sequence[in
         rows = []
         for count in tokens:
             job = Job(count, length)
-            for name in ("planned", "nothing resident"):
+            for name in ("planned", "smallest"):
                 common = {"shape": shape, "layers": layers, "layers_wanted": wanted, "tokens": count, "length": length}
                 common |= {"variant": name, "store_seconds": round(made, 1), "store_bytes": sum(store.unit_bytes)}
                 planned = plan(spec, job, profile, BUDGET)
                 row: Row = {"key": f"{key} T{count} {name}"} | common
-                rows.append(row | compare(store, spec, (a, b), planned, profile, name == "planned"))
+                rows.append(row | compare(store, spec, (a, b), planned, name == "planned"))
         return rows
     finally:
         shutil.rmtree(target, ignore_errors=True)
@@ -99,17 +101,16 @@ def _pieces(a: Weights, b: Weights, layers: int) -> Iterator[Piece]:
         yield i, a.blocks[i % len(a.blocks)], b.blocks[i % len(b.blocks)]
 
 
-def compare(
-    store: Store, spec: Spec, pair: tuple[Weights, Weights], planned: Plan, profile: Device, as_planned: bool
-) -> Row:
+def compare(store: Store, spec: Spec, pair: tuple[Weights, Weights], planned: Plan, as_planned: bool) -> Row:
     """Streamed alone, then streamed and resident in turns."""
-    device = torch.device(profile.kind)
+    device = torch.device(planned.device.kind)
+    micro = planned.micro_batch if as_planned else 1
     job, path = planned.job, PATH.get(planned.path, planned.path)
     chart = RoundedChart(spec, store.dtype, device)
     batch = random_tokens(spec, job.tokens, job.length, device)
-    items = [Item(part, POSITION) for part in batch.split(planned.micro_batch)]
+    items = [Item(part, POSITION) for part in batch.split(micro)]
 
-    def step(source: Source) -> tuple[Tensor, dict[str, Tensor]]:
+    def step(source: Any) -> tuple[Tensor, dict[str, Tensor]]:
         return learn(source, items, chart, path=path)
 
     release(device)
@@ -129,7 +130,7 @@ def compare(
         row: Row = {
             "resident": len(resident),
             "path": path,
-            "micro_batch": planned.micro_batch,
+            "micro_batch": micro,
             "streamed_alone_s": round(alone, 4),
             "stall_s": round((after.stall_seconds - before.stall_seconds) / STEPS, 4),
             "moved_bytes": (after.bytes - before.bytes) // STEPS,
@@ -139,6 +140,7 @@ def compare(
         if device.type == "cuda":
             row |= {"peak_bytes": torch.cuda.max_memory_allocated(device)}
             row |= {"peak_reserved_bytes": torch.cuda.max_memory_reserved(device)}
+            row["peak_share"] = round(row["peak_bytes"] / planned.budget, 3)
             row["within_budget"] = row["peak_bytes"] <= planned.budget
         halves = paired(*(w.to(store.dtype, device) for w in pair))
         every = [Weights(spec, w.ends, [w.blocks[i % len(w.blocks)] for i in range(spec.layers)]) for w in halves]
@@ -152,15 +154,16 @@ def compare(
     medians = {name: quantiles(some)[1] for name, some in times.items()}
     ratio = medians["resident"] / medians["streamed"]
     row |= {"ratio": round(ratio, 3)} if device.type == "cuda" else {"unmeasured": "needs a GPU"}
-    return row | prediction(planned, profile, as_planned)
+    return row | prediction(planned, as_planned)
 
 
 def _relative(x: Tensor, y: Tensor) -> float:
     return float((x - y).abs().max() / y.abs().max().clamp(min=1e-30))
 
 
-def prediction(planned: Plan, profile: Device, as_planned: bool) -> Row:
-    """What the planner said; its times are of its own choice of resident blocks."""
+def prediction(planned: Plan, as_planned: bool) -> Row:
+    """What the planner said; its times are of its own choices."""
+    profile = planned.device
     row: Row = {
         "planned_total_bytes": planned.total,
         "planned_resident": len(planned.resident),

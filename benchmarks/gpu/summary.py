@@ -32,7 +32,7 @@ def summary(rows: Sequence[Row], quick: bool) -> str:
         verdict = p.verdict(rows)
         shown = "-" if value is None else f"{value:.3g}"
         lines.append(f"| {p.slice} | {p.text} | {p.limit_text} | {shown} | {verdict} |")
-    lines += ["", "The worst row of each kind counts.", ""]
+    lines += ["", "The worst row of each kind counts, where nothing else is said.", ""]
     for name, what in SLICES.items():
         some = [row for row in rows if row["slice"] == name]
         lines += [f"## {name}: {what.what}", "", *_counts(some)]
@@ -50,7 +50,14 @@ def _origin(rows: Sequence[Row]) -> list[str]:
     """Devices, versions and commits that the rows come from."""
     if not rows:
         return [f"{OPEN.capitalize()}: there are no rows."]
-    names = {"device": "device", "commit": "commit", "torch": "torch", "triton": "triton", "cuda": "CUDA", "python": "Python"}
+    names = {
+        "device": "device",
+        "commit": "commit",
+        "torch": "torch",
+        "triton": "triton",
+        "cuda": "CUDA",
+        "python": "Python",
+    }
     parts = [f"{title} {', '.join(sorted({str(row[key]) for row in rows}))}" for key, title in names.items()]
     first, last = min(row["started"] for row in rows), max(row["started"] for row in rows)
     return ["; ".join(parts) + ".", f"Rows were begun between {first} and {last}."]
@@ -93,7 +100,10 @@ def _kernels(rows: Sequence[Row]) -> list[str]:
         body.append((op, which, f"{ratios[0]} - {ratios[-1]}", judged, few or "-"))
     heads = ("operation", "pass", "ratio", "shapes at which it is worth its use", "at 16384 tokens (0: no tokens)")
     lines = _table(heads, body)
-    lines += ["", "Ratio: best torch formulation / ours; interp_linear: best path / the one that dispatch chose. A kernel"]
+    lines += [
+        "",
+        "Ratio: best torch formulation / ours; interp_linear: best path / the one that dispatch chose. A kernel",
+    ]
     lines.append("below 0.9 at a shape is not used there. bfloat16; other dtypes are in kernels.csv.")
     wrong = [row["key"] for row in rows if row.get("accurate") is False]
     return lines + ([f"Less accurate than torch: {', '.join(wrong)}."] if wrong else [])
@@ -112,7 +122,14 @@ def _step(rows: Sequence[Row]) -> list[str]:
     heads = ("shape", "tokens", "variant", "ms", "times the floor", "peak MiB")
     wanted = ("floor", "ours", "ours + recompute", "ours, divergence", "rotation alone")
     body = [
-        (f"{row['shape']}, {row['layers']} blocks", row["tokens"], _picked(row), row["ms"], row.get("per_floor", "-"), row["peak_mib"])
+        (
+            f"{row['shape']}, {row['layers']} blocks",
+            row["tokens"],
+            _picked(row),
+            row["ms"],
+            row.get("per_floor", "-"),
+            row["peak_mib"],
+        )
         for row in rows
         if row["variant"] in wanted
     ]
@@ -152,8 +169,8 @@ def _pair(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         if row["key"].startswith("train"):
             lines.append(
-                f"- seed {row['seed']}: {row['parameters']:,} parameters, {row['tokens']:,} tokens in {row['seconds']} s, "
-                f"validation loss {row['val_loss']}"
+                f"- seed {row['seed']}: {row['parameters']:,} parameters, {row['tokens']:,} tokens in "
+                f"{row['seconds']} s, validation loss {row['val_loss']}"
             )
         if row["key"] == "align":
             lines.append(

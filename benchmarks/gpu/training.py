@@ -134,7 +134,7 @@ def blocks(file: Path, length: int, most: int | None = None) -> Tensor:
     return torch.from_numpy(rows.astype(np.int64))
 
 
-def new_model(recipe: Recipe, vocab: int) -> GPTNeoXForCausalLM:
+def new_model(recipe: Recipe, vocab: int) -> Any:
     config = GPTNeoXConfig(
         vocab_size=vocab,
         hidden_size=recipe.width,
@@ -158,7 +158,8 @@ class Training:
         self.result, self.state = directory / f"seed{seed}", directory / f"seed{seed}.pt"
         self.ids = torch.from_numpy(np.load(directory / "train.npy").astype(np.int32))
         torch.manual_seed(seed)
-        self.model = new_model(recipe, json.loads((directory / "about.json").read_text())["vocab"]).to(device)
+        self.model = new_model(recipe, json.loads((directory / "about.json").read_text())["vocab"])
+        self.model.to(device)
         on_gpu = device.type == "cuda"
         decayed = [p for p in self.model.parameters() if p.dim() > 1]
         plain = [p for p in self.model.parameters() if p.dim() <= 1]

@@ -1,5 +1,6 @@
 """The GPU harness without a GPU: rows that resume, processes that die, a summary and a check made from rows alone."""
 
+import importlib
 import importlib.util
 import json
 import time
@@ -110,9 +111,13 @@ def test_the_fingerprint_follows_the_sources():
         assert all((harness.ROOT / name).exists() for name in one.sources)
 
 
+def session(tmp_path, seconds=999.0):
+    return harness.Session(tmp_path, tmp_path, "cpu", False, time.monotonic() + seconds, "r1")
+
+
 def test_a_process_that_dies_leaves_a_row_and_another_goes_on(tmp_path, monkeypatch, capsys):
-    """The first process crashes in a case, the second hangs in one and is killed, the third ends."""
-    deeds = [("a", -11), ("b", None), (None, 0)]
+    """The first crashes in a case, the second hangs in one and is killed, the third loses the device, the last ends."""
+    deeds = [("a", -11), ("b", None), (None, worker.LOST), (None, 0)]
 
     def supervised(command, seconds):
         case, code = deeds.pop(0)
@@ -121,7 +126,7 @@ def test_a_process_that_dies_leaves_a_row_and_another_goes_on(tmp_path, monkeypa
         return code
 
     monkeypatch.setattr(harness, "supervised", supervised)
-    assert harness.run_slice("step", tmp_path, tmp_path, "cpu", False, "r1", time.monotonic() + 999)
+    assert harness.run_slice("step", session(tmp_path)) == (True, "")
     rows = read_rows(tmp_path / "step.jsonl")
     assert [(row["case"], row["error"]) for row in rows] == [
         ("a", "the process ended with -11"),
@@ -130,16 +135,24 @@ def test_a_process_that_dies_leaves_a_row_and_another_goes_on(tmp_path, monkeypa
     assert not deeds and "ERROR" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("code, finished", [(worker.CONTINUED, False), (1, False), (0, True)])
-def test_exit_codes_of_a_process(tmp_path, monkeypatch, code, finished):
+@pytest.mark.parametrize(
+    "code, finished, trouble",
+    [
+        (0, True, ""),
+        (worker.CONTINUED, False, ""),
+        (1, False, "step: the process ended with 1 outside of any case"),
+        (worker.LOST, False, f"step: {harness.MOST_PROCESSES} processes died"),
+    ],
+)
+def test_exit_codes_of_a_process(tmp_path, monkeypatch, code, finished, trouble):
     monkeypatch.setattr(harness, "supervised", lambda command, seconds: code)
-    assert harness.run_slice("step", tmp_path, tmp_path, "cpu", False, "r1", time.monotonic() + 999) is finished
+    assert harness.run_slice("step", session(tmp_path)) == (finished, trouble)
     assert not read_rows(tmp_path / "step.jsonl")
 
 
 def test_no_process_without_time(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "supervised", None)
-    assert not harness.run_slice("step", tmp_path, tmp_path, "cpu", False, "r1", time.monotonic() + harness.GRACE)
+    assert harness.run_slice("step", session(tmp_path, harness.GRACE)) == (False, "")
 
 
 def test_a_process_that_hangs_is_killed_with_what_it_started(tmp_path):
@@ -186,6 +199,15 @@ def test_streaming_counts_the_best_way_that_fits():
     assert promise.measured([streaming("planned", 0.99, False)]) is None
     assert promise.verdict([streaming("planned", 0.99, False), streaming("smallest", 0.8, True)]) == MISSED
     assert promise.verdict([streaming("planned", 0.95, True), streaming("smallest", 0.8, True)]) == MET
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_cases_have_names_of_their_own(tmp_path, name):
+    module = importlib.import_module(f"benchmarks.gpu.{SLICES[name].module}")
+    for device in ("cpu", "cuda"):
+        keys = [case.key for case in module.cases(place(tmp_path, device=torch.device(device)))]
+        assert len(keys) == len(set(keys)) > 1
+    assert all(case.seconds < 60 * SLICES[name].minutes for case in module.cases(place(tmp_path)))
 
 
 def test_the_worst_solver_counts():

@@ -15,11 +15,12 @@ import sys
 import sysconfig
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from benchmarks.common import RESULTS, ROOT, options, write_json
+from benchmarks.common import RESULTS, ROOT, Row, options, write_json
 from benchmarks.gpu.promises import problems
 from benchmarks.gpu.rows import Journal, latest, read_rows
 from benchmarks.gpu.slices import SLICES
@@ -29,7 +30,28 @@ from benchmarks.gpu.worker import CONTINUED, LOST, stamp
 GRACE = 35.0  # seconds after its time that a process gets before it is killed
 LEAST = 45.0  # seconds with which no process is started any more
 BUILD_SECONDS = 240
-MOST_DEATHS = 8  # of processes of one slice
+MOST_PROCESSES = 8  # for one slice: that many may die
+
+
+@dataclass(frozen=True)
+class Session:
+    """One invocation of the harness. end: of its time, by time.monotonic; commit: named where git does not know it."""
+
+    out: Path
+    scratch: Path
+    device: str
+    quick: bool
+    end: float
+    run: str
+    commit: str = ""
+
+    def command(self, name: str, seconds: float) -> list[str]:
+        command = [sys.executable, "-m", "benchmarks.gpu.worker", name, "--out", self.out, "--scratch", self.scratch]
+        command += ["--device", self.device, "--seconds", f"{seconds:.0f}", "--run", self.run, "--commit", self.commit]
+        return [str(part) for part in command] + ["--quick"] * self.quick
+
+    def journal(self, name: str) -> Journal:
+        return Journal(self.out / f"{name}.jsonl", stamp(name, self.quick, self.device, self.run, self.commit))
 
 
 def main() -> int:
@@ -37,64 +59,68 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=SLICES, default=list(SLICES), metavar="SLICE", help=str([*SLICES]))
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop cleanly before this time is over")
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu", help="rows and SUMMARY.md (default: %(default)s)")
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "lmc_fast_gpu")
     parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with --quick, tries the harness"
+        "--scratch", type=Path, default=Path(tempfile.gettempdir()) / "lmc_fast_gpu", help="large files"
     )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only with --quick")
+    parser.add_argument("--commit", default="", help="of these sources, for rows made where there is no git")
     args = parser.parse_args()
     if args.device == "cpu" and not args.quick:
         parser.error("--device cpu only tries the harness itself; add --quick")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no NVIDIA GPU; --quick --device cpu tries the harness without one")
-    end = time.monotonic() + 60 * args.minutes
-    out, scratch = args.out.resolve(), args.scratch.resolve()
+    end, run = time.monotonic() + 60 * args.minutes, f"{int(time.time())}-{os.getpid()}"
+    out = args.out.resolve()
+    session = Session(out, args.scratch.resolve(), args.device, args.quick, end, run, args.commit)
     out.mkdir(parents=True, exist_ok=True)
     print(build_extension(), flush=True)
-    run = f"{int(time.time())}-{os.getpid()}"
-    unfinished = []
+    unfinished, troubles = [], []
     for name in args.only:
         print(f"{name}: {SLICES[name].what}", flush=True)
-        if not run_slice(name, out, scratch, args.device, args.quick, run, end):
-            unfinished.append(name)
-    rows = [row for name in SLICES for row in latest(read_rows(out / f"{name}.jsonl")) if row["quick"] == args.quick]
+        finished, trouble = run_slice(name, session)
+        unfinished += [] if finished else [name]
+        troubles += [trouble] if trouble else []
+    rows: list[Row] = []
+    for name in SLICES:
+        rows += latest(row for row in read_rows(out / f"{name}.jsonl") if row["quick"] == args.quick)
     write_summary(out, rows, args.quick)
     if args.json:
         write_json(args.json, rows)
     print(f"wrote {out / 'SUMMARY.md'}")
     if unfinished:
         print(f"to be continued: {', '.join(unfinished)}; the same command goes on")
-    found = problems(rows)
-    for text in found:
+    troubles += problems(rows)
+    for text in troubles:
         print(f"problem: {text}")
-    return 1 if args.check and found else 0
+    return 1 if args.check and troubles else 0
 
 
-def run_slice(name: str, out: Path, scratch: Path, device: str, quick: bool, run: str, end: float) -> bool:
-    """Measures a slice in a process of its own, in another one where that dies. Returns whether all was tried."""
-    least = 1.0 if quick else LEAST
-    limit = min(time.monotonic() + 60 * SLICES[name].minutes, end - GRACE)
-    running = out / f"{name}.running"
+def run_slice(name: str, session: Session) -> tuple[bool, str]:
+    """Measures a slice in a process of its own, in another one where that dies: (whether all was tried, what failed).
+
+    A case in which a process dies gets a row that says so, and is left to the next run.
+    """
+    least = 1.0 if session.quick else LEAST
+    limit = min(time.monotonic() + 60 * SLICES[name].minutes, session.end - GRACE)
+    running = session.out / f"{name}.running"
     running.unlink(missing_ok=True)
-    deaths = 0
-    while deaths < MOST_DEATHS and (seconds := limit - time.monotonic()) > least:
-        command = [sys.executable, "-m", "benchmarks.gpu.worker", name, "--out", str(out), "--scratch", str(scratch)]
-        command += ["--device", device, "--seconds", f"{seconds:.0f}", "--run", run] + ["--quick"] * quick
-        code = supervised(command, seconds + GRACE)
+    for _ in range(MOST_PROCESSES):
+        seconds = limit - time.monotonic()
+        if seconds < least:
+            return False, ""
+        code = supervised(session.command(name, seconds), seconds + GRACE)
         if code in (0, CONTINUED):
-            return code == 0
-        deaths += 1
-        why = "did not end in time and was killed" if code is None else f"ended with {code}"
-        if not running.exists():  # not within a case: after a lost device the next process goes on
-            if code != LOST:
-                print(f"  {name}: the process {why} before or between cases", flush=True)
-                return False
+            return code == 0, ""
+        if code == LOST:  # its row is written
             continue
+        why = "did not end in time and was killed" if code is None else f"ended with {code}"
+        if not running.exists():
+            return False, f"{name}: the process {why} outside of any case"
         case = running.read_text()
         running.unlink()
         print(f"  {case}: ERROR the process {why}", flush=True)
-        journal = Journal(out / f"{name}.jsonl", stamp(name, quick, device, run))
-        journal.add(case, [{"key": case, "error": f"the process {why}"}])
-    return False
+        session.journal(name).add(case, [{"key": case, "error": f"the process {why}"}])
+    return False, f"{name}: {MOST_PROCESSES} processes died"
 
 
 def supervised(command: list[str], seconds: float) -> int | None:

@@ -89,7 +89,7 @@ def read_rows(file: Path) -> list[Row]:
 
 def latest(rows: Iterable[Row]) -> list[Row]:
     """The last attempt at every case, in the order of first appearance."""
-    last: dict[str, Row] = {}
+    rows, last = list(rows), dict[str, Row]()
     for row in rows:
         last[row["case"]] = row
     newest = {case: tuple(row.get(name) for name in (*IDENTITY, "run")) for case, row in last.items()}

@@ -50,9 +50,9 @@ def cases(place: Place) -> Iterator[Case]:
     if place.quick:
         yield Case("tiny x 3", partial(measure, "tiny x 3", place, "tiny", 3, (128,), 32))
         return
-    for layers, seconds in ((8, 150), (32, 300)):
+    for layers, tokens, seconds in ((8, (16384, 4096), 150), (32, (16384,), 260)):
         key = f"7B x {layers}"
-        yield Case(key, partial(measure, key, place, "pythia-6.9b", layers, (16384, 4096), LENGTH), seconds)
+        yield Case(key, partial(measure, key, place, "pythia-6.9b", layers, tokens, LENGTH), seconds)
 
 
 def measure(key: str, place: Place, shape: str, wanted: int, tokens: Sequence[int], length: int) -> list[Row]:

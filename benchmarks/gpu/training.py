@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, logging
 
 from benchmarks.common import Row
 from benchmarks.gpu.rows import Clock, Unfinished
@@ -104,7 +104,10 @@ def _bpe(texts: list[str], vocab: int, file: Path) -> tuple[Any, int]:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=["<eos>"], initial_alphabet=alphabet)
+    special = ["<eos>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     sample = texts[: max(1, len(texts) // 8)]
     tokenizer.train_from_iterator(sample, trainer)
     tokenizer.save(str(file))
@@ -193,6 +196,7 @@ class Training:
                 self._save()
                 saved_at = time.monotonic()
         self.model.config.architectures = ["GPTNeoXForCausalLM"]
+        logging.disable_progress_bar()
         self.model.save_pretrained(self.result)
         tokens = self.steps * self.recipe.batch * self.recipe.length
         row: Row = {

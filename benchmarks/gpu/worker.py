@@ -27,9 +27,16 @@ CONTINUED, LOST = 75, 70  # exit codes: the time is up; the device answers no mo
 FEW_SECONDS = 20.0  # less than this is no time for a case that watches the clock itself
 
 
-def stamp(slice_name: str, quick: bool, device: str, run: str) -> Row:
-    """What all rows of a process have in common."""
-    found = provenance("lmc_fast", "csrc", "benchmarks/gpu")
+def stamp(slice_name: str, quick: bool, device: str, run: str, commit: str = "") -> Row:
+    """What all rows of a process have in common. commit: named where git does not know it."""
+    try:
+        found = provenance("lmc_fast", "csrc", "benchmarks/gpu")
+    except FileNotFoundError:  # no git
+        there = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+        versions = {"torch": torch.__version__, "python": platform.python_version()}
+        found = {"commit": "unknown"} | versions | {"device": there}
+    if commit and found["commit"] == "unknown":
+        found["commit"] = commit
     if device == "cpu":
         found["device"] = processor()
     try:
@@ -106,13 +113,15 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--run", required=True, help="names the invocation: what failed in it is not tried again")
+    parser.add_argument("--commit", default="")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1 if args.device == "cpu" else torch.get_num_threads())
     args.out.mkdir(parents=True, exist_ok=True)
     args.scratch.mkdir(parents=True, exist_ok=True)
     place = Place(torch.device(args.device), args.quick, args.scratch, Clock(args.seconds), args.run)
-    journal = Journal(args.out / f"{args.slice}.jsonl", stamp(args.slice, args.quick, args.device, args.run))
+    common = stamp(args.slice, args.quick, args.device, args.run, args.commit)
+    journal = Journal(args.out / f"{args.slice}.jsonl", common)
     module = importlib.import_module(f"benchmarks.gpu.{SLICES[args.slice].module}")
     return measure(module.cases(place), journal, place, args.out / f"{args.slice}.running")
 

@@ -4,8 +4,10 @@ import importlib
 import importlib.util
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,11 +15,14 @@ if importlib.util.find_spec("benchmarks") is None:
     pytest.skip("benchmarks are not part of an installed package", allow_module_level=True)
 
 from benchmarks.gpu import __main__ as harness
-from benchmarks.gpu import contests, kernels, worker
+from benchmarks.gpu import contests, kernels, suite, worker
+from benchmarks.gpu.device import MOST, runnable, timed
 from benchmarks.gpu.promises import MET, MISSED, OPEN, PROMISES, on_gpu, problems
 from benchmarks.gpu.rows import Case, Clock, Journal, Unfinished, Unmeasured, fingerprint, latest, read_rows
 from benchmarks.gpu.slices import SLICES, Place
 from benchmarks.gpu.summary import summary, write_summary
+from benchmarks.gpu.training import QUICK, trained
+from lmc_fast.checkpoints import Model
 
 CPU = torch.device("cpu")
 
@@ -251,3 +256,66 @@ def test_errors_are_measured_against_float64(tmp_path):
     assert [row["unmeasured"] for row in rows] == ["needs a GPU"] * 2
     assert all(0 < row["ours_error"] < 1e-5 and row["accurate"] and "ratio" not in row for row in rows)
     assert json.dumps(rows)
+
+
+class FakeEvent:
+    """Counts calls instead of time."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = FakeEvent.now
+
+    def elapsed_time(self, other):
+        return other.at - self.at
+
+
+def test_times_by_events(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+
+    def call(ms):
+        FakeEvent.now += ms
+
+    times = timed({"a": lambda: call(2.0), "b": lambda: call(3.0)}, torch.device("cuda"), quick=False)
+    assert times == {"a": [2.0] * MOST, "b": [3.0] * MOST}
+
+
+def test_what_finds_no_memory_is_named():
+    def large():
+        raise torch.OutOfMemoryError("no")
+
+    fit, names = runnable({"a": lambda: None, "b": large}, CPU)
+    assert list(fit) == ["a"] and names == ["b"]
+
+
+def test_training_goes_on_to_the_same_bits(tmp_path):
+    recipe = replace(QUICK, length=8, batch=2, steps=20, seconds=1e6, width=16, heads=2, layers=1)
+    weights = []
+    for name, clocks in (("whole", [1e6]), ("halves", [0, 1e6])):
+        directory = tmp_path / name
+        directory.mkdir()
+        (directory / "about.json").write_text(json.dumps({"vocab": 50}))
+        for part in ("train", "val"):
+            np.save(directory / f"{part}.npy", np.random.default_rng(0).integers(50, size=400).astype(np.uint16))
+        for seconds in clocks:
+            try:
+                row = trained(directory, 0, recipe, CPU, Clock(seconds))
+            except Unfinished as why:
+                assert seconds == 0 and "to be continued" in str(why) and (directory / "seed0.pt").exists()
+        assert row["steps"] == 20 and not (directory / "seed0.pt").exists()
+        assert trained(directory, 0, recipe, CPU, Clock(0)) == row
+        weights.append(Model(directory / "seed0").load())
+    for x, y in zip(weights[0].blocks, weights[1].blocks, strict=True):
+        assert all(torch.equal(x[slot], y[slot]) for slot in x)
+
+
+def test_counts_of_a_junit_file(tmp_path):
+    file = tmp_path / "r.xml"
+    cases = '<testcase name="a" time="1"/><testcase name="b" time="2"><failure/></testcase>'
+    file.write_text(f"<suites><suite>{cases}<testcase name='c'><skipped/></testcase></suite></suites>")
+    found = suite.counts(file)
+    assert found == {"passed": 1, "failed": 1, "skipped": 1, "seconds": 3.0, "failures": ["b"]}

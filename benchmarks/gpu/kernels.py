@@ -23,6 +23,7 @@ from lmc_fast.kernels.interp_linear import PATHS, interp_linear, interpolated, s
 
 WORTH = 0.9
 ERROR_LIMIT = 2.0  # times the error of the best torch formulation, plus two units in the last place
+DIFFERENCE_LIMIT = 0.05  # between two ways to sum rounded gradients: what exceeds it is wrong, not rounded
 TOKENS = (16384, 4096, 1024, 65536, 256)
 LOSS_ROWS = 16384  # logits of more tokens are not held at a time
 SUBSET = (4096, ("7B", "1B"))  # tokens and models of the other dtypes
@@ -85,7 +86,7 @@ def contest(key: str, place: Place, op: str, model: Model, tokens: int, dtype: t
         }
         row |= _compete(calls, place)
         rows.append(row | _errors(made, row.get("best", "reference"), backward, slope))
-        if not made.kernel:
+        if place.device.type != "cuda":
             rows[-1] = {"key": row["key"], "op": op, "unmeasured": "needs a GPU", **_checks(rows[-1])}
     return rows
 
@@ -130,7 +131,8 @@ def _compete(calls: dict[str, Callable[[], object]], place: Place) -> Row:
 
 
 def _errors(made: Contest, best: str, backward: bool, slope: Tensor) -> Row:
-    """Of ours and of the best rival: output, and the gradients that belong to single rows (all, if none does)."""
+    """Of ours and of the best rival against float64: output, and the gradients that belong to single rows (all, if none
+    does). And how far all gradients of the two are apart, sums over every token included."""
     rivals = {**made.rivals, **made.forward_only}
     cut = {name: t[:CHECKED] if name in made.rows else t for name, t in made.inputs.items()}
     exact = {name: t.double() if t.is_floating_point() else t for name, t in cut.items()}
@@ -138,24 +140,29 @@ def _errors(made: Contest, best: str, backward: bool, slope: Tensor) -> Row:
     few = slope[:CHECKED] if made.rows else slope
     truth, true_gradients = outcome(made.truth, exact, some, few.double() if backward else None)
     row: Row = {}
+    every: list[list[Tensor]] = []
     for name, f in (("ours", made.ours), ("best", rivals[best])):
-        fresh = {k: t.clone() for k, t in made.inputs.items()} if not made.wanted else made.inputs
-        y, gradients = outcome(f, fresh, some, slope if backward else None)
+        fresh = made.inputs if made.wanted else {k: t.clone() for k, t in made.inputs.items()}
+        y, gradients = outcome(f, fresh, made.wanted, slope if backward else None)
         row[f"{name}_error"] = _relative(y, truth)
         if backward:
-            found = [_relative(g, t) for g, t in zip(gradients, true_gradients, strict=True)]
+            of = dict(zip(made.wanted, gradients, strict=True))
+            found = [_relative(of[key], t) for key, t in zip(some, true_gradients, strict=True)]
             row[f"{name}_gradient_error"] = max(found)
-        del y, gradients, fresh
-    row["accurate"] = all(
+            every.append(gradients)
+        del y, fresh
+    if backward:
+        row["gradient_difference"] = max(_relative(x, y.double()) for x, y in zip(*every, strict=True))
+    close = all(
         row[f"ours_{kind}"] <= ERROR_LIMIT * row[f"best_{kind}"] + 2 * torch.finfo(slope.dtype).eps
         for kind in ("error", "gradient_error")
         if f"ours_{kind}" in row
     )
-    return row
+    return row | {"accurate": close and row.get("gradient_difference", 0.0) <= DIFFERENCE_LIMIT}
 
 
 def _checks(row: Row) -> Row:
-    return {name: value for name, value in row.items() if name.endswith("error") or name == "accurate"}
+    return {name: value for name, value in row.items() if name.endswith(("error", "difference")) or name == "accurate"}
 
 
 def _relative(value: Tensor, truth: Tensor) -> float:

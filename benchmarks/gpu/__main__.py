@@ -29,6 +29,7 @@ from benchmarks.gpu.worker import CONTINUED, LOST, stamp
 
 GRACE = 35.0  # seconds after its time that a process gets before it is killed
 LEAST = 45.0  # seconds with which no process is started any more
+NEEDED = ("transformers", "safetensors", "huggingface_hub", "numpy", "scipy")  # beside torch; Triton is for the kernels
 BUILD_SECONDS = 240
 MOST_PROCESSES = 8  # for one slice: that many may die
 
@@ -69,6 +70,9 @@ def main() -> int:
         parser.error("--device cpu only tries the harness itself; add --quick")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no NVIDIA GPU; --quick --device cpu tries the harness without one")
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        parser.error(f"{', '.join(missing)} must be installed; this harness installs nothing")
     end, run = time.monotonic() + 60 * args.minutes, f"{int(time.time())}-{os.getpid()}"
     out = args.out.resolve()
     session = Session(out, args.scratch.resolve(), args.device, args.quick, end, run, args.commit)

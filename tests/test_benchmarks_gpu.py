@@ -234,6 +234,52 @@ def test_the_page_says_what_is_not_measured(tmp_path):
     assert "1.6" in (tmp_path / "step.csv").read_text() and not (tmp_path / "pair.csv").exists()
 
 
+def test_every_slice_has_its_table():
+    kernel = {"slice": "kernels", "op": "norm_concat", "pass": "f", "dtype": "bfloat16", "model": "7B", "tokens": 16384}
+    stream = {
+        "layers": 8,
+        "layers_wanted": 32,
+        "resident": 2,
+        "streamed_ms": 1500.0,
+        "resident_ms": 1200.0,
+        "stall_s": 0.1,
+    }
+    stream |= {"moved_bytes": 2**30, "peak_bytes": 3 * 2**30, "planned_step_s": 1.25, "planned_total_bytes": 2**32}
+    solver = {"torch_ms": 50.0, "ours_ms": 4.0, "ratio": 12.5, "need": 10.0, "ours_error": 1e-7, "torch_error": 2e-7}
+    aligned = {"barrier_naive": 3.1, "barrier_matched": 1.2, "barrier_learned": 0.2, "matching_seconds": 9.0}
+    aligned |= {"learning_seconds": 99.0, "steps": 1200, "peak_bytes": 2**31, "ratio": 0.0645}
+    seed = {"seed": 0, "parameters": 162_000_000, "tokens": 5_000_000, "seconds": 180.0, "val_loss": 1.5}
+    rows = [
+        *measured(),
+        stamp(slice="tests", key="tests/a.py", passed=3, failed=1, skipped=2, failures=["test_x"]),
+        stamp(key="a", ratio=0.8, verdict="not used", accurate=True, **kernel),
+        stamp(key="b", ratio=1.7, verdict="used", accurate=False, **kernel),
+        stamp(key="c", ratio=1.0, chosen="weight", **(kernel | {"op": "interp_linear", "pass": "f+b"})),
+        stamp(key="kernel x", unmeasured="the kernel does not take this shape", **kernel),
+        stamp(slice="solvers", key="expm 1024 x 64 x 64 float32", n=64, batch=1024, dtype="float32", ok=True, **solver),
+        streaming("planned", 0.8, True) | stream,
+        stamp(slice="pair", key="train 0", **seed),
+        stamp(slice="pair", key="align", device_error="mixed devices", **aligned),
+    ]
+    page = summary(rows, quick=False)
+    for text in (
+        "| failed tests on the device | ≤ 0 | 1 | MISSED |",
+        "1 files: 3 passed, 1 failed, 2 skipped",
+        "- tests/a.py: test_x",
+        "| norm_concat | f | 0.8 - 1.7 | 1 of 2 | 7B T16384 0.8; 7B T16384 1.7 |",
+        "| interp_linear | f+b | 1.0 - 1.0 | - |",
+        "Less accurate than torch: b.",
+        "1 not measured: the kernel does not take this shape",
+        "| expm 1024 x 64 x 64 float32 | 50.0 | 4.0 | 12.5 | 10.0 | 1.0e-07 / 2.0e-07 |",
+        "| x, 4 blocks | 16384 | ours (weight) | 1.0 | 1.4 | 1.0 |",
+        "| 8 of 32 | 16384 | planned (2 units resident) | 1.5 | 1.2 | 0.8 | 0.1 | 1.0 | 3.0 | 1.25 | 4.0 |",
+        "162,000,000 parameters, 5,000,000 tokens in 180.0 s, validation loss 1.5",
+        "barrier naive 3.1, matched 1.2, learned 0.2 nats",
+        "- align: mixed devices",
+    ):
+        assert text in page, (text, page)
+
+
 @pytest.mark.parametrize("op", [*contests.OPERATIONS, *contests.ONCE])
 def test_all_formulations_of_an_operation_agree(op):
     """What is compared computes the same: output and gradients, in float64."""

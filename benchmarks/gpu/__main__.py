@@ -78,16 +78,15 @@ def main() -> int:
     session = Session(out, args.scratch.resolve(), args.device, args.quick, end, run, args.commit)
     out.mkdir(parents=True, exist_ok=True)
     print(build_extension(), flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # takes the slice's process along
     unfinished, troubles = [], []
     for name in args.only:
         print(f"{name}: {SLICES[name].what}", flush=True)
         finished, trouble = run_slice(name, session)
         unfinished += [] if finished else [name]
         troubles += [trouble] if trouble else []
-    rows: list[Row] = []
-    for name in SLICES:
-        rows += latest(row for row in read_rows(out / f"{name}.jsonl") if row["quick"] == args.quick)
-    write_summary(out, rows, args.quick)
+        rows = latest_rows(out, args.quick)
+        write_summary(out, rows, args.quick)
     if args.json:
         write_json(args.json, rows)
     print(f"wrote {out / 'SUMMARY.md'}")
@@ -97,6 +96,14 @@ def main() -> int:
     for text in troubles:
         print(f"problem: {text}")
     return 1 if args.check and troubles else 0
+
+
+def latest_rows(out: Path, quick: bool) -> list[Row]:
+    """Of all slices, whichever this session measures."""
+    rows: list[Row] = []
+    for name in SLICES:
+        rows += latest(row for row in read_rows(out / f"{name}.jsonl") if row["quick"] == quick)
+    return rows
 
 
 def run_slice(name: str, session: Session) -> tuple[bool, str]:

@@ -40,7 +40,7 @@ def cases(place: Place) -> Iterator[Case]:
     for tokens in TOKENS:
         for name, (shape, layers) in SHAPES.items():
             key = f"{name} T{tokens}"
-            yield Case(key, partial(measure, key, place, shape, layers, tokens, LENGTH), seconds=60)
+            yield Case(key, partial(measure, key, place, shape, layers, tokens, LENGTH), seconds=30 + tokens / 200)
 
 
 def measure(key: str, place: Place, shape: str, layers: int, tokens: int, length: int) -> list[Row]:

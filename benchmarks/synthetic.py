@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor
 from transformers import GPTNeoXConfig
 
 from lmc_fast.architectures import FAMILIES, Spec
-from lmc_fast.checkpoints.writer import write_checkpoint
-from lmc_fast.symmetry.canonical import canonical_block, canonical_ends
+from lmc_fast.architectures.spec import Entry
+from lmc_fast.checkpoints.writer import Stored, write_checkpoint
+from lmc_fast.symmetry.canonical import Survey, canonical_block, canonical_ends
 from lmc_fast.symmetry.charts import Chart
 from lmc_fast.symmetry.transform import BlockTransform, apply_block, apply_ends
 
@@ -94,7 +96,7 @@ class Planted:
     @torch.no_grad()
     def ends(self, moved: bool) -> dict[str, Tensor]:
         names = [n for n in self.spec._shapes if n.startswith(("embed", "head", "final"))]
-        slots = canonical_ends(self.spec, self._random(-1, names, False))
+        slots = canonical_ends(self.spec, self._random(-1, names, False), Survey())
         return self._noisy(-1, apply_ends(self.spec, self.rotation, slots)) if moved else slots
 
     def _noisy(self, unit: int, slots: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -113,12 +115,15 @@ def write_pair(out: Path, shape: str, dtype: torch.dtype = torch.bfloat16, token
     spec = family.spec(config)
     planted = Planted(spec)
 
-    def tensors(moved: bool) -> Iterator[tuple[str, Tensor]]:
-        last, slots = -1, planted.ends(moved)
+    def tensors(moved: bool) -> Iterator[Stored]:
+        made = lru_cache(1)(lambda index: planted.ends(moved) if index is None else planted.block(index, moved))
+
+        def parts(entry: Entry, index: int | None) -> Iterator[Tensor]:
+            slots = made(index)
+            yield entry.layout.join([slots[slot] for slot in entry.slots], spec).to(dtype)
+
         for name, entry, index in family.entries(spec):
-            if index is not None and index != last:
-                last, slots = index, planted.block(index, moved)
-            yield name, entry.layout.join([slots[s] for s in entry.slots], spec).to(dtype)
+            yield Stored(name, dtype, entry.shape(spec), partial(parts, entry, index))
 
     about = config.to_dict() | {"architectures": ["GPTNeoXForCausalLM"], "dtype": str(dtype).removeprefix("torch.")}
     for name, moved in (("a", False), ("b", True)):

@@ -80,7 +80,7 @@ template <class T>
 auto cayley_forward(std::uintptr_t X, std::uintptr_t Q, long batch, long n, int threads) {
     const Solvers<T>& s = *active<T>();
     return over_batch<T>(batch, n, threads, s.cayley_work, [&](long i, const Team& team, T* work) {
-        return s.cayley_forward(team, at<T>(X) + i * n * n, at<T>(Q) + i * n * n, n, work);
+        return s.cayley_forward(team, at<T>(X) + i * n * n, at<T>(Q) + i * n * n, n, work, i + 1 < batch);
     });
 }
 
@@ -88,7 +88,7 @@ template <class T>
 void cayley_backward(std::uintptr_t Q, std::uintptr_t G, std::uintptr_t X_bar, long batch, long n, int threads) {
     const Solvers<T>& s = *active<T>();
     over_batch<T>(batch, n, threads, s.cayley_work, [&](long i, const Team& team, T* work) {
-        s.cayley_backward(team, at<T>(Q) + i * n * n, at<T>(G) + i * n * n, at<T>(X_bar) + i * n * n, n, work);
+        s.cayley_backward(team, at<T>(Q) + i * n * n, at<T>(G) + i * n * n, at<T>(X_bar) + i * n * n, n, work, i + 1 < batch);
         return ok;
     });
 }

@@ -40,7 +40,7 @@ static void invert_small(T* D, long ld) {
         for (int v = 0; v < vectors; ++v) store(D + i * ld + v * lanes<T>, row[i][v]);
 }
 
-static inline long block_size(long n) { return n <= 16 ? n : n <= 128 ? 16 : n < 512 ? 32 : n < 1024 ? 64 : n < 2048 ? 128 : 256; }
+static inline long block_size(long n) { return n <= 16 ? n : n <= 64 ? 16 : n < 512 ? 32 : n < 1024 ? 64 : n < 2048 ? 128 : 256; }
 
 // Numbers of scratch that `invert` needs for an n x n matrix: D, C, R and the packed panel, and again for D.
 template <class T>
@@ -64,18 +64,21 @@ static void invert(const Team& team, long n, T* A, long lda, T* work) {
     T* deeper = pack + team.threads * pack_size<T>(n, full);
     for (long k = 0; k < n; k += full) {
         const long b = least(n - k, full);
-        // The block column becomes that of the identity, so that the update below writes the inverse in its place.
+        // The block column becomes zero, so that the update below writes the inverse in its place.
         for (long i = 0; i < n; ++i)
             for (long j = 0; j < b; j += lanes<T>) {
                 store(C + i * b + j, load(A + i * lda + k + j));
                 store(A + i * lda + k + j, Vec<T>{});
             }
-        for (long i = 0; i < b; ++i) A[(k + i) * lda + k + i] = 1;
         copy_vectors(b * b, C + k * b, D);
         invert(Team{}, b, D, b, deeper);
-        multiply<T>(team, b, n, b, D, b, A + k * lda, lda, R, n, pack);
+        const T* row = A + k * lda;
+        const long after = k + b;
+        multiply<T>(team, b, k, b, D, b, row, lda, R, n, pack);
+        multiply<T>(team, b, n - after, b, D, b, row + after, lda, R + after, n, pack);
+        for (long i = 0; i < b; ++i) copy_vectors(b, D + i * b, R + i * n + k);
         multiply<T, Into::subtract>(team, k, n, b, C, b, R, n, A, lda, pack);
-        multiply<T, Into::subtract>(team, n - k - b, n, b, C + (k + b) * b, b, R, n, A + (k + b) * lda, lda, pack);
+        multiply<T, Into::subtract>(team, n - after, n, b, C + after * b, b, R, n, A + after * lda, lda, pack);
         for (long i = 0; i < b; ++i) copy_vectors(n, R + i * n, A + (k + i) * lda);
     }
 }
@@ -90,11 +93,17 @@ static long cayley_work(long n, int threads) {
 template <class T>
 static T largest_row(long np, const T* Y, T* sums) {
     fill(sums, np, T(0));
-    for (long i = 0; i < np; ++i)
-        for (long j = 0; j < np; j += lanes<T>) store(sums + j, load(sums + j) + load(Y + i * np + j) * load(Y + i * np + j));
-    T largest = 0;
-    for (long j = 0; j < np; ++j) largest = sums[j] > largest ? sums[j] : largest;
-    return 4 * largest;
+    for (long i = 0; i < np; i += 4)
+        for (long j = 0; j < np; j += lanes<T>) {
+            const T* y = Y + i * np + j;
+            const Vec<T> a = load(y), b = load(y + np), c = load(y + 2 * np), d = load(y + 3 * np);
+            store(sums + j, load(sums + j) + ((a * a + b * b) + (c * c + d * d)));
+        }
+    Vec<T> largest{};
+    for (long j = 0; j < np; j += lanes<T>) largest = load(sums + j) > largest ? load(sums + j) : largest;
+    T result = 0;
+    for (long i = 0; i < lanes<T>; ++i) result = largest[i] > result ? largest[i] : result;
+    return 4 * result;
 }
 
 // S <- S (2 I - (I - X/2) S), one Newton step. Without pivots the error of S grows with ‖X‖; this takes it back to what
@@ -115,41 +124,57 @@ static const T* newton_step(const Team& team, long n, long np, const T* X, const
 
 constexpr int large_row = 64;  // squared norm of a row of X beyond which a Newton step follows
 
+// Rows of Q = 2 S; adds the products Q_ij X_ij and their sizes to the sums of column j.
+template <class T, int rows>
+static inline void store_rows(long n, const T* S, long np, const T* X, T* Q, T* dots, T* sizes) {
+    long j = 0;
+    for (; j + lanes<T> <= n; j += lanes<T>) {
+        Vec<T> dot = load(dots + j), size = load(sizes + j);
+#pragma GCC unroll 4
+        for (int i = 0; i < rows; ++i) {
+            const Vec<T> value = T(2) * load(S + i * np + j), term = value * load(X + i * n + j);
+            store(Q + i * n + j, value);
+            dot += term;
+            size += term < 0 ? -term : term;
+        }
+        store(dots + j, dot);
+        store(sizes + j, size);
+    }
+    for (; j < n; ++j)
+        for (int i = 0; i < rows; ++i) {
+            const T value = 2 * S[i * np + j], term = value * X[i * n + j];
+            Q[i * n + j] = value;
+            dots[j] += term;
+            sizes[j] += __builtin_fabs(term);
+        }
+}
+
 // Q = 2 S - I from S = (I - X/2)^-1; false where an entry is not finite. Near 1, a diagonal entry of 2 S - I carries the
-// rounding of numbers near 2; S = I + S X/2 gives it as 1 - (sum over j of Q_ij X_ij) / 2 without that.
+// rounding of numbers near 2; S = I + X/2 S gives it as 1 - (sum over j of Q_ji X_ji) / 2 without that. `sums` holds 2 np
+// numbers.
 template <class T>
-static bool store_rotation(long n, const T* S, long np, const T* X, T* Q) {
+static bool store_rotation(long n, const T* S, long np, const T* X, T* Q, T* sums) {
+    T* dots = sums;
+    T* sizes = sums + np;
+    fill(sums, 2 * np, T(0));
+    long i = 0;
+    for (; i + 4 <= n; i += 4) store_rows<T, 4>(n, S + i * np, np, X + i * n, Q + i * n, dots, sizes);
+    for (; i < n; ++i) store_rows<T, 1>(n, S + i * np, np, X + i * n, Q + i * n, dots, sizes);
     T zero = 0;
-    for (long i = 0; i < n; ++i) {
-        const T* s = S + i * np;
-        const T* x = X + i * n;
-        T* q = Q + i * n;
-        Vec<T> dots{}, sizes{};
-        long j = 0;
-        for (; j + lanes<T> <= n; j += lanes<T>) {
-            const Vec<T> value = T(2) * load(s + j), term = value * load(x + j);
-            store(q + j, value);
-            dots += term;
-            sizes += term < 0 ? -term : term;
-        }
-        T dot = 0, size = 0;
-        for (; j < n; ++j) {
-            q[j] = 2 * s[j];
-            dot += q[j] * x[j];
-            size += __builtin_fabs(q[j] * x[j]);
-        }
-        dot += sum_lanes<T>(dots);
-        size += sum_lanes<T>(sizes);
-        q[i] = size < 2 ? 1 - dot / 2 : q[i] - 1;
-        zero += (q[i] + size) * 0;
+    for (i = 0; i < n; ++i) {
+        T& q = Q[i * n + i];
+        q = sizes[i] < 2 ? 1 - dots[i] / 2 : q - 1;
+        zero += (q + sizes[i]) * 0;
     }
     return zero == 0;
 }
 
 // Q = 2 (I - X/2)^-1 - I
 template <class T>
-static Status cayley_forward(const Team& team, const T* X, T* Q, long n, T* work) {
+static Status cayley_forward(const Team& caller, const T* X, T* Q, long n, T* work, bool more) {
     const long np = padded<T>(n);
+    Ahead next{{X + n * n, Q + n * n}, 2, n * n / unit<T>};
+    const Team team{caller.threads, caller.run, more && n < 256 ? &next : nullptr};
     T* A = work;
     load_padded<T>(n, X, A, np, T(-0.5));
     if (parity<T, false>(np, A) != -1) return refused;
@@ -157,14 +182,16 @@ static Status cayley_forward(const Team& team, const T* X, T* Q, long n, T* work
     for (long i = 0; i < np; ++i) A[i * np + i] = 1;
     invert(team, np, A, np, work + np * np);
     const T* S = large ? newton_step(team, n, np, X, A, work + np * np) : A;
-    return store_rotation(n, S, np, X, Q) ? ok : overflow;
+    return store_rotation(n, S, np, X, Q, work + 2 * np * np) ? ok : overflow;
 }
 
 // X_bar = W G W with W = (I + Q)^T / 2 = I + E. In terms of E each product is a correction to what it is added to: sums
 // of small terms, where W's diagonal near 1 would put a large one into the middle of each.
 template <class T>
-static void cayley_backward(const Team& team, const T* Q, const T* G, T* X_bar, long n, T* work) {
+static void cayley_backward(const Team& caller, const T* Q, const T* G, T* X_bar, long n, T* work, bool more) {
     const long np = padded<T>(n);
+    Ahead next{{Q + n * n, G + n * n, X_bar + n * n}, 3, n * n / unit<T>};
+    const Team team{caller.threads, caller.run, more && n < 256 ? &next : nullptr};
     T* E = work;
     T* WG = E + np * np;
     T* extra = WG + np * np;
@@ -178,9 +205,7 @@ static void cayley_backward(const Team& team, const T* Q, const T* G, T* X_bar, 
         load_padded<T>(n, G, extra, np, T(1));
         G_padded = result = extra;
     }
-    copy_vectors(np * np, G_padded, WG);
-    multiply<T, Into::add>(team, np, np, np, E, np, G_padded, np, WG, np, pack);
-    copy_vectors(np * np, WG, result);
-    multiply<T, Into::add>(team, np, np, np, WG, np, E, np, result, np, pack);
+    multiply<T, Into::add>(team, np, np, np, E, np, G_padded, np, WG, np, pack, false, G_padded);
+    multiply<T, Into::add>(team, np, np, np, WG, np, E, np, result, np, pack, false, WG);
     if (np != n) store_unpadded(n, extra, np, X_bar);
 }

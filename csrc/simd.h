@@ -48,9 +48,9 @@ template <class T> static inline void copy_vectors(long count, const T* from, T*
 
 enum class Into { set, add, subtract };
 
-// One register tile of C = A B, C += A B or C -= A B.
+// One register tile of C = A B, C = D + A B or C = D - A B; D is laid out as C.
 template <class T, int rows, int vectors, Into into>
-static inline __attribute__((always_inline)) void tile(long k, const T* a, long lda, const T* b, long ldb, T* c, long ldc) {
+static inline __attribute__((always_inline)) void tile(long k, const T* a, long lda, const T* b, long ldb, const T* d, T* c, long ldc) {
     Vec<T> sum[rows][vectors];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i)
@@ -69,10 +69,10 @@ static inline __attribute__((always_inline)) void tile(long k, const T* a, long 
     for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j < vectors; ++j) {
-            T* out = c + i * ldc + j * lanes<T>;
-            if (into == Into::set) store(out, sum[i][j]);
-            if (into == Into::add) store(out, load(out) + sum[i][j]);
-            if (into == Into::subtract) store(out, load(out) - sum[i][j]);
+            const long at = i * ldc + j * lanes<T>;
+            if (into == Into::set) store(c + at, sum[i][j]);
+            if (into == Into::add) store(c + at, load(d + at) + sum[i][j]);
+            if (into == Into::subtract) store(c + at, load(d + at) - sum[i][j]);
         }
 }
 
@@ -86,18 +86,29 @@ constexpr Into further(Into into) { return into == Into::set ? Into::add : into;
 constexpr long sum_length = 128;
 
 template <class T, int rows, int vectors, Into into>
-static inline void long_tile(long k, const T* a, long lda, const T* b, long ldb, T* c, long ldc) {
-    tile<T, rows, vectors, into>(least(k, sum_length), a, lda, b, ldb, c, ldc);
+static inline void long_tile(long k, const T* a, long lda, const T* b, long ldb, const T* d, T* c, long ldc) {
+    tile<T, rows, vectors, into>(least(k, sum_length), a, lda, b, ldb, d, c, ldc);
     for (long p = sum_length; p < k; p += sum_length)
-        tile<T, rows, vectors, further(into)>(least(k - p, sum_length), a + p, lda, b + p * ldb, ldb, c, ldc);
+        tile<T, rows, vectors, further(into)>(least(k - p, sum_length), a + p, lda, b + p * ldb, ldb, c, c, ldc);
+}
+
+// Products leave the way to memory idle: meanwhile this fills the second-level cache, one line for each line of a tile.
+static inline void fetch(Ahead* ahead) {
+    if (!ahead) return;
+    const long end = least(ahead->line + TILE_ROWS * TILE_VECTORS * VECTOR_BYTES / 64, ahead->lines);
+    for (; ahead->line < end; ++ahead->line)
+        for (int i = 0; i < ahead->addresses; ++i)
+            __builtin_prefetch(static_cast<const char*>(ahead->from[i]) + 64 * ahead->line, 0, 2);
 }
 
 template <class T, int vectors, Into into>
-static inline void column_panel(long m, long k, const T* A, long lda, const T* b, long ldb, T* C, long ldc) {
+static inline void column_panel(long m, long k, const T* A, long lda, const T* b, long ldb, const T* D, T* C, long ldc, Ahead* ahead) {
     long i = 0;
-    for (; i + TILE_ROWS <= m; i += TILE_ROWS)
-        long_tile<T, TILE_ROWS, vectors, into>(k, A + i * lda, lda, b, ldb, C + i * ldc, ldc);
-    for (; i < m; i += 2) long_tile<T, 2, vectors, into>(k, A + i * lda, lda, b, ldb, C + i * ldc, ldc);
+    for (; i + TILE_ROWS <= m; i += TILE_ROWS) {
+        long_tile<T, TILE_ROWS, vectors, into>(k, A + i * lda, lda, b, ldb, D + i * ldc, C + i * ldc, ldc);
+        fetch(ahead);
+    }
+    for (; i < m; i += 2) long_tile<T, 2, vectors, into>(k, A + i * lda, lda, b, ldb, D + i * ldc, C + i * ldc, ldc);
 }
 
 // Blocks of a large product: B in pieces of `deep` rows by `across` columns, 512 KB, which the second-level cache holds.
@@ -115,18 +126,21 @@ struct Product {
     long lda;
     const T* B;
     long ldb;
+    const T* D;
     T* C;
     long ldc;
     T* pack;
     bool lower;
+    Ahead* ahead;
 };
 
 // The columns of one block of B, over all rows: what one thread of a team does at a time.
 template <class T, Into into>
 static void multiply_columns(const Product<T>& g, long j0, T* pack) {
     constexpr long wide = TILE_VECTORS * lanes<T>;
-    // Panels of a wide B fall on few cache sets; a contiguous copy does not.
-    const bool copy = g.ldb * long(sizeof(T)) > 256 && g.m > 2 * TILE_ROWS;
+    // Panels of a wide B fall on few cache sets, unless all of B fits; a contiguous copy does not.
+    const long bytes = g.ldb * sizeof(T);
+    const bool copy = bytes > 256 && bytes * g.k > 16384 && g.m > 2 * TILE_ROWS;
     const long j1 = least(j0 + across<T>, g.n);
     for (long p0 = 0; p0 < g.k; p0 += deep<T>) {
         const long k = least(g.k - p0, deep<T>);
@@ -147,16 +161,17 @@ static void multiply_columns(const Product<T>& g, long j0, T* pack) {
                 const T* b = copy ? pack + (j - j0) * k : g.B + p0 * g.ldb + j;
                 const long ldb = copy ? width : g.ldb;
                 T* c = g.C + i * g.ldc + j;
+                const T* d = p0 == 0 ? g.D + i * g.ldc + j : c;
                 constexpr Into next = further(into);
                 constexpr int narrow = unit<T> / lanes<T>;
                 if (p0 == 0 && width == wide)
-                    column_panel<T, TILE_VECTORS, into>(m, k, a, g.lda, b, ldb, c, g.ldc);
+                    column_panel<T, TILE_VECTORS, into>(m, k, a, g.lda, b, ldb, d, c, g.ldc, g.ahead);
                 else if (p0 == 0)
-                    column_panel<T, narrow, into>(m, k, a, g.lda, b, ldb, c, g.ldc);
+                    column_panel<T, narrow, into>(m, k, a, g.lda, b, ldb, d, c, g.ldc, g.ahead);
                 else if (width == wide)
-                    column_panel<T, TILE_VECTORS, next>(m, k, a, g.lda, b, ldb, c, g.ldc);
+                    column_panel<T, TILE_VECTORS, next>(m, k, a, g.lda, b, ldb, d, c, g.ldc, g.ahead);
                 else
-                    column_panel<T, narrow, next>(m, k, a, g.lda, b, ldb, c, g.ldc);
+                    column_panel<T, narrow, next>(m, k, a, g.lda, b, ldb, d, c, g.ldc, g.ahead);
             }
     }
 }
@@ -167,12 +182,12 @@ static void multiply_task(void* product, long block, int worker) {
     multiply_columns<T, into>(g, block * across<T>, g.pack + worker * pack_size<T>(g.n, g.k));
 }
 
-// C = A B, C += A B or C -= A B, (m, k) x (k, n). `pack` holds pack_size numbers for each thread. With `lower`, entries above the
+// C = A B, C = D + A B or C = D - A B, (m, k) x (k, n); D, with rows as long as C's, is C where not given. `pack` holds pack_size numbers for each thread. With `lower`, entries above the
 // diagonal are skipped, give or take a tile. The order of every sum is the same for any number of threads.
 template <class T, Into into = Into::set>
 static void multiply(const Team& team, long m, long n, long k, const T* A, long lda, const T* B, long ldb, T* C, long ldc,
-                     T* pack, bool lower = false) {
-    Product<T> g{m, n, k, A, lda, B, ldb, C, ldc, pack, lower};
+                     T* pack, bool lower = false, const T* D = nullptr) {
+    Product<T> g{m, n, k, A, lda, B, ldb, D ? D : C, C, ldc, pack, lower, team.ahead};
     if (team.threads > 1 && double(m) * n * k > 4e6) return team.run((n + across<T> - 1) / across<T>, team.threads, multiply_task<T, into>, &g);
     for (long j = 0; j < n; j += across<T>) multiply_columns<T, into>(g, j, pack);
 }
@@ -194,13 +209,14 @@ static inline void transpose4(const T* from, long ld, typename Lanes<T>::V4 out[
 template <class T>
 static void transpose(long n, const T* from, long ld_from, T* to, long ld_to, T scale) {
     const long even = n / 4 * 4;
-    for (long i = 0; i < even; i += 4)
-        for (long j = 0; j < even; j += 4) {
-            typename Lanes<T>::V4 rows[4];
-            transpose4(from + j * ld_from + i, ld_from, rows);
-            for (int r = 0; r < 4; ++r)
-                *reinterpret_cast<typename Lanes<T>::V4*>(to + (i + r) * ld_to + j) = scale * rows[r];
-        }
+    for (long i0 = 0; i0 < even; i0 += unit<T>)  // whole cache lines of `from`
+        for (long j = 0; j < even; j += 4)
+            for (long i = i0; i < least(i0 + unit<T>, even); i += 4) {
+                typename Lanes<T>::V4 rows[4];
+                transpose4(from + j * ld_from + i, ld_from, rows);
+                for (int r = 0; r < 4; ++r)
+                    *reinterpret_cast<typename Lanes<T>::V4*>(to + (i + r) * ld_to + j) = scale * rows[r];
+            }
     for (long i = 0; i < n; ++i)
         for (long j = i < even ? even : 0; j < n; ++j) to[i * ld_to + j] = scale * from[j * ld_from + i];
 }
@@ -221,21 +237,22 @@ static void mirror(long n, T* A, T sign) {
 // then the sum or difference of the pair is NaN, which differs from 0.
 template <class T, bool may_be_symmetric = true>
 static int parity(long n, const T* A) {
-    typename Lanes<T>::Mask4 not_skew{}, not_symmetric{};
+    typedef typename Lanes<T>::Mask4 M;
+    M not_skew{}, not_symmetric{};  // bits of the sums and differences
     for (long i = 0; i < n; i += 4)
         for (long j = 0; j <= i; j += 4) {
             typename Lanes<T>::V4 rows[4];
             transpose4(A + j * n + i, n, rows);
             for (int r = 0; r < 4; ++r) {
                 const auto mine = load4(A + (i + r) * n + j);
-                not_skew |= mine + rows[r] != 0;
-                if (may_be_symmetric) not_symmetric |= mine - rows[r] != 0;
+                not_skew |= (M)(mine + rows[r]);
+                if (may_be_symmetric) not_symmetric |= (M)(mine - rows[r]);
             }
         }
     bool skew = true, symmetric = may_be_symmetric;
     for (int r = 0; r < 4; ++r) {
-        skew &= !not_skew[r];
-        symmetric &= !not_symmetric[r];
+        skew &= (not_skew[r] << 1) == 0;  // the sign of a zero does not count
+        symmetric &= (not_symmetric[r] << 1) == 0;
     }
     return skew ? -1 : symmetric ? 1 : 0;
 }
@@ -249,7 +266,9 @@ static inline void fill(T* to, long count, T value) {
 template <class T>
 static void load_padded(long n, const T* from, T* to, long np, T scale) {
     for (long i = 0; i < n; ++i) {
-        for (long j = 0; j < n; ++j) to[i * np + j] = scale * from[i * n + j];
+        long j = 0;
+        for (; j + lanes<T> <= n; j += lanes<T>) store(to + i * np + j, scale * load(from + i * n + j));
+        for (; j < n; ++j) to[i * np + j] = scale * from[i * n + j];
         fill(to + i * np + n, np - n, T(0));
     }
     fill(to + n * np, (np - n) * np, T(0));

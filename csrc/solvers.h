@@ -24,21 +24,29 @@ struct Plan {
 
 enum Status : int { ok = 0, refused = 1, too_large = 2, overflow = 3 };
 
+// What the caller needs next: `lines` cache lines from each address, fetched between register tiles.
+struct Ahead {
+    const void* from[3];
+    int addresses;
+    long lines, line = 0;
+};
+
 // Threads for the inside of one matrix: run(count, threads, task, data) calls task(data, i, worker) for i in [0, count).
 // A plain function, so that code compiled for one instruction set shares no template with the rest.
 struct Team {
     int threads = 1;
     void (*run)(long count, int threads, void (*task)(void*, long, int), void* data) = nullptr;
+    Ahead* ahead = nullptr;  // for one thread only
 };
 
 // n is the matrix size, matrices are row-major and dense; `work` holds the number of T that the matching *_work says and
-// is aligned to 64 bytes. The tape of expm holds `expm_tape` numbers.
+// is aligned to 64 bytes. The tape of expm holds `expm_tape` numbers. `more`: another matrix lies right behind this one.
 template <class T>
 struct Solvers {
     const char* isa;
     long (*cayley_work)(long n, int threads);
-    Status (*cayley_forward)(const Team&, const T* X, T* Q, long n, T* work);  // refused: X is not skew, or not finite
-    void (*cayley_backward)(const Team&, const T* Q, const T* G, T* X_bar, long n, T* work);
+    Status (*cayley_forward)(const Team&, const T* X, T* Q, long n, T* work, bool more);  // refused: X is not skew, or not finite
+    void (*cayley_backward)(const Team&, const T* Q, const T* G, T* X_bar, long n, T* work, bool more);
     long (*expm_work)(long n, int threads);
     long (*expm_tape)(long n, int squarings);
     T (*one_norm)(const T* X, long n, T* work);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import signal
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from . import __version__
 from .alignment import Alignment
 from .checkpoints import Model, check_target
 from .data import block_length, read_data, split_validation
+from .engine import parallel
 from .errors import LmcError
 from .evaluation import Curve
 from .evaluation.barrier import DEFINITION
@@ -30,7 +32,7 @@ from .pipeline.export import export_into, merge
 from .pipeline.run_directory import RunDirectory
 from .streaming.demand import Job
 from .streaming.devices import PROFILES, profile
-from .streaming.meter import budget_warning
+from .streaming.meter import Meter, budget_warning
 from .streaming.planner import plan
 from .streaming.sizes import parse_bytes, show_bytes
 from .symmetry import legal_groups
@@ -39,11 +41,25 @@ BAD_INPUT, INTERRUPTED, DIFFERENT = 2, 130, 1
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+class _Lines(logging.Handler):
+    """What the engine decided and why, as lines for people."""
+
+    def __init__(self, say: Callable[[str], None]):
+        super().__init__()
+        self.say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.say(record.getMessage())
+
+
 class Console:
     """Where words and numbers go: progress and text for people, or one JSON document on standard output."""
 
     def __init__(self, args: argparse.Namespace):
         self.json, self.quiet = args.json, args.quiet
+        log = logging.getLogger("lmc_fast")
+        log.setLevel(logging.INFO)
+        log.handlers = [_Lines(self.say)]
 
     def say(self, text: str = "") -> None:
         if not self.quiet and not self.json:
@@ -86,6 +102,14 @@ def inspect_command(args: argparse.Namespace, console: Console) -> int:
 
 
 def align_command(args: argparse.Namespace, console: Console) -> int:
+    args.memory = parse_bytes(args.memory) if args.memory else None
+    args.device = parallel.own_device(args.device)
+    with parallel.together(args.device):
+        console.quiet |= parallel.place()[0] > 0
+        return _align(args, console)
+
+
+def _align(args: argparse.Namespace, console: Console) -> int:
     check_target(args.out)
     pair = open_pair(args.a, args.b)
     length = block_length(pair.a, args.block)
@@ -102,28 +126,41 @@ def align_command(args: argparse.Namespace, console: Console) -> int:
     given |= {"seed": args.seed, "low": args.range and args.range[0], "high": args.range and args.range[1]}
     options = {name: value for name, value in given.items() if value is not None}
 
+    meter = Meter(args.device)
+    if parallel.place()[0]:  # the first process does what is done once
+        parallel.wait()
+        state_file = RunDirectory(args.out, resume=True).state_file
+        _align_with_bar(args, console, pair, tokens, validation, state_file, options, meter)
+        return 0
     with RunDirectory(args.out, args.resume) as run:
+        parallel.wait()
         try:
-            alignment = _align_with_bar(args, console, pair, tokens, validation, run.state_file, options)
+            alignment = _align_with_bar(args, console, pair, tokens, validation, run.state_file, options, meter)
         except KeyboardInterrupt:
             if run.state_file.exists():
                 console.say(f"interrupted; the state is in {run.path}: go on with --resume")
             raise
+        run.drop_store()
         report: dict[str, Any] = {"a": args.a, "b": args.b, "version": __version__, **alignment.info}
         curves: list[Curve] = []
         if held_out is not None:
-            curves = _three_curves(args, console, pair, held_out, alignment)
+            with meter.stage("measuring"):
+                curves = _three_curves(args, console, pair, held_out, alignment)
             report["curves"] = [curve.to_json() for curve in curves]
             report["definition"] = DEFINITION
             plot_curves(curves, run.path / "curve.png")
         if "history" in alignment.info:
             plot_learning(History(**alignment.info["history"]), run.path / "learning.png")
         console.say("writing the aligned endpoints")
-        export_into(pair, alignment, run.path, _DTYPES.get(args.dtype))
+        with meter.stage("writing"):
+            export_into(pair, alignment, run.path, _DTYPES.get(args.dtype))
         alignment.save(run.path / "alignment.safetensors")
-        report["proof"] = _proof(args, console, run.path, held_out)
+        with meter.stage("verifying"):
+            report["proof"] = _proof(args, console, run.path, held_out)
+        report["costs"] = meter.to_json()
         (run.path / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         run.publish()
+    _show_costs(console, report["costs"], args.memory)
     for curve in curves:
         lowest = f", lowest accuracy {min(curve.accuracies):.2%}" if curve.accuracies else ""
         console.say(f"barrier {curve.name:>8}: {curve.barrier:.4f} nats at lambda {curve.at:.1f}{lowest}")
@@ -134,6 +171,22 @@ def align_command(args: argparse.Namespace, console: Console) -> int:
     console.say(f"next: lmc-fast merge {args.out}/a {args.out}/b --weight 0.5 --out {args.out}/merged")
     console.result(report)
     return 0
+
+
+def _show_costs(console: Console, costs: dict[str, Any], memory: int | None) -> None:
+    """What each stage took at most, and what was moved."""
+    peaks = {stage["name"]: stage["peak_device"] or stage["peak_rss"] for stage in costs["stages"]}
+    console.say("memory at most: " + ", ".join(f"{name} {show_bytes(peak)}" for name, peak in peaks.items()))
+    if "traffic" in costs:
+        moved = costs["traffic"]
+        console.say(
+            f"read {show_bytes(moved['bytes'] + moved['row_bytes'])} of weights in {moved['loads']} loads; "
+            f"waited {moved['stall_seconds']:.1f} s for them"
+        )
+    worst = max(peaks, key=peaks.__getitem__)
+    if memory is not None and peaks[worst] > memory:
+        text = f"{worst} took {show_bytes(peaks[worst])}, more than the {show_bytes(memory)} allowed"
+        print(f"lmc-fast: warning: {text}", file=sys.stderr)
 
 
 def _unit(pair: Pair) -> str:
@@ -148,6 +201,7 @@ def _align_with_bar(
     validation: Data | None,
     state_file: Path,
     options: dict[str, Any],
+    meter: Meter,
 ) -> Alignment:
     steps = options.get("steps", Schedule.steps) if args.method in ("dual", "one-sided") else 0
     console.say(
@@ -173,7 +227,9 @@ def _align_with_bar(
             activations=args.activations,
             device=args.device,
             progress=progress,
+            memory=args.memory,
             state_file=state_file,
+            meter=meter,
             **options,
         )
 
@@ -188,7 +244,8 @@ def _three_curves(
     curves = []
     with console.bar(11 * len(stages), "measuring", "point") as bar:
         for name, stage in stages:
-            curves.append(barrier(pair, tokens, stage, name=name, device=args.device, progress=lambda _: bar.update()))
+            how = {"name": name, "device": args.device, "memory": args.memory}
+            curves.append(barrier(pair, tokens, stage, progress=lambda _: bar.update(), **how))
     return curves
 
 
@@ -228,7 +285,8 @@ def barrier_command(args: argparse.Namespace, console: Console) -> int:
     tokens = read_data(args.data, pair.a, block_length(pair.a, args.block))
     alignment = Alignment.load(args.alignment, pair.spec) if args.alignment else None
     with console.bar(args.points, "measuring", "point") as bar:
-        curve = barrier(pair, tokens, alignment, args.points, device=args.device, progress=lambda _: bar.update())
+        how = {"device": args.device, "memory": parse_bytes(args.memory) if args.memory else None}
+        curve = barrier(pair, tokens, alignment, args.points, progress=lambda _: bar.update(), **how)
     console.say("lambda    loss  excess" + ("  accuracy" if curve.accuracies else ""))
     accuracies = [f"  {share:8.2%}" for share in curve.accuracies] if curve.accuracies else [""] * len(curve.lambdas)
     for point, loss, excess, right in zip(curve.lambdas, curve.losses, curve.excess, accuracies, strict=True):
@@ -321,6 +379,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--activations", type=float, default=0.3, help="weight of activation evidence in matching (0.3)")
     sub.add_argument("--seed", type=int, help="default: 0")
     sub.add_argument("--dtype", choices=_DTYPES, help="of the written weights (default: as in the input)")
+    limit = "hold no more than this, e.g. 8GiB (on a GPU: of its memory); weights stream from disk (default: no limit)"
+    sub.add_argument("--memory", help=limit)
     sub.add_argument("--resume", action="store_true", help="go on with an interrupted run")
 
     sub = command("plan", plan_command, "memory and time within a budget; only headers are read", "a", "b")
@@ -338,6 +398,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", required=True, help="held-out text (.txt, .jsonl, .npy) or images (.npz, folder)")
     sub.add_argument("--alignment", help="an alignment.safetensors to apply first")
     sub.add_argument("--points", type=_positive, default=11, help="default: 11")
+    sub.add_argument("--memory", help=limit)
     sub.add_argument("--block", type=_positive, help="tokens per block (default: 128)")
     sub.add_argument("--out", type=Path, nargs="+", help="files to write: curve.json, curve.png")
 

@@ -11,6 +11,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .kernels.switch import wanted
+
 TRITON_LARGEST = 64
 """The largest n whose matrices the Triton solvers take: 128 x 128 does not fit in a program's registers."""
 GPU_SOLVERS = "LMC_FAST_GPU_SOLVERS"
@@ -26,6 +28,7 @@ class Backends:
     threads: int  # torch.get_num_threads(), which the C++ solvers obey too
     triton: bool  # importable
     gpu_solvers: str  # "triton", or "torch": without Triton, or as the environment variable LMC_FAST_GPU_SOLVERS says
+    kernels: tuple[str, ...]  # operations of the engine that are Triton kernels on a GPU: LMC_FAST_KERNELS
     cuda: str  # the GPU's name, or "none"
 
     @property
@@ -48,6 +51,7 @@ def backends() -> Backends:
         threads=torch.get_num_threads(),
         triton=_has_triton(),
         gpu_solvers=_gpu_solvers(),
+        kernels=wanted() if _has_triton() else (),
         cuda=torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     )
 

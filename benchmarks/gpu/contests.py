@@ -168,7 +168,7 @@ def map_heads(m: Model, tokens: int, draw: Draw) -> Contest:
         call(head_maps.reference),
         ("ya", "yb", "maps", "bias"),
         ("ya", "yb", "cos", "sin"),
-        kernel=runtime.usable(inputs["ya"]) and head_maps._fits(e, inputs["ya"]),
+        kernel=runtime.usable(inputs["ya"]) and head_maps.fits(e, inputs["ya"]),
     )
 
 

@@ -14,12 +14,11 @@ import torch
 
 from benchmarks.common import Row
 from benchmarks.gpu.device import release
-from benchmarks.gpu.rows import Case, Unfinished
+from benchmarks.gpu.rows import Case, Unfinished, fingerprint
 from benchmarks.gpu.slices import Place
 from benchmarks.gpu.training import MARGIN, QUICK, Recipe, blocks, make_corpus, trained
-from lmc_fast import Alignment, Pair, Schedule, align, barrier, open_pair
+from lmc_fast import Alignment, LmcError, Pair, Schedule, align, barrier, open_pair
 from lmc_fast.pipeline.align import Progress
-from lmc_fast.symmetry.storage import load_tensors
 
 LEAST = 420.0  # seconds that an alignment should find when it begins
 LENGTH = 256  # of calibration and test blocks
@@ -28,7 +27,8 @@ PROMISED = 0.5  # of the naive barrier, at most
 
 def cases(place: Place) -> Iterator[Case]:
     recipe = QUICK if place.quick else Recipe()
-    directory = place.scratch / ("pair-quick" if place.quick else "pair")
+    made_by = fingerprint(["benchmarks/gpu/training.py"])  # where that changes, everything is made again
+    directory = place.scratch / f"pair-{'quick-' * place.quick}{made_by}"
     if place.quick:
         yield Case("corpus quick", lambda: [{"key": "corpus quick"} | make_corpus(directory, recipe)])
     else:
@@ -69,42 +69,29 @@ def _align(key: str, place: Place, directory: Path, recipe: Recipe) -> list[Row]
         if place.clock.left < MARGIN:
             raise KeyboardInterrupt  # align saves its state and passes it on
 
-    def run(where: torch.device) -> Alignment:
-        return align(
+    try:
+        found = align(
             pair,
             calibration,
             schedule=schedule,
             validation=validation,
-            device=where,
+            device=device,
             progress=watch,
             state_file=state,
         )
-
-    trouble: Row = {}
-    try:
-        found = run(device)
     except KeyboardInterrupt:
         raise Unfinished("the alignment is saved, to be continued") from None
-    except RuntimeError as error:
-        if device.type == "cpu" or not _learned(state, schedule.steps):
-            state.unlink(missing_ok=True)
-            raise
-        trouble = {"device_error": f"after the last step: {error}"[:500], "finished_on": "cpu"}
-        found = run(torch.device("cpu"))  # from the state: all steps are done
+    except LmcError:  # perhaps a state that another version wrote: the next run begins anew
+        state.unlink(missing_ok=True)
+        raise
     ended = time.monotonic()
-    row: Row = {"key": key} | trouble
-    row |= {"steps": len(found.info["history"]["loss"]), "path": found.info["path"]}
+    row: Row = {"key": key, "steps": len(found.info["history"]["loss"]), "path": found.info["path"]}
     row |= {"matching_seconds": round(matched_at[0] - began, 1), "learning_seconds": round(ended - matched_at[0], 1)}
     if device.type == "cuda":
         row["peak_bytes"] = torch.cuda.max_memory_allocated(device)
     row |= barriers(pair, found, test, device, 3 if quick else 11)
     state.unlink(missing_ok=True)
     return [row]
-
-
-def _learned(state: Path, steps: int) -> bool:
-    """Whether a state holds a run whose steps are all done."""
-    return state.exists() and len(load_tensors(state)[1]["history"]["loss"]) == steps
 
 
 def barriers(pair: Pair, found: Alignment, test: torch.Tensor, device: torch.device, points: int) -> Row:

@@ -94,6 +94,5 @@ def problems(rows: Sequence[Row]) -> list[str]:
         if promise.verdict(rows) == MISSED:
             out.append(f"{promise.text}: {promise.measured(rows):g}, promised {promise.limit_text}")
     out += [f"{row['key']}: {row['error'].splitlines()[0][:200]}" for row in rows if "error" in row]
-    out += [f"{row['key']}: {row['device_error'][:200]}" for row in rows if "device_error" in row]
     failed = [row for row in rows if row.get("quick") and (row.get("failed") or row.get("accurate") is False)]
     return out + [f"{row['key']}: wrong in the quick run" for row in failed]

@@ -3,6 +3,7 @@
     floor                 forward, backward, gradients of all weights of one model
     fused, concat, weight ours by one path, every block's graph kept (+ recompute: computed again in backward)
     ours                  ours, path by engine.dispatch
+    ours, no kernels      ours with LMC_FAST_KERNELS=0: torch operations only; "ours, no dual_gemm": without that one
     ours, divergence      the default objective: both endpoints' predictions are computed too
     rotation alone        the part of ours that does not grow with tokens and layers: the rotation and its gradient
 
@@ -11,6 +12,7 @@ Weights are bfloat16, the transform's leaves float32. Peak memory is what torch 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -24,8 +26,10 @@ from benchmarks.gpu.slices import Place
 from lmc_fast.engine.model import task_loss
 from lmc_fast.engine.source import Resident, paired
 from lmc_fast.engine.step import Item, choose_path, learn
+from lmc_fast.kernels.switch import OPERATIONS, SWITCH
 
 POSITION = 0.45
+WITHOUT_DUAL_GEMM = ",".join(name for name in OPERATIONS if name != "dual_gemm")
 PATHS = ("fused", "concat", "weight")
 LENGTH = 2048
 SHAPES = {"7B": ("pythia-6.9b", 4), "1B": ("pythia-1.4b", 4), "7B gated": (LLAMA, 2)}
@@ -41,6 +45,22 @@ def cases(place: Place) -> Iterator[Case]:
         for name, (shape, layers) in SHAPES.items():
             key = f"{name} T{tokens}"
             yield Case(key, partial(measure, key, place, shape, layers, tokens, LENGTH), seconds=30 + tokens / 200)
+
+
+def switched(kernels: str, call: Callable[[], object]) -> Callable[[], object]:
+    """`call` with LMC_FAST_KERNELS set."""
+
+    def run() -> None:
+        before = os.environ.get(SWITCH)
+        os.environ[SWITCH] = kernels
+        try:
+            call()
+        finally:
+            del os.environ[SWITCH]
+            if before is not None:
+                os.environ[SWITCH] = before
+
+    return run
 
 
 def measure(key: str, place: Place, shape: str, layers: int, tokens: int, length: int) -> list[Row]:
@@ -72,6 +92,8 @@ def measure(key: str, place: Place, shape: str, layers: int, tokens: int, length
     calls["ours + recompute"] = ours(None, False)
     for path in PATHS:
         calls[path], calls[f"{path} + recompute"] = ours(path, True), ours(path, False)
+    calls["ours, no kernels"] = switched("0", ours(None, True))
+    calls["ours, no dual_gemm"] = switched(WITHOUT_DUAL_GEMM, ours(None, True))
     calls["ours, divergence"] = ours(None, True, True)
     calls["rotation alone"] = rotation
     fit, large = runnable(calls, device)

@@ -3,7 +3,7 @@
 The store holds DISTINCT random blocks again and again, so that it is made quickly; what is moved is the same. Each
 case is measured "planned", with the planner's resident units and micro-batches, and "smallest", with nothing resident
 and one sequence at a time. First the streamed step runs alone, for its peak memory and traffic, then in turns with the
-resident one, for the times. Boundary activations stay on the device, also where the planner wants them in main memory.
+resident one, for the times. Boundary activations and chunks of logits are where and what the planner wants, in both.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from lmc_fast.architectures import Spec
 from lmc_fast.checkpoints import Weights
 from lmc_fast.engine.source import Resident, paired
 from lmc_fast.engine.step import Item, learn
-from lmc_fast.streaming.demand import ACTIVATION, Job
+from lmc_fast.pipeline.within import path_of
+from lmc_fast.streaming.demand import Job
 from lmc_fast.streaming.devices import here
 from lmc_fast.streaming.layout import block_bytes
 from lmc_fast.streaming.meter import available_memory
@@ -43,7 +44,6 @@ DISTINCT = 2
 POSITION = 0.45
 LENGTH = 2048
 STEPS = 3  # of the streamed step alone
-PATH = {ACTIVATION: "fused"}  # the planner's word -> the engine's
 
 
 def cases(place: Place) -> Iterator[Case]:
@@ -104,14 +104,15 @@ def _pieces(a: Weights, b: Weights, layers: int) -> Iterator[Piece]:
 def compare(store: Store, spec: Spec, pair: tuple[Weights, Weights], planned: Plan, as_planned: bool) -> Row:
     """Streamed alone, then streamed and resident in turns."""
     device = torch.device(planned.device.kind)
-    micro = planned.micro_batch if as_planned else 1
-    job, path = planned.job, PATH.get(planned.path, planned.path)
+    way = planned.way
+    micro = way.micro_batch if as_planned else 1
+    job, path = planned.job, path_of(planned, spec, device)
     chart = RoundedChart(spec, store.dtype, device)
     batch = random_tokens(spec, job.tokens, job.length, device)
     items = [Item(part, POSITION) for part in batch.split(micro)]
 
     def step(source: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        return learn(source, items, chart, path=path)
+        return learn(source, items, chart, path=path, logits=way.logits, offload=way.boundaries_on_host)
 
     release(device)
     if device.type == "cuda":
@@ -167,8 +168,8 @@ def prediction(planned: Plan, as_planned: bool) -> Row:
     row: Row = {
         "planned_total_bytes": planned.total,
         "planned_resident": len(planned.resident),
-        "planned_boundaries_on_host": planned.boundaries_on_host,  # the engine keeps them on the device
-        "planned_logits": planned.logits,
+        "boundaries_on_host": planned.way.boundaries_on_host,
+        "logits": planned.way.logits,
         "profile_flops": profile.flops,
         "profile_bandwidth": profile.bandwidth,
     }

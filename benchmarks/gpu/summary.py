@@ -120,7 +120,7 @@ def _solvers(rows: Sequence[Row]) -> list[str]:
 
 def _step(rows: Sequence[Row]) -> list[str]:
     heads = ("shape", "tokens", "variant", "ms", "times the floor", "peak MiB")
-    wanted = ("floor", "ours", "ours + recompute", "ours, divergence", "rotation alone")
+    wanted = ("floor", "ours", "ours + recompute", "ours, no kernels", "ours, divergence", "rotation alone")
     body = [
         (
             f"{row['shape']}, {row['layers']} blocks",

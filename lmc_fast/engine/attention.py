@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..architectures import Spec
-from .slots import Slots, linear
+from ..kernels.interp_linear import Rope
+from .slots import Slots, linear, linear_with_rope
 
-Rope = tuple[Tensor, Tensor]  # cos, sin: (T, rotary_dim / 2)
 Observer = Callable[[str, Tensor], None]  # called with the name and value of an intermediate
 
 
@@ -94,7 +94,12 @@ def attention(
 ) -> Tensor:
     """Attention of x (batch, T, d) in block `index`."""
 
-    def heads(slot: str, count: int) -> Tensor:
+    bare = observe is ignore and not spec.qk_norm and not spec.clip_qkv  # nothing between a product and RoPE
+
+    def heads(slot: str, count: int, rope: Rope | None = None) -> Tensor:
+        y = linear_with_rope(w, slot, x, rope, count) if bare else None
+        if y is not None:
+            return y.unflatten(-1, (count, spec.head_dim)).transpose(1, 2)
         y = linear(w, slot, x)
         observe(slot, y)
         if spec.qk_norm == "full" and slot != "v":
@@ -104,10 +109,10 @@ def attention(
         y = y.unflatten(-1, (count, spec.head_dim)).transpose(1, 2)
         if spec.qk_norm == "head" and slot != "v":
             y = F.rms_norm(y, y.shape[-1:], w[f"{slot}_norm"], spec.norm_eps)
-        return y
+        return rotate(y, rope)
 
     rope = positions.rope_of(spec, index)
-    q, k = rotate(heads("q", spec.heads), rope), rotate(heads("k", spec.kv_heads), rope)
+    q, k = heads("q", spec.heads, rope), heads("k", spec.kv_heads, rope)
     v = heads("v", spec.kv_heads)
     if spec.queries_per_group > 1:
         k, v = (t.repeat_interleave(spec.queries_per_group, dim=1) for t in (k, v))

@@ -14,9 +14,9 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +29,7 @@ WIDEST = {"cpu": 1024}  # widths above need no measurement there: large GEMMs ru
 _log = logging.getLogger("lmc_fast")
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """A path of kernels.interp_linear.PATHS, and why."""
 
     path: str
@@ -52,10 +51,8 @@ def choose(tokens: int, width: int, dtype: torch.dtype, device: torch.device, ke
         crossover, how = _crossover(width, dtype, device, keep), "measured"
     else:
         crossover, how = counted, "counted"
-    path = _activation_path(width, dtype, device) if ratio < crossover else "weight"
-    choice = Choice(path, f"{ratio:.2f} tokens per width, crossover {how} at {crossover:.2f}")
-    _log.info("interpolated layers: %s (%s)", choice.path, choice.why)
-    return choice
+    path = activation_path(width, dtype, device) if ratio < crossover else "weight"
+    return Choice(path, f"{ratio:.2f} tokens per width, crossover {how} at {crossover:.2f}")
 
 
 @cache
@@ -83,7 +80,8 @@ def _measure_crossover(width: int, dtype: torch.dtype, device: torch.device, kee
 
 
 @cache
-def _activation_path(width: int, dtype: torch.dtype, device: torch.device) -> str:
+def activation_path(width: int, dtype: torch.dtype, device: torch.device) -> str:
+    """The faster of the two paths that work on activations."""
     if device.type == "cpu":
         return "fused"  # a concatenated GEMM measured no faster there (benchmarks/step.py)
 
@@ -155,7 +153,8 @@ def _finish(device: torch.device) -> None:
 
 def _place(width: int, dtype: torch.dtype, device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return f"{name}, {torch.get_num_threads()} threads, {dtype}, torch {torch.__version__}, width {width}"
+    kernels = f", kernels {os.environ.get('LMC_FAST_KERNELS', '1')}" if device.type == "cuda" else ""
+    return f"{name}, {torch.get_num_threads()} threads, {dtype}, torch {torch.__version__}{kernels}, width {width}"
 
 
 def _processor() -> str:

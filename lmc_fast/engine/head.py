@@ -2,6 +2,9 @@
 
 One run of vocabulary needs one pass (`whole`). Several need two: `scan` each for the normalisers (which is all that a
 cross-entropy without gradients needs), then `add` each for the divergence and the gradients.
+
+Where kernels.switch has "softmax_loss" on, a chunk's logits stay in the models' dtype, and one launch puts the slope in
+their place.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..kernels.switch import engaged
 from .loss import CHUNK_ELEMENTS, capped
 
 
@@ -26,7 +30,8 @@ class Reading:
         n = len(self.inputs[0])
         self.normaliser = self.inputs[0].new_full((n,), -torch.inf, dtype=accurate(self.inputs[0].dtype))
 
-    def logits(self, weights: list[Tensor], bias: Tensor | None, rows: slice, softcap: float) -> Tensor:
+    def products(self, weights: list[Tensor], bias: Tensor | None, rows: slice) -> Tensor:
+        """The logits of some rows, uncapped, in the dtype of the inputs."""
         total = None
         for x, share, w in zip(self.inputs, self.shares, weights, strict=True):
             if total is not None:
@@ -36,11 +41,14 @@ class Reading:
             else:
                 total = torch.addmm(x.new_zeros(1), x[rows], w.mT, beta=0, alpha=share)
         assert total is not None
-        return capped(total.to(self.normaliser.dtype), softcap)
+        return total
 
-    def see(self, logits: Tensor, rows: slice) -> None:
-        """Takes a run of logits into the normaliser."""
-        self.normaliser[rows] = torch.logaddexp(self.normaliser[rows], logits.logsumexp(1))
+    def logits(self, weights: list[Tensor], bias: Tensor | None, rows: slice, softcap: float) -> Tensor:
+        return capped(self.products(weights, bias, rows).to(self.normaliser.dtype), softcap)
+
+    def see(self, log_sums: Tensor, rows: slice) -> None:
+        """Takes a run's log Σ exp into the normaliser."""
+        self.normaliser[rows] = torch.logaddexp(self.normaliser[rows], log_sums)
 
 
 def accurate(dtype: torch.dtype) -> torch.dtype:
@@ -55,6 +63,7 @@ class Part:
     weights: list[Tensor]
     bias: Tensor | None
     start: int = 0
+    gradient: Tensor | None = None  # (rows, d), of the only weight: added to where it is wanted
 
 
 class HeadLoss:
@@ -78,6 +87,7 @@ class HeadLoss:
         self.softcap, self.chunk = softcap, chunk
         like = reading.normaliser
         self._loss = like.new_zeros((), dtype=torch.float64)
+        self._apart = target is not None  # the normaliser is not in _loss
         self.gradients = [torch.zeros_like(x) for x in reading.inputs] if learn else []
         self.best = like.new_full(like.shape, -torch.inf)  # the largest logit so far, and where
         self.guess = torch.zeros(len(like), dtype=torch.int64, device=like.device)
@@ -88,17 +98,33 @@ class HeadLoss:
 
     def whole(self, part: Part, teachers: list[Part]) -> None:
         """The only run of vocabulary."""
+        fused = self._fused(part)
+        if fused and self.target is not None and not self.gradients:
+            return self.scan(part, teachers)
+        self._apart &= not fused
         for rows in self._chunks(part):
-            self._add(part, rows, *self._scan(part, teachers, rows))
+            if fused:
+                self._in_place(part, teachers, rows, None)
+            else:
+                self._add(part, rows, *self._scan(part, teachers, rows))
+        return None
 
     def scan(self, part: Part, teachers: list[Part]) -> None:
         """First of two passes over a run."""
+        scan = self._scan_in_place if self._fused(part) else self._scan
         for rows in self._chunks(part):
-            self._scan(part, teachers, rows)
+            scan(part, teachers, rows)
 
     def add(self, part: Part, teachers: list[Part]) -> None:
         """Second of two passes over a run."""
+        if self.target is not None and not self.gradients:
+            return
+        fused = self._fused(part)
+        seen = torch.stack([r.normaliser for r in (self.reading, *(t for _, t in self.teachers))]) if fused else None
         for rows in self._chunks(part):
+            if seen is not None:
+                self._in_place(part, teachers, rows, seen[:, rows])
+                continue
             logits = self.reading.logits(part.weights, part.bias, rows, self.softcap)
             taught = [
                 t.logits(p.weights, p.bias, rows, self.softcap)
@@ -106,22 +132,61 @@ class HeadLoss:
             ]
             self._add(part, rows, logits, taught)
 
+    def _fused(self, part: Part) -> bool:
+        """Whether the operations of kernels.softmax_loss take this run."""
+        return len(self.teachers) <= 2 and engaged("softmax_loss", self.reading.inputs[0], part.weights[0])
+
+    def _in_place(self, part: Part, teachers: list[Part], rows: slice, seen: Tensor | None) -> None:
+        """Loss and gradients of some rows. seen: the normalisers of the reading and its teachers, where runs add up."""
+        from ..kernels.softmax_loss import cross_entropy_, divergence_
+
+        logits = self.reading.products(part.weights, part.bias, rows)
+        if self.target is not None:
+            known = None if seen is None else seen[0]
+            loss = cross_entropy_(logits, self.target[rows], 1.0, part.start, known, self.softcap)
+        else:
+            taught = [
+                (t.products(p.weights, p.bias, rows), share)
+                for (share, t), p in zip(self.teachers, teachers, strict=True)
+            ]
+            loss = divergence_(logits, taught, 1.0, seen, self.softcap)
+        self._loss += loss.sum(dtype=torch.float64)
+        self._pull(part, rows, logits)
+
+    def _scan_in_place(self, part: Part, teachers: list[Part], rows: slice) -> None:
+        from ..kernels.softmax_loss import row_statistics
+
+        logits = self.reading.products(part.weights, part.bias, rows)
+        target = None if self.target is None else self.target[rows]
+        log_sums, picked = row_statistics(logits, target, part.start, self.softcap)
+        self.reading.see(log_sums, rows)
+        if target is not None:
+            self._loss -= picked.sum(dtype=torch.float64)
+        if target is not None and not self.gradients:
+            self._guess(logits, part, rows)  # a cap keeps the order
+        for (_, teacher), p in zip(self.teachers, teachers, strict=True):
+            taught = teacher.products(p.weights, p.bias, rows)
+            teacher.see(row_statistics(taught, softcap=self.softcap)[0], rows)
+
     def _scan(self, part: Part, teachers: list[Part], rows: slice) -> tuple[Tensor, list[Tensor]]:
         logits = self.reading.logits(part.weights, part.bias, rows, self.softcap)
-        self.reading.see(logits, rows)
+        self.reading.see(logits.logsumexp(1), rows)
         if self.target is not None:
             index, here = self._targets(self.target[rows], part)
             self._loss -= (logits.gather(1, index) * here).sum()
         if self.target is not None and not self.gradients:
-            value, place = logits.max(1)
-            better = value > self.best[rows]
-            self.best[rows] = torch.where(better, value, self.best[rows])
-            self.guess[rows] = torch.where(better, place + part.start, self.guess[rows])
+            self._guess(logits, part, rows)
         taught = []
         for (_, teacher), p in zip(self.teachers, teachers, strict=True):
             taught.append(teacher.logits(p.weights, p.bias, rows, self.softcap))
-            teacher.see(taught[-1], rows)
+            teacher.see(taught[-1].logsumexp(1), rows)
         return logits, taught
+
+    def _guess(self, logits: Tensor, part: Part, rows: slice) -> None:
+        value, place = logits.max(1)
+        better = value > self.best[rows]
+        self.best[rows] = torch.where(better, value, self.best[rows])
+        self.guess[rows] = torch.where(better, place + part.start, self.guess[rows])
 
     @staticmethod
     def _targets(target: Tensor, part: Part) -> tuple[Tensor, Tensor]:
@@ -144,14 +209,19 @@ class HeadLoss:
             slope = log_p.exp_().sub_(aim)
         if self.softcap:
             slope = slope * (1 - (logits / self.softcap).square())
-        slope = slope.to(part.weights[0].dtype)
+        self._pull(part, rows, slope.to(part.weights[0].dtype))
+
+    def _pull(self, part: Part, rows: slice, slope: Tensor) -> None:
+        """Adds what the slope of some rows' logits means for the inputs, and for the weight where that is wanted."""
+        if part.gradient is not None:
+            part.gradient.addmm_(slope.mT, self.reading.inputs[0][rows])
         for gradient, share, w in zip(self.gradients, self.reading.shares, part.weights, strict=True):
             gradient[rows].addmm_(slope, w, alpha=share)
 
     @property
     def loss(self) -> Tensor:
         """The sum over rows, float64; complete once every run was scanned (and, with teachers, added)."""
-        return self._loss if self.target is None else self._loss + self.reading.normaliser.double().sum()
+        return self._loss + self.reading.normaliser.double().sum() if self._apart else self._loss
 
     @property
     def right(self) -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -10,23 +13,31 @@ from torch import Tensor
 
 from ..errors import LmcError
 
+_PATIENCE = timedelta(days=2)  # the others wait while the first process matches and prepares
 
-def start(device: torch.device | str) -> bool:
-    """Joins the group that torchrun set up, if it did; True if there is one to `stop`. Raises LmcError if it fails."""
+
+@contextmanager
+def together(device: torch.device | str) -> Iterator[None]:
+    """In the group that torchrun set up, if it did. Raises LmcError if the processes do not find each other."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        return False
+        yield
+        return
+    backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
     try:
-        dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
+        dist.init_process_group(backend, timeout=_PATIENCE)
     except Exception as error:
         raise LmcError(
             f"WORLD_SIZE is set, but the processes did not find each other ({error}); use torchrun"
         ) from error
-    return True
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
-def stop() -> None:
-    """Leaves the group."""
-    dist.destroy_process_group()
+def own_device(device: str) -> str:
+    """`cuda` as this process's own GPU where torchrun started several."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 
 def place() -> tuple[int, int]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..architectures import BLOCK_READERS, Spec
-from ..kernels.interp_linear import apply_right, interp_linear, interpolated
+from ..kernels.interp_linear import Rope, apply_right, interp_linear, interpolated, mapped_heads
 from ..symmetry.transform import BlockTransform, head_maps, map_inside, turn, turn_end
 
 Slots = Mapping[str, Tensor]
@@ -21,6 +21,11 @@ def linear(w: Slots, slot: str, x: Tensor) -> Tensor:
     if isinstance(w, LineSlots):
         return w.linear(slot, x)
     return F.linear(x, w[slot], w.get(f"{slot}_bias"))
+
+
+def linear_with_rope(w: Slots, slot: str, x: Tensor, rope: Rope | None, heads: int) -> Tensor | None:
+    """`linear` of x (batch, T, in) with RoPE on each head, in one pass over both products; None where there is none."""
+    return w.linear_with_rope(slot, x, rope, heads) if isinstance(w, LineSlots) and rope is not None else None
 
 
 class LineSlots(Mapping[str, Tensor]):
@@ -95,10 +100,15 @@ class LineSlots(Mapping[str, Tensor]):
             return r, None if t.unit_scale is None else 1 / t.unit_scale
         return (t.unit_scale if slot == "up" else None), r
 
+    @property
+    def _whole(self) -> bool:
+        """Whether layers multiply with W(λ) as made by `__getitem__`."""
+        return self.maps is None or self.position == 0 or (self.path == "weight" and not self.once)
+
     def linear(self, slot: str, x: Tensor) -> Tensor:
         """The interpolated linear layer of x (..., in)."""
         bias = self.get(f"{slot}_bias")
-        if self.maps is None or self.position == 0 or (self.path == "weight" and not self.once):
+        if self._whole:
             return F.linear(x, self[slot], bias)
         left, right = self._factors(slot)
         path = "fused" if self.path == "concat" and left is not None else self.path
@@ -106,6 +116,18 @@ class LineSlots(Mapping[str, Tensor]):
         return interp_linear(
             x, self.a[slot], self.b[slot], self.position, left=left, right=right, bias=bias, turned=turned, path=path
         )
+
+    def linear_with_rope(self, slot: str, x: Tensor, rope: Rope, heads: int) -> Tensor | None:
+        """As the function of this name."""
+        if self._whole or self.path == "weight":
+            return None
+        left, _ = self._factors(slot)
+        if self.path == "concat" and left is None:
+            return None
+        flat, turned = x.flatten(0, -2), self._turn(x).flatten(0, -2)
+        bias = self.get(f"{slot}_bias")
+        y = mapped_heads(flat, turned, self.a[slot], self.b[slot], self.position, left, bias, heads, rope)
+        return None if y is None else y.view(*x.shape[:-1], -1)
 
     def _turn(self, x: Tensor) -> Tensor:
         """x R, computed once for all readers of x."""

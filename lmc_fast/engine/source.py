@@ -23,8 +23,12 @@ class Source(Protocol):
     """
 
     spec: Spec
-    ends: tuple[Slots, Slots]  # what lies outside the blocks, but for TABLES: small, always at hand
     head_parts: int
+
+    @property
+    def ends(self) -> tuple[Slots, Slots]:
+        """What lies outside the blocks, but for TABLES: small, always at hand."""
+        ...
 
     @property
     def sample(self) -> Tensor:

@@ -7,7 +7,8 @@ that no graph holds a weight that is not there any more.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import groupby
 
@@ -19,12 +20,15 @@ from ..symmetry.charts import Chart
 from ..symmetry.transform import BlockTransform, turn_rows
 from .attention import Positions
 from .block import block
+from .boundaries import Boundaries
 from .dispatch import Choice, choose
 from .head import HeadLoss, Part, Reading
+from .loss import CHUNK_ELEMENTS
 from .model import answers, asked, embed, read_out, read_part, require_task
 from .slots import LineSlots, Slots
 from .source import Source
 
+WHOLE_HEAD = {True: 2.0, False: 1.0}  # tokens per width from which the head is interpolated as weights; if it learns
 STREAM_ELEMENTS = 1 << 24  # of residual streams, held at a time by an evaluation: 64 MiB in float32
 
 
@@ -73,14 +77,24 @@ class _Pass:
     """What both kinds of passes share: items on their way through the units."""
 
     def __init__(
-        self, source: Source, items: Sequence[Item], chart: Chart | None, path: str | None, learn: bool, keep: bool
+        self,
+        source: Source,
+        items: Sequence[Item],
+        chart: Chart | None,
+        path: str | None,
+        logits: int,
+        *,
+        learn: bool,
+        keep: bool,
     ):
         require_task(source.spec)
+        self.logits, self.learns = logits, learn
         self.source, self.spec, self.chart = source, source.spec, chart
         self.items = sorted(items, key=lambda item: item.position)
         with torch.set_grad_enabled(learn):
             self.rotation_made = chart.rotation() if chart else None
         self.rotation = _leaf(self.rotation_made)
+        self.turn_gradient = None if self.rotation is None or not learn else torch.zeros_like(self.rotation)
         self._positions: dict[int, Positions] = {}
         if self.rotation is None:
             self.path = "weight"  # nothing but an interpolation of weights
@@ -122,19 +136,48 @@ class _Pass:
                 a["positions"], b["positions"] = a["positions"][some], b["positions"][some]
         return self.line(a, b, item.position, None), a, b, rows
 
+    def whole_head(self, position: float) -> bool:
+        """Whether the head's rows are interpolated as weights, and not applied to two streams.
+
+        In multiply-adds for each of the head's weights, of N tokens: a second stream takes N (2 N with gradients),
+        weights take d (N + 2 d).
+        """
+        if self.rotation is None or position == 0:
+            return True
+        tokens = sum(item.count for item in self.items if item.position == position)
+        return self.path == "weight" and tokens > WHOLE_HEAD[self.learns] * self.spec.width
+
     def reading(self, rows: Tensor, position: float) -> Reading:
         """The interpolated head's, of what it reads (n, d); its weights are in `head_part`."""
-        if self.rotation is None or position == 0:
+        if self.whole_head(position):
             return Reading([rows], [1.0])
+        assert self.rotation is not None
         return Reading([rows, turn_rows(rows, self.rotation.mT)], [1 - position, position])
 
-    def head_part(self, a: Slots, b: Slots, position: float, start: int) -> Part:
+    @contextmanager
+    def head_part(self, a: Slots, b: Slots, position: float, start: int, pull: float = 0) -> Iterator[Part]:
+        """A run of the head's rows for the items at one place of the line. pull: what gradients are multiplied with."""
         bias = torch.lerp(a["head_bias"], b["head_bias"], position) if "head_bias" in a else None
-        if position == 0:
-            return Part([a["head"]], bias, start)
-        if self.rotation is None:
-            return Part([torch.lerp(a["head"], b["head"], position)], bias, start)
-        return Part([a["head"], b["head"]], bias, start)
+        if not self.whole_head(position):
+            yield Part([a["head"], b["head"]], bias, start)
+            return
+        line = self.line(a, b, position, None, learn=bool(pull))
+        weight = line["head"].detach()
+        gradient = torch.zeros_like(weight) if line.leaves else None
+        yield Part([weight], bias, start, gradient)
+        if gradient is not None:
+            line.collect([gradient.mul_(pull)])
+            self.add_turn(line.contract(self.turns))
+
+    @property
+    def turns(self) -> list[Tensor]:
+        return [] if self.rotation is None else [self.rotation]
+
+    def add_turn(self, gradients: Sequence[Tensor | None]) -> None:
+        for gradient in gradients:
+            if gradient is not None:
+                assert self.turn_gradient is not None
+                self.turn_gradient += gradient
 
 
 def _pull(outputs: Sequence[Tensor], slopes: Sequence[Tensor | None], inputs: list[Tensor]) -> list[Tensor | None]:
@@ -170,38 +213,54 @@ class _Evaluation(_Pass):
         for item, x, (line, _, _, _) in zip(self.items, streams, ends, strict=True):
             rows = asked(read_out(spec, line, x, read_part(item.data)), item.data)
             reading = self.reading(rows, item.position)
-            losses.append(HeadLoss(reading, answers(item.data), softcap=spec.head_softcap))
+            losses.append(HeadLoss(reading, answers(item.data), softcap=spec.head_softcap, chunk=self.logits))
         start = 0
         for k in range(source.head_parts):
             with source.visit(spec.layers + k) as (a, b):
                 for position, group in self.groups():
-                    part = self.head_part(a, b, position, start)
-                    for m in group:
-                        losses[m].scan(part, [])
+                    with self.head_part(a, b, position, start) as part:
+                        for m in group:
+                            losses[m].scan(part, [])
                 start += len(a["head"])
         counts = [item.count for item in self.items]
         return [Score(h.loss.item() / n, h.right / n, n) for h, n in zip(losses, counts, strict=True)]
 
 
-def evaluate(source: Source, items: Sequence[Item], chart: Chart | None = None, path: str | None = None) -> list[Score]:
-    """Scores of `items`, in order of lambda, in one pass over the units. chart: applied to b; None: the plain line."""
-    return _Evaluation(source, items, chart, path, learn=False, keep=False).run()
+def evaluate(
+    source: Source,
+    items: Sequence[Item],
+    chart: Chart | None = None,
+    path: str | None = None,
+    logits: int = CHUNK_ELEMENTS,
+) -> list[Score]:
+    """Scores of `items`, in order of lambda, in one pass over the units. chart: applied to b; None: the plain line.
+
+    logits: how many are held at a time.
+    """
+    return _Evaluation(source, items, chart, path, logits, learn=False, keep=False).run()
 
 
 def line_scores(
-    source: Source, data: Data, points: Sequence[float], chart: Chart | None = None, batch: int = 32
+    source: Source,
+    data: Data,
+    points: Sequence[float],
+    chart: Chart | None = None,
+    batch: int = 32,
+    *,
+    rows: int | None = None,
+    logits: int = CHUNK_ELEMENTS,
 ) -> list[Score]:
     """One score per place of the line, ascending, on data taken `batch` rows at a time.
 
-    All places share a pass over the units; data whose streams exceed STREAM_ELEMENTS takes several passes.
+    All places share a pass over the units, on `rows` rows of data; by default as many as make STREAM_ELEMENTS.
     """
     spec = source.spec
     length = spec.position_rows if spec.image else read_part(data).shape[1]
-    rows = max(batch, STREAM_ELEMENTS // (len(points) * length * spec.width))
+    rows = max(batch, rows or STREAM_ELEMENTS // (len(points) * length * spec.width))
     seen: list[list[Score]] = [[] for _ in points]
     for some in data.split(rows):
         parts = [part for part in some.split(batch) if len(answers(part))]
-        scores = evaluate(source, [Item(part, t) for t in sorted(points) for part in parts], chart)
+        scores = evaluate(source, [Item(part, t) for t in sorted(points) for part in parts], chart, logits=logits)
         for k in range(len(points)):
             seen[k] += scores[k * len(parts) : (k + 1) * len(parts)]
     return [_together(scores) for scores in seen]
@@ -212,23 +271,24 @@ def _together(scores: list[Score]) -> Score:
     return Score(sum(s.loss * s.count for s in scores) / n, sum(s.accuracy * s.count for s in scores) / n, n)
 
 
-def line_losses(
-    source: Source, data: Data, points: Sequence[float], chart: Chart | None = None, batch: int = 32
-) -> list[float]:
-    """The losses of `line_scores`."""
-    return [score.loss for score in line_scores(source, data, points, chart, batch)]
-
-
 class _Learning(_Pass):
     def __init__(
-        self, source: Source, items: Sequence[Item], chart: Chart, path: str | None, divergence: bool, keep: bool
+        self,
+        source: Source,
+        items: Sequence[Item],
+        chart: Chart,
+        path: str | None,
+        logits: int,
+        *,
+        divergence: bool,
+        keep: bool,
+        offload: bool,
     ):
-        super().__init__(source, items, chart, path, learn=True, keep=keep)
+        super().__init__(source, items, chart, path, logits, learn=True, keep=keep)
         self.divergence, self.keep = divergence, keep
         self.gradients = {name: torch.zeros_like(t) for name, t in chart.tensors.items()}
-        self.turn_gradient = None if self.rotation is None else torch.zeros_like(self.rotation)
         self.teachers: list[list[Tensor]] = []  # streams of A and B, per item
-        self.inputs: list[list[Tensor]] = []  # per block: every item's stream in front of it
+        self.boundaries = Boundaries(offload)
         self.kept: dict[int, _KeptBlock] = {}
 
     @torch.no_grad()
@@ -253,21 +313,11 @@ class _Learning(_Pass):
                 slopes = self._backward(i, a, b, slopes)
         for item, slope, (line, _, _, rows) in zip(self.items, slopes, ends, strict=True):
             self._outside(line, lambda w, item=item, rows=rows: [embed(spec, w, read_part(item.data), rows)], [slope])
-            self._add_turn(line.contract(self._turns))
+            self.add_turn(line.contract(self.turns))
         if self.rotation_made is not None and self.chart is not None:
             leaf = self.chart.tensors["rotation"]
             self.gradients["rotation"] = torch.autograd.grad(self.rotation_made, leaf, self.turn_gradient)[0]
         return loss
-
-    @property
-    def _turns(self) -> list[Tensor]:
-        return [] if self.rotation is None else [self.rotation]
-
-    def _add_turn(self, gradients: Sequence[Tensor | None]) -> None:
-        for gradient in gradients:
-            if gradient is not None:
-                assert self.turn_gradient is not None
-                self.turn_gradient += gradient
 
     def _teach(self, i: int, a: Slots, b: Slots) -> None:
         for pair in self.teachers:
@@ -275,16 +325,18 @@ class _Learning(_Pass):
                 pair[k] = block(self.spec, w, pair[k], self.positions(pair[k]), i)
 
     def _forward(self, i: int, a: Slots, b: Slots, streams: list[Tensor]) -> list[Tensor]:
-        self.inputs.append(streams)
         if self.keep:
             kept = self.kept[i] = _KeptBlock(self, i)
             return [kept.forward(a, b, item.position, x) for item, x in zip(self.items, streams, strict=True)]
-        maps, out = self.maps(i), list(streams)
+        maps = self.maps(i)
+        self.boundaries.next_block()
         for position, group in self.groups():
             line = self.line(a, b, position, maps, learn=False)
             for m in group:
-                out[m] = block(self.spec, line, streams[m], self.positions(streams[m]), i)
-        return out
+                x = streams[m]
+                streams[m] = block(self.spec, line, x, self.positions(x), i)
+                self.boundaries.put(x)
+        return streams
 
     def _head(self, ends: list[tuple[LineSlots, Slots, Slots, Tensor | None]], streams: list[Tensor]):
         """(mean loss, its gradients with respect to the streams behind the last block)."""
@@ -303,9 +355,9 @@ class _Learning(_Pass):
                 teachers = [(s, Reading([t], [1.0])) for s, t in zip(shares, taught, strict=True)]
             target = None if self.divergence else answers(item.data)
             reading = self.reading(rows, item.position)
-            losses.append(HeadLoss(reading, target, teachers, softcap=spec.head_softcap, learn=True))
+            losses.append(HeadLoss(reading, target, teachers, softcap=spec.head_softcap, learn=True, chunk=self.logits))
         self.teachers = []
-        self._over_head(losses)
+        self._over_head(losses, total)
         slopes = []
         for m, (item, (line, _, _, _), h) in enumerate(zip(self.items, ends, losses, strict=True)):
             gradients = [g / total for g in h.gradients]
@@ -317,7 +369,7 @@ class _Learning(_Pass):
             slopes.append(self._outside(line, rows_of, gradients, streams[m]))
         return torch.stack([h.loss for h in losses]).sum() / total, slopes
 
-    def _over_head(self, losses: list[HeadLoss]) -> None:
+    def _over_head(self, losses: list[HeadLoss], total: int) -> None:
         """All losses through the head's runs: once, or, where there are several, forth and back."""
         parts = [(k, HeadLoss.scan) for k in range(self.source.head_parts)]
         parts += [(k, HeadLoss.add) for k in reversed(range(self.source.head_parts))]
@@ -327,9 +379,12 @@ class _Learning(_Pass):
         for k, apply in parts:
             with self.source.visit(self.spec.layers + k) as (a, b):
                 start = starts[k]
-                for item, h in zip(self.items, losses, strict=True):
-                    teachers = [Part([w["head"]], w.get("head_bias"), start) for w in (a, b)] if h.teachers else []
-                    apply(h, self.head_part(a, b, item.position, start), teachers)
+                teachers = [Part([w["head"]], w.get("head_bias"), start) for w in (a, b)] if self.divergence else []
+                for position, group in self.groups():
+                    pull = 0 if apply is HeadLoss.scan else 1 / total
+                    with self.head_part(a, b, position, start, pull) as part:
+                        for m in group:
+                            apply(losses[m], part, teachers)
                 starts.append(start + len(a["head"]))
 
     def _outside(self, line: LineSlots, function, slopes: list[Tensor], x: Tensor | None = None) -> Tensor | None:
@@ -337,14 +392,13 @@ class _Learning(_Pass):
         with torch.enable_grad():
             leaf = None if x is None else x.detach().requires_grad_()
             made = function(line) if leaf is None else function(line, leaf)
-        found = _pull(made, slopes, ([] if leaf is None else [leaf]) + self._turns + line.leaves)
+        found = _pull(made, slopes, ([] if leaf is None else [leaf]) + self.turns + line.leaves)
         dx = None if leaf is None else found.pop(0)
-        self._add_turn([found.pop(0) for _ in self._turns])
+        self.add_turn([found.pop(0) for _ in self.turns])
         line.collect(found)
         return dx
 
     def _backward(self, i: int, a: Slots, b: Slots, slopes: list[Tensor | None]) -> list[Tensor | None]:
-        streams = self.inputs.pop()
         if self.keep:
             return self.kept.pop(i).backward(slopes)
         moving = _MovingMaps(self, i)
@@ -353,16 +407,16 @@ class _Learning(_Pass):
             line = self.line(a, b, position, moving.leaves)
             for m in group:
                 with torch.enable_grad():
-                    x = streams[m].detach().requires_grad_()
+                    x = self.boundaries.take().detach().requires_grad_()
                     y = block(self.spec, line, x, self.positions(x), i)
                 n = len(moving.tensors)
-                inputs = [x, *self._turns, *moving.tensors, *line.leaves]
+                inputs = [x, *self.turns, *moving.tensors, *line.leaves]
                 out[m], *rest = _pull([y], [slopes[m]], inputs)
-                self._add_turn([rest.pop(0) for _ in self._turns])
+                self.add_turn([rest.pop(0) for _ in self.turns])
                 moving.add(rest[:n])
                 line.collect(rest[n:])
-            found = line.contract([*self._turns, *moving.tensors])
-            self._add_turn([found.pop(0) for _ in self._turns])
+            found = line.contract([*self.turns, *moving.tensors])
+            self.add_turn([found.pop(0) for _ in self.turns])
             moving.add(found)
         moving.finish()
         return out
@@ -423,12 +477,12 @@ class _KeptBlock:
 
     def backward(self, slopes: list[Tensor | None]) -> list[Tensor | None]:
         out: list[Tensor | None] = []
-        turns = self.owner._turns
+        turns = self.owner.turns
         for slope in slopes:
             x, y = self.graphs.pop(0)
             dx, *rest = _pull([y], [slope], [x, *turns, *self.moving.tensors])
             out.append(dx)
-            self.owner._add_turn([rest.pop(0) for _ in turns])
+            self.owner.add_turn([rest.pop(0) for _ in turns])
             self.moving.add(rest)
         self.moving.finish()
         return out
@@ -442,12 +496,15 @@ def learn(
     divergence: bool = True,
     keep: bool = False,
     path: str | None = None,
+    logits: int = CHUNK_ELEMENTS,
+    offload: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean loss over all predictions of `items` (0-d, float64), and its gradients by the chart's tensors.
 
     divergence: from (1-λ) p_A + λ p_B, the endpoints' own predictions; else cross-entropy with the text. keep: hold
     every block's graph until backward instead of computing it again; the source must then be `Resident`.
-    path: one of kernels.interp_linear.PATHS; None: engine.dispatch chooses.
+    path: one of kernels.interp_linear.PATHS; None: engine.dispatch chooses. logits: how many are held at a time.
+    offload: see Boundaries.
     """
-    job = _Learning(source, items, chart, path, divergence, keep)
+    job = _Learning(source, items, chart, path, logits, divergence=divergence, keep=keep, offload=offload)
     return job.run(), job.gradients

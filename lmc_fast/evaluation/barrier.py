@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ..checkpoints import Weights
 from ..engine.source import Resident
@@ -59,16 +60,16 @@ def curve_between(
     tokens: Data,
     points: int = 11,
     name: str = "line",
-    batch: int = 32,
     progress: Callable[[float], None] | None = None,
+    **portions: Any,
 ) -> Curve:
     """Losses at `points` evenly spaced lambdas between two models of one spec; tokens (n, T), or examples.
 
     A pass over the blocks of both models serves all points; of lazy models it holds one block. progress: called once
-    per point.
+    per point. portions: batch, rows and logits of line_scores.
     """
     lambdas = [i / (points - 1) for i in range(points)]
-    scores = line_scores(Resident(a, b), tokens, lambdas, batch=batch)
+    scores = line_scores(Resident(a, b), tokens, lambdas, **portions)
     for t in lambdas if progress else ():
         progress(t)  # type: ignore[misc]
     accuracies = None

@@ -7,9 +7,10 @@
     transient       interpolate(a, b, rotation, lam, ...)       one matrix α A + β diag(s) (B Rᵀ)[p]
     softmax_loss    cross_entropy_(logits, target, ...), divergence_(logits, teachers, ...)
 
-All but the first are Triton kernels with a `reference` in plain torch, which runs where Triton does not. Importing this
-package does not import Triton; importing one of their modules does, where it is installed. docs/kernels.md counts what
-each operation moves.
+All but the first are Triton kernels with a `reference` in plain torch, which runs where Triton does not. The engine
+uses all but norm_concat: on NVIDIA GPUs, unless the environment variable LMC_FAST_KERNELS turns them off (switch.py).
+Importing this package does not import Triton, nor does anything on a CPU; importing an operation's module does, where
+Triton is installed. docs/kernels.md counts what each operation moves.
 """
 
 from importlib.util import find_spec

@@ -137,7 +137,7 @@ def blocks(width: int, mapped: bool) -> dict[str, int]:
     return {"BLOCK_T": rows, "BLOCK_E": block, "BLOCK_J": piece, "num_warps": warps, "num_stages": 2}
 
 
-def _fits(width: int, tensor: Tensor) -> bool:
+def fits(width: int, tensor: Tensor) -> bool:
     """Whether shared memory holds a map: rows of 256 bytes everywhere, of 512 on the data-centre GPUs."""
     row = width * tensor.element_size()
     if row <= 256 or INTERPRETED:
@@ -217,7 +217,9 @@ class _HeadMaps(torch.autograd.Function):
         ctx.plain, share = (lam, None) if isinstance(lam, tuple) else (None, lam)
         ctx.heads = heads
         ctx.dtypes = [None if t is None else t.dtype for t in (maps, bias)]
-        ctx.save_for_backward(ya, yb, share, rounded, cos, sin)
+        of_lam, of_maps = ctx.needs_input_grad[2:4]
+        kept = ya if of_lam else None, yb if of_lam or of_maps else None  # activations, of the output's size each
+        ctx.save_for_backward(*kept, share, rounded, cos, sin)
         return forward(ya, yb, lam, rounded, bias, rope, heads)
 
     @staticmethod
@@ -228,7 +230,9 @@ class _HeadMaps(torch.autograd.Function):
         of_lam, of_maps, of_bias = ctx.needs_input_grad[2:5]
         rope = None if cos is None else (cos, sin)
         wanted = of_maps, of_bias, of_lam
-        dya, dyb, dmaps, dbias, dlam = gradients(grads[0], ya, yb, lam, maps, rope, ctx.heads, wanted)
+        grad = rows_of(grads[0])
+        ya, yb = (grad if t is None else t for t in (ya, yb))  # then only their shapes and types count
+        dya, dyb, dmaps, dbias, dlam = gradients(grad, ya, yb, lam, maps, rope, ctx.heads, wanted)
         dmaps = None if dmaps is None else dmaps.to(ctx.dtypes[0])
         dbias = None if dbias is None else dbias.to(ctx.dtypes[1])
         dlam = None if dlam is None else dlam.to(share.dtype).view_as(share)
@@ -282,6 +286,6 @@ def head_maps(
         raise ValueError(f"the bias has one entry for each of the {ya.shape[1]} channels, not {tuple(bias.shape)}")
     if rope is not None and (len(ya) % len(rope[0]) or 2 * rope[0].shape[1] > width or rope[0].shape != rope[1].shape):
         raise ValueError(f"cos and sin are (a divisor of {len(ya)}, at most {width // 2}) both")
-    if not usable(ya, yb, maps, bias) or (maps is not None and not _fits(width, ya)):
+    if not usable(ya, yb, maps, bias) or (maps is not None and not fits(width, ya)):
         return reference(ya, yb, lam, maps, bias, rope, heads)
     return _HeadMaps.apply(ya, yb, lam, maps, bias, *(rope or (None, None)), heads)

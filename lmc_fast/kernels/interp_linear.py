@@ -8,7 +8,8 @@ Three ways, one contract (T tokens, weights (N, K), square case K = d):
               dW at once into the gradients of R, L and λ
 
 The first two cost 2 T N K forward and backward each, and T d² for the rotation; the last T N K forward, 2 T N K
-backward, and 3 N K d whatever T is. engine.dispatch picks.
+backward, and 3 N K d whatever T is. engine.dispatch picks. Where kernels.switch has them on, Triton operations do what
+lies between the products: docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .switch import engaged, fall_back
+
 PATHS = ("fused", "concat", "weight")
 Position = float | Tensor  # lambda; a 0-d tensor where its gradient is wanted
+Rope = tuple[Tensor, Tensor]  # cos, sin (positions, rotary / 2)
 
 
 def interp_linear(
@@ -35,7 +39,7 @@ def interp_linear(
     turned: Tensor | None = None,
     path: str | None = None,
 ) -> Tensor:
-    """x (..., K), a and b (N, K) -> (..., N). Differentiable in x, left, right, bias and position; not in a and b.
+    """x (..., K), a and b (N, K) -> (..., N). Differentiable once in x, left, right, bias and position; not in a, b.
 
     left, right: L (N, N) and R (K, K), each None (identity), (n, n) dense, (G, e, e) blocks that repeat over n / (G e)
     neighbouring heads each, (n,) a scale, or (n,) int64 a permutation p, which takes row (column) p[i] of B to i.
@@ -67,6 +71,9 @@ def _two_products(
 ) -> Tensor:
     shape = (*x.shape[:-1], len(a))
     x, z = x.flatten(0, -2), z.flatten(0, -2)
+    y = _two_products_by_kernels(x, z, a, b, position, left, bias)
+    if y is not None:
+        return y.view(shape)
     if isinstance(position, Tensor):
         y = (1 - position) * (x @ a.mT) + position * apply_left(z @ b.mT, left)
         y = y if bias is None else y + bias
@@ -75,6 +82,61 @@ def _two_products(
     else:
         y = torch.add(_scaled_product(x, a, 1 - position, bias), apply_left(z @ b.mT, left), alpha=position)
     return y.view(shape)
+
+
+def _two_products_by_kernels(
+    x: Tensor, z: Tensor, a: Tensor, b: Tensor, position: Position, left: Tensor | None, bias: Tensor | None
+) -> Tensor | None:
+    """None where no Triton operation serves this L, or none is on."""
+    if left is not None and left.dim() == 3:
+        return mapped_heads(x, z, a, b, position, left, bias, len(a) // left.shape[1], None)
+    # the gradient of a scale takes z Bᵀ, which dual_gemm does not keep, or a third product
+    learned = left is not None and left.requires_grad and torch.is_grad_enabled()
+    if learned or _is_dense(left) or a.stride(-1) != 1 or b.stride(-1) != 1:
+        return None
+    perm, scale = _permutation_or_scale(left)
+    if not engaged("dual_gemm", x, z, a, b, bias, scale):
+        return None
+    from .dual_gemm import dual_linear
+
+    return dual_linear(x, a.detach(), z, b.detach(), _factors(position), bias, perm, scale)
+
+
+def mapped_heads(
+    x: Tensor,  # (T, K)
+    z: Tensor,  # (T, K)
+    a: Tensor,  # (N, K)
+    b: Tensor,  # (N, K)
+    position: Position,
+    maps: Tensor | None,  # (G, e, e)
+    bias: Tensor | None,  # (N,)
+    heads: int,
+    rope: Rope | None,
+) -> Tensor | None:
+    """Two products, then one pass that maps B's heads, mixes, adds the bias and applies RoPE: (T, N).
+
+    None where kernels.head_maps is off or cannot take these tensors.
+    """
+    if not engaged("head_maps", x, z, a, b, maps, bias):
+        return None
+    from .head_maps import fits, head_maps
+
+    width = len(a) // heads
+    if maps is not None and not fits(width, x):
+        fall_back(f"maps of heads with {width} channels ({x.dtype}) do not fit this GPU's shared memory")
+        return None
+    return head_maps(x @ a.mT, z @ b.mT, _factors(position), maps, bias, rope, heads)
+
+
+def _factors(position: Position) -> Tensor | tuple[float, float]:
+    """lambda as the Triton operations take it."""
+    return position if isinstance(position, Tensor) else (1 - position, position)
+
+
+def _permutation_or_scale(factor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if factor is None:
+        return None, None
+    return (factor, None) if factor.dtype == torch.int64 else (None, factor)
 
 
 def _scaled_product(x: Tensor, a: Tensor, share: float, bias: Tensor | None) -> Tensor:
@@ -88,6 +150,9 @@ def interpolated(
 ) -> Tensor:
     """W = (1 - λ) A + λ L B Rᵀ (N, K), differentiable; the last dense factor and the sum are one GEMM."""
     dense_left, dense_right = _is_dense(left), _is_dense(right)
+    by_kernel = _interpolated_by_kernel(a, b, position, left, right)
+    if by_kernel is not None:
+        return by_kernel
     if isinstance(position, Tensor):
         return (1 - position) * a + position * _rows(left, _rows(right, b.mT).mT)
     if dense_right:
@@ -96,6 +161,25 @@ def interpolated(
     if dense_left:
         return torch.addmm(a, left, moved, beta=1 - position, alpha=position)  # type: ignore[arg-type]
     return torch.lerp(a, _rows(left, moved), position)
+
+
+def _interpolated_by_kernel(
+    a: Tensor, b: Tensor, position: Position, left: Tensor | None, right: Tensor | None
+) -> Tensor | None:
+    """One factor dense, the other a scale or a permutation: no scaled or permuted copy of B. None for other factors,
+    for those that one GEMM serves as well, or where kernels.transient is off."""
+    dense, other = (left, right) if _is_dense(left) else (right, left)
+    if dense is None or not _is_dense(dense) or (other is not None and other.dim() != 1):
+        return None
+    perm, scale = _permutation_or_scale(other)
+    if (other is None and not isinstance(position, Tensor)) or not engaged("transient", a, b, dense, scale):
+        return None
+    from .transient import interpolate
+
+    a, b, lam = a.detach(), b.detach(), _factors(position)
+    if dense is right:
+        return interpolate(a, b, dense, lam, perm, scale)
+    return interpolate(a.mT, b.mT, dense, lam, perm, scale).mT
 
 
 def apply_right(x: Tensor, right: Tensor | None) -> Tensor:

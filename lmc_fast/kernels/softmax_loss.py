@@ -52,8 +52,10 @@ def cross_entropy_kernel(
 ):  # fmt: skip
     row = tl.program_id(0)
     at = logits + row.to(tl.int64) * row_stride
-    label = tl.load(target + row).to(tl.int32) - first
-    label = tl.where((label >= 0) & (label < V), label, -1)
+    label = -1
+    if target is not None:
+        label = tl.load(target + row).to(tl.int32) - first
+        label = tl.where((label >= 0) & (label < V), label, -1)
     if GIVEN:
         log_sum = tl.load(log_sums + row)
     else:
@@ -121,8 +123,9 @@ def _check(logits: Tensor, others: Sequence[Tensor] = ()) -> None:
 
 
 def _cross_entropy(
-    logits: Tensor, target: Tensor, log_sums: Tensor | None, write: bool, scale: float, first: int, softcap: float
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, target: Tensor | None, log_sums: Tensor | None, write: bool, scale: float, first: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch: (log-sums, logits at the targets); the latter unset where the log-sums were given."""
     rows, width = logits.shape
     given = log_sums is not None
@@ -131,15 +134,15 @@ def _cross_entropy(
     if rows:
         with on(logits):
             cross_entropy_kernel[(rows,)](
-                logits, target.contiguous(), picked, sums, width, stride(logits), first, scale, softcap, given, write,
-                softcap != 0, **block_of(width),
+                logits, None if target is None else target.contiguous(), picked, sums, width, stride(logits), first,
+                scale, softcap, given, write, softcap != 0, **block_of(width),
             )  # fmt: skip
     return sums, picked
 
 
 def row_statistics(
     logits: Tensor,  # (rows, V)
-    target: Tensor,  # (rows,) int
+    target: Tensor | None = None,  # (rows,) int
     first: int = 0,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
@@ -152,6 +155,8 @@ def row_statistics(
     if usable(logits):
         return _cross_entropy(logits, target, None, False, 0.0, first, softcap)
     v = _reference_capped(logits, softcap)
+    if target is None:
+        return v.logsumexp(1), v.new_zeros(len(v))
     label = target - first
     here = (label >= 0) & (label < v.shape[1])
     picked = v.gather(1, label.clamp(0, v.shape[1] - 1)[:, None])[:, 0]

@@ -181,7 +181,10 @@ class _Interpolate(torch.autograd.Function):
         ctx: Any, a: Tensor, b: Tensor, rotation: Tensor, lam: Mix, perm: Tensor | None, scale: Tensor | None
     ) -> Tensor:
         rounded = rotation.to(b.dtype)
-        out = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+        turned = a.stride(0) == 1 and a.shape[1] > 1  # a writer's transposed view: W comes as it lies
+        shape = a.shape[::-1] if turned else a.shape
+        out = torch.empty(shape, dtype=a.dtype, device=a.device)
+        out = out.mT if turned else out
         forward(a, b, rounded, lam, perm, scale, out)
         ctx.plain, share = (lam, None) if isinstance(lam, tuple) else (None, lam)
         ctx.dtype = rotation.dtype

@@ -9,6 +9,7 @@ entropy with the text: it has less noise, and does not ask for what the endpoint
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,13 +18,15 @@ import torch
 from torch import Tensor
 
 from ..engine import parallel
+from ..engine.loss import CHUNK_ELEMENTS
 from ..engine.source import Source
-from ..engine.step import Item, choose_path, learn, line_losses
+from ..engine.step import Item, choose_path, learn, line_scores
 from ..examples import Data
 from ..symmetry.charts import Chart
 from .muon import muon_step
 
 OBJECTIVES = ("endpoints", "text")
+_log = logging.getLogger("lmc_fast")
 _MATRICES = ("rotation", "vo", "qk")  # moved by Muon; what else a chart has, by Adam
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -84,30 +87,36 @@ class History:
 VALIDATION_POINTS = (0.25, 0.5, 0.75)
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How much of a step is held at a time: what a memory budget decides."""
+
+    micro_batch: int  # of a step's token blocks, through a block of the models
+    keep: bool = True  # every block's graph until backward, instead of computing it again
+    logits: int = CHUNK_ELEMENTS
+    offload: bool = False  # boundary activations to main memory
+    rows: int | None = None  # of validation data whose streams are held; see line_scores
+
+
 class Learner:
     """Descends in the chart's coordinates; one call of `step` is one λ, one batch, one update.
 
-    source: canonical endpoints, b already matched; frozen. tokens (n, T) int64, or examples. micro_batch: how many of a
-    step's token blocks go through a block of the models at once. keep, path: see engine.step.learn; the path is chosen
-    once, so that a resumed run computes the same bits. Under torchrun every process takes its share of each batch, and
-    gradients are averaged over all predictions. Everything random follows
-    from schedule.seed and the step's number, so that a restored learner goes on as if it had never stopped.
+    source: canonical endpoints, b already matched; frozen. tokens (n, T) int64, or examples. effort: how much is held
+    at a time. path: see engine.step.learn; chosen once, so that a resumed run computes the same bits. Under torchrun
+    every process takes its share of each batch, and gradients are averaged over all predictions. Everything random
+    follows from schedule.seed and the step's number, so that a restored learner goes on as if it had never stopped.
     """
 
     def __init__(
-        self,
-        source: Source,
-        tokens: Data,
-        schedule: Schedule,
-        *,
-        micro_batch: int | None = None,
-        keep: bool = True,
-        path: str | None = None,
+        self, source: Source, tokens: Data, schedule: Schedule, effort: Effort | None = None, path: str | None = None
     ):
         self.source, self.tokens, self.schedule = source, tokens, schedule
-        self.micro_batch, self.keep = micro_batch or schedule.batch, keep
-        choice = choose_path(source, self._items(0), keep)
-        self.path, self.why_path = (choice.path, choice.why) if path is None else (path, "as the run began")
+        self.effort = effort or Effort(schedule.batch)
+        if path is None:
+            choice = choose_path(source, self._items(0), self.effort.keep)
+            path = choice.path
+            _log.info("interpolated layers by path %s: %s", *choice)
+        self.path = path
         self.chart = Chart(source.spec, schedule.sides, source.sample.dtype, source.sample.device)
         self.history = History()
         self.best: dict[str, Tensor] | None = None
@@ -136,7 +145,17 @@ class Learner:
         """Loss of the coming step, and its gradients by the chart's tensors."""
         divergence = self.schedule.objective == "endpoints"
         items = self._items(self.done)
-        loss, found = learn(self.source, items, self.chart, divergence=divergence, keep=self.keep, path=self.path)
+        effort = self.effort
+        loss, found = learn(
+            self.source,
+            items,
+            self.chart,
+            divergence=divergence,
+            keep=effort.keep,
+            path=self.path,
+            logits=effort.logits,
+            offload=effort.offload,
+        )
         count = sum(item.count for item in items)
         return parallel.mean(loss, found, count)
 
@@ -144,7 +163,7 @@ class Learner:
         """This process's share of a step, in micro-batches."""
         rows = parallel.share(self.schedule.rows(step, len(self.tokens)))
         batch = self.tokens[rows.to(self.tokens.device)]
-        return [Item(part, self.schedule.position(step)) for part in batch.split(self.micro_batch)]
+        return [Item(part, self.schedule.position(step)) for part in batch.split(self.effort.micro_batch)]
 
     def _update(self, gradients: dict[str, Tensor], rate: float) -> None:
         for name, momentum in self._momentum.items():
@@ -159,9 +178,15 @@ class Learner:
             self._adam.step()
         self.chart.clamp_()
 
+    def losses(self, tokens: Data, points: Sequence[float], chart: Chart | None = None) -> list[float]:
+        """At ascending places of the line, on other tokens."""
+        batch, rows, logits = self.effort.micro_batch, self.effort.rows, self.effort.logits
+        scores = line_scores(self.source, tokens, points, chart, batch, rows=rows, logits=logits)
+        return [score.loss for score in scores]
+
     def validate(self, tokens: Data, ends: Sequence[float]) -> float:
         """Mean excess over the straight line between the endpoints' losses `ends`; remembers the best chart."""
-        losses = line_losses(self.source, tokens, VALIDATION_POINTS, self.chart, self.micro_batch)
+        losses = self.losses(tokens, VALIDATION_POINTS, self.chart)
         line = [(1 - point) * ends[0] + point * ends[1] for point in VALIDATION_POINTS]
         excess = sum(x - y for x, y in zip(losses, line, strict=True)) / len(line)
         if excess < min(self.history.excess.values(), default=math.inf):

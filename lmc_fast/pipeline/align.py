@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..alignment import Alignment
 from ..checkpoints import Model, Weights
+from ..engine import parallel
 from ..engine.source import Resident, paired
-from ..engine.step import line_losses
 from ..errors import LmcError
 from ..examples import Data
 from ..matching.activations import gather_statistics
@@ -24,9 +24,13 @@ from ..matching.balance import balance
 from ..matching.closed_form import MAX_ROUNDS, Evidence, match
 from ..matching.learned import History, Learner, NonFiniteLoss, Schedule
 from ..pair import Pair
+from ..streaming.meter import Meter, return_freed_memory
+from ..streaming.planner import Way
+from ..streaming.ring import Streamed
 from ..symmetry import canonicalize
 from ..symmetry.storage import load_tensors, pack, save_tensors, unpack
 from ..symmetry.transform import Transform
+from .within import effort_of, on_disk, path_of, plan_learning
 
 METHODS = ("dual", "one-sided", "activation", "weight")
 STATISTICS_TOKENS = 32_768  # enough for cross-covariances; more changes the matching little
@@ -55,8 +59,10 @@ def align(
     validation: Data | None = None,
     activations: float = 0.3,
     device: torch.device | str = "cpu",
+    memory: int | None = None,
     progress: Callable[[Progress], None] | None = None,
     state_file: str | Path | None = None,
+    meter: Meter | None = None,
     **options: Any,
 ) -> Alignment:
     """Finds g_A and g_B such that the line between g_A A and g_B B is flat.
@@ -65,45 +71,86 @@ def align(
     use no gradients.
     `options` are fields of Schedule (steps, batch, ...). validation (m, T): picks the best of VALIDATIONS states.
     activations: how much activation evidence counts beside the weights in the matching that learning starts from.
+    memory: bytes that this process (on a GPU: its memory there) may take; the pair is then prepared on disk, beside the
+    state file, and streams through. None: whole models are held.
     state_file: written every SAVE_SECONDS and on interruption; if it exists, the run goes on from there, to the same
-    result as if it had not stopped.
+    result as if it had not stopped. meter: told what each stage takes.
 
-    Raises LmcError for a bad method or state file and for a loss that becomes NaN or infinite (the state is kept).
+    Raises LmcError for a bad method or state file, a budget that is too small and for a loss that becomes NaN or
+    infinite (the state is kept).
     """
     if method not in METHODS:
         raise LmcError(f"method {method!r} is unknown; choose one of {', '.join(METHODS)}")
     if pair.spec.task == "features" and method not in ("weight", "activation"):
         raise LmcError(f"{pair.spec.family} computes features and has no loss to learn from; use --method weight")
     schedule = schedule or Schedule(sides=1 if method == "one-sided" else 2, **options)
+    device, meter = torch.device(device), meter or Meter(device)
     tokens = tokens.to(device)
     learns = method in ("dual", "one-sided")
-    load = Model.load if learns else Model.open_weights  # without learning, one block at a time is enough
-    a, b = (canonicalize(load(model, torch.float32, device)) for model in (pair.a, pair.b))
+    run: dict[str, Any] = {"method": method}
+    if learns:
+        run |= {"schedule": asdict(schedule), "calibration_blocks": list(tokens.shape)}
     state = Path(state_file) if state_file else None
-    if state and state.exists():
-        saved, metadata = load_tensors(state)
-        base = unpack(saved, "base.a", pair.spec.layers), unpack(saved, "base.b", pair.spec.layers)
-    else:
-        saved, metadata = {}, {}
-        evidence = {"weight": Evidence(1, 0), "activation": Evidence(0, 1)}.get(method, Evidence(1, activations))
-        with nullcontext() if learns else TemporaryDirectory(dir=state.parent if state else None) as scratch:
-            base = match_endpoints(a, b, tokens, evidence, keep=Path(scratch) if scratch else None)
-    if not learns:
-        return Alignment(*base, matched=base, info={"method": method})
+    saved, before = load_tensors(state) if state and state.exists() else ({}, {})
+    if before:
+        _require_same_run(before["run"], run)
+    within = None
+    if memory is not None:
+        return_freed_memory()
+        if learns:
+            length = pair.spec.position_rows if pair.spec.image else tokens.shape[1]
+            way = before["run"].get("way") if before else None
+            within = plan_learning(pair.spec, schedule, length, device, memory, way and Way(*way))
+            run["way"] = list(within.way)
+            meter.facts["plan"] = within.to_json()
 
-    path = metadata["run"]["path"] if metadata else None
-    learner = Learner(Resident(*paired(base[0].apply(a), base[1].apply(b))), tokens, schedule, path=path)
-    run = {"method": method, "schedule": asdict(schedule), "calibration_blocks": list(tokens.shape)}
-    run["path"] = learner.path
-    if metadata:
-        _require_same_run(metadata["run"], run)
-        learner.restore(saved, History(**metadata["history"]))
-    keep = {**pack(base[0], "base.a"), **pack(base[1], "base.b")}
-    _learn(learner, validation, progress, lambda: _save(state, learner, keep, run))
+    # without learning, or within a budget, one block at a time is enough
+    load = Model.load if learns and within is None else Model.open_weights
+    a, b = (canonicalize(load(model, torch.float32, device)) for model in (pair.a, pair.b))
+    with TemporaryDirectory(dir=state.parent if state else None) as scratch, ExitStack() as stack:
+        if not before and parallel.place()[0] == 0:
+            evidence = {"weight": Evidence(1, 0), "activation": Evidence(0, 1)}.get(method, Evidence(1, activations))
+            keep = None if load is Model.load else Path(scratch)
+            with meter.stage("matching"):
+                base = match_endpoints(a, b, tokens, evidence, keep=keep, statistics_tokens=_statistics(memory, pair))
+            if not learns:
+                return Alignment(*base, matched=base, info=run)
+            saved = _packed(base)
+            if state:
+                save_tensors(state, saved, {"run": run})
+        parallel.wait()
+        if not saved and state:
+            saved, _ = load_tensors(state)  # the first process wrote it
+        base = unpack(saved, "base.a", pair.spec.layers), unpack(saved, "base.b", pair.spec.layers)
+        with meter.stage("preparing"):
+            source: Resident | Streamed
+            if within is None:
+                source = Resident(*paired(base[0].apply(a), base[1].apply(b)))
+            else:
+                directory = state.parent if state else Path(scratch)
+                source = stack.enter_context(on_disk(a, b, base, within, directory, device))
+        path = before["run"].get("path") if before else None
+        if path is None and within is not None:
+            path = path_of(within, pair.spec, device)
+        learner = Learner(source, tokens, schedule, effort_of(within) if within else None, path)
+        run["path"] = learner.path
+        if "history" in before:
+            learner.restore(saved, History(**before["history"]))
+        with meter.stage("learning"):
+            _learn(learner, validation, progress, lambda: _save(state, learner, base, run))
+        if isinstance(source, Streamed):
+            meter.facts["traffic"] = source.traffic.to_json()
     moved = learner.final_chart().elements()
     moved = [t.map(Tensor.detach) for t in ([Transform.identity(pair.spec), *moved] if len(moved) == 1 else moved)]
     info = run | {"history": asdict(learner.history)}
     return Alignment(moved[0].compose(base[0]), moved[1].compose(base[1]), base, info)
+
+
+def _statistics(memory: int | None, pair: Pair) -> int:
+    """Tokens to take statistics from: both residual streams of all of them fit into an eighth of the memory."""
+    if memory is None:
+        return STATISTICS_TOKENS
+    return min(STATISTICS_TOKENS, memory // 8 // (2 * 4 * pair.spec.width))
 
 
 def match_endpoints(
@@ -146,7 +193,7 @@ def _learn(
     if validation is not None:
         picked = validation[:: max(1, len(validation) // VALIDATION_BLOCKS)][:VALIDATION_BLOCKS]
         validation = picked.to(learner.tokens.device)
-        ends = line_losses(learner.source, validation, (0.0, 1.0))
+        ends = learner.losses(validation, (0.0, 1.0))
     excess: float | None = None
     per_step = learner.schedule.batch * learner.tokens.shape[1]
     every = max(1, steps // VALIDATIONS)
@@ -175,14 +222,18 @@ def _learn(
     save()
 
 
-def _save(state: Path | None, learner: Learner, keep: dict[str, Tensor], run: dict[str, Any]) -> None:
-    if state:
-        save_tensors(state, learner.state() | keep, {"run": run, "history": asdict(learner.history)})
+def _save(state: Path | None, learner: Learner, base: tuple[Transform, Transform], run: dict[str, Any]) -> None:
+    if state and parallel.place()[0] == 0:
+        save_tensors(state, learner.state() | _packed(base), {"run": run, "history": asdict(learner.history)})
+
+
+def _packed(base: tuple[Transform, Transform]) -> dict[str, Tensor]:
+    return pack(base[0], "base.a") | pack(base[1], "base.b")
 
 
 def _require_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """A resumed run must be the run that was interrupted; only learning rates may change."""
-    free = ("matrix_lr", "scale_lr")
+    free = ("matrix_lr", "scale_lr", "path", "way")  # the last two are taken from the saved run
     flat = lambda run: {**run["schedule"], **{k: v for k, v in run.items() if k != "schedule"}}  # noqa: E731
     for key, value in flat(saved).items():
         if key not in free and flat(now).get(key) != value:

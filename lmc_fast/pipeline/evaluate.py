@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,8 +13,10 @@ from ..checkpoints import Model
 from ..errors import LmcError
 from ..evaluation import Curve, Difference, curve_between, difference
 from ..evaluation.function import tolerance
-from ..examples import Data, Examples
+from ..examples import Data, Examples, inputs_of
 from ..pair import Pair
+from ..streaming import planner
+from ..streaming.meter import resident_bytes, return_freed_memory
 from ..symmetry import canonicalize
 
 Device = torch.device | str
@@ -27,15 +30,25 @@ def barrier(
     *,
     name: str = "line",
     device: Device = "cpu",
+    memory: int | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Curve:
-    """Loss on tokens (n, T) at `points` places of the line between both checkpoints, aligned first if told how."""
+    """Loss on tokens (n, T) at `points` places of the line between both checkpoints, aligned first if told how.
+
+    One block of both is held at a time. memory: bytes that this may take; None: what is convenient. Raises LmcError.
+    """
     if points < 3:
         raise LmcError(f"{points} points make no curve; use at least 3")
+    portions = {}
+    if memory is not None:
+        return_freed_memory()
+        length = pair.spec.position_rows if pair.spec.image else inputs_of(tokens).shape[1]
+        base = 0 if torch.device(device).type == "cuda" else resident_bytes()
+        portions = asdict(planner.portions(pair.spec, length, points, memory, base))
     a, b = pair.a.open_weights(device=device), pair.b.open_weights(device=device)
     if alignment:
         a, b = alignment.apply(canonicalize(a), canonicalize(b))
-    return curve_between(a, b, tokens.to(device), points, name, progress=progress)
+    return curve_between(a, b, tokens.to(device), points, name, progress, **portions)
 
 
 def verify(a: str | Path, b: str | Path, tokens: Data | None = None, device: Device = "cpu") -> tuple[Difference, bool]:

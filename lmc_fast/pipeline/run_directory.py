@@ -10,8 +10,10 @@ from types import TracebackType
 from ..checkpoints import check_target, disk_errors, publish
 from ..errors import LmcError
 
+STORE = "store"  # the pair prepared for learning within a budget
 _LOCK = "lock"
 _STATE = "state.safetensors"
+_KEPT = (_LOCK, _STATE, STORE)
 
 
 class RunDirectory:
@@ -42,8 +44,13 @@ class RunDirectory:
         self._clean()
         return self
 
+    def drop_store(self) -> None:
+        """The prepared pair is not needed any more: room for what comes next."""
+        shutil.rmtree(self.path / STORE, ignore_errors=True)
+
     def publish(self) -> None:
         """Everything is written: take the target's name, drop the state."""
+        self.drop_store()
         with disk_errors(self.target):
             publish(self.path, self.target)
             for name in (_STATE, _LOCK):
@@ -61,5 +68,5 @@ class RunDirectory:
     def _clean(self) -> None:
         """Removes half-written output, keeps the state."""
         for entry in self.path.iterdir():
-            if entry.name not in (_LOCK, _STATE):
+            if entry.name not in _KEPT:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

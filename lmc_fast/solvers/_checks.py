@@ -15,7 +15,9 @@ def as_batch(X: Tensor, name: str) -> Tensor:  # (..., n, n) -> (batch, n, n), c
         raise TypeError(f"{name}: expected float32 or float64, got {X.dtype}; convert with .float()")
     if X.dim() < 2 or X.shape[-1] != X.shape[-2]:
         raise ValueError(f"{name}: expected square matrices (..., n, n), got shape {tuple(X.shape)}")
-    return X.contiguous().reshape(X.shape[:-2].numel(), *X.shape[-2:])
+    batch = X.contiguous()
+    # Each reshape is a node of the graph, which costs as much as a small matrix.
+    return batch if X.dim() == 3 else batch.reshape(X.shape[:-2].numel(), *X.shape[-2:])
 
 
 def require_finite(X: Tensor, name: str, what: str = "X") -> None:  # (batch, n, n)

@@ -22,7 +22,7 @@ def cayley(X: Tensor) -> Tensor:  # (..., n, n) -> (..., n, n)
     I - X/2 is singular.
     """
     Q: Tensor = _Cayley.apply(as_batch(X, "cayley"))
-    return Q.reshape(X.shape)
+    return Q if X.dim() == 3 else Q.reshape(X.shape)
 
 
 class _Cayley(torch.autograd.Function):

@@ -12,11 +12,12 @@ from ..symmetry.groups import rotates
 from .layout import arrange, block_bytes, head_rows, slot_shapes, unit_bytes
 
 ACTIVATION, WEIGHT = "activation", "weight"  # see DESIGN: rotate the stream, or transform one matrix at a time
-_FP32 = 4  # bytes of the transform's parameters and of logits
-_LOGITS = 6  # tensors of a chunk's size: logits, log-probabilities, target, a teacher's logits and shares, gradient
+FP32 = 4  # bytes of the transform's parameters and of logits
+LOGITS = 6  # tensors of a chunk's size: logits, log-probabilities, target, a teacher's logits and shares, gradient
 _TAPE = 30  # matrices that a head map's forward and backward keep, for each of its own (measured 26)
 _UPDATE = 6  # (d, d) matrices of one side that Muon and the Cayley transform need beside their operands (measured 4.1)
 SLACK = 0.03  # allocators round up and fragment
+_PAIRS = 15  # bytes for a pair of FFN units: the score in float64, statistics in float32, signs, a mask
 _HEAD_MAPS = ("vo", "qk")
 
 
@@ -92,14 +93,14 @@ class Demand:
             Item("streams: the line's model, its gradient", 2 * stream),
             Item("streams: teachers", self.job.teachers * stream),
             Item("token ids", 32 * self.job.tokens),
-            Item("rotation: parameters and optimiser", rotation * _FP32 + 2 * d * d * self.itemsize * bool(turns)),
-            Item("block maps: parameters and optimiser", (4 * matrices + 5 * scales) * _FP32),
+            Item("rotation: parameters and optimiser", rotation * FP32 + 2 * d * d * self.itemsize * bool(turns)),
+            Item("block maps: parameters and optimiser", (4 * matrices + 5 * scales) * FP32),
             Item("update of the parameters", self._update_bytes(turns, matrices), "update"),
         ]
         return [item for item in items if item.bytes]
 
     def _update_bytes(self, turns: int, matrices: int) -> int:
-        return _UPDATE * max(turns, matrices) * _FP32
+        return _UPDATE * max(turns, matrices) * FP32
 
     def _position_bytes(self) -> int:
         """cos and sin, and the biases added to attention scores, of which some are made in float64."""
@@ -108,6 +109,15 @@ class Demand:
         windows = set(spec.windows) if spec.windows else {0}
         special = [w for w in windows if w or spec.alibi or spec.attn_softcap]
         return tables + len(special) * n * n * (self.itemsize * (spec.heads if spec.alibi else 1) + 16)
+
+    @cached_property
+    def matching_bytes(self) -> int:
+        """What matching takes before learning: blocks, and evidence for every pair of FFN units and of heads."""
+        spec = self.spec
+        units = max(spec.ffn_width, spec.expert_width)
+        wide = spec.heads * spec.head_dim
+        evidence = _PAIRS * units**2 + 8 * 6 * max(wide, spec.width) ** 2
+        return self.base + math.ceil((1 + SLACK) * (3 * block_bytes(spec, FP32) // 2 + evidence))
 
     @cached_property
     def boundary_bytes(self) -> int:
@@ -131,11 +141,11 @@ class Demand:
         items = [
             Item("boundary activations" + " on their way" * on_host, boundaries),
             Item("one block's activations and gradients", tokens * self.block_floats(path) * self.itemsize, "block"),
-            Item("one block's maps and their gradients", _TAPE * maps * _FP32, "block"),
+            Item("one block's maps and their gradients", _TAPE * maps * FP32, "block"),
             Item("embedding rows", max(0, table - tokens * self.block_floats(path) * self.itemsize), "block"),
-            Item("logits", _LOGITS * min(chunk, tokens * rows) * _FP32, "head"),
+            Item("logits", LOGITS * min(chunk, tokens * rows) * FP32, "head"),
             Item("normed streams", heads * tokens * width * self.itemsize, "head"),
-            Item("sums over the vocabulary", 8 * _FP32 * self.job.tokens, "head"),
+            Item("sums over the vocabulary", 8 * FP32 * self.job.tokens, "head"),
         ]
         if path == WEIGHT:
             largest = 3 * block_bytes(spec, self.itemsize) // 2
@@ -151,7 +161,7 @@ class Demand:
         Weights are taken to need gradients, as transformed ones do. The activation path adds the rotated copies and
         what B's maps act on.
         """
-        spec, d, narrow = self.spec, self.spec.width, self.itemsize < _FP32
+        spec, d, narrow = self.spec, self.spec.width, self.itemsize < FP32
         q, kv, f = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.ffn_width
         norms = {"pre": 2, "branch": 2, "sandwich": 4, "post": 2}[spec.placement] - spec.shared_norm
         # RMSNorm also keeps the rescaled input, in float32

@@ -66,11 +66,12 @@ class Stage:
 
 
 class Meter:
-    """Peak memory of each stage, for report.json."""
+    """What a run cost, for report.json: peak memory of each stage, and `facts` that stages add."""
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
         self.stages: list[Stage] = []
+        self.facts: dict[str, Any] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
@@ -87,8 +88,8 @@ class Meter:
             if cuda:
                 stage.peak_device = torch.cuda.max_memory_allocated(self.device)
 
-    def to_json(self) -> list[dict[str, Any]]:
-        return [asdict(stage) for stage in self.stages]
+    def to_json(self) -> dict[str, Any]:
+        return {"stages": [asdict(stage) for stage in self.stages], **self.facts}
 
 
 def cgroup_room() -> int | None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..architectures import Spec
 from ..errors import LmcError
 from ..symmetry.groups import rotates
-from .demand import ACTIVATION, SLACK, WEIGHT, Demand, Item, Job
+from .demand import ACTIVATION, FP32, LOGITS, SLACK, WEIGHT, Demand, Item, Job
 from .devices import Device
 from .layout import ALIGNMENT
 from .schedule import learning_visits, steady_loads
@@ -22,12 +22,10 @@ from .sizes import show_bytes
 
 SLOTS = 2  # one to compute with, one to load: what is left is better spent on resident blocks
 _CHUNKS = tuple(1 << power for power in (24, 23, 22, 21, 20, 19, 18))  # logits at a time
-
-
 _REPORTED = (
-    *("path", "micro_batch", "logits", "boundaries_on_host", "slots", "resident", "layers", "head_parts", "loads"),
-    *("moved", "compute_seconds", "transfer_seconds", "step_seconds", "share", "tokens_to_hide"),
-    *("host_bytes", "store_bytes"),
+    *("slots", "resident", "layers", "head_parts", "loads", "moved"),
+    *("compute_seconds", "transfer_seconds", "step_seconds", "share", "tokens_to_hide"),
+    *("host_bytes", "store_bytes", "matching_bytes"),
 )
 
 
@@ -43,6 +41,15 @@ class TooSmall(LmcError):
         )
 
 
+class Way(NamedTuple):
+    """How a step computes. Its results' last bits depend on it."""
+
+    path: str  # "activation" or "weight"
+    micro_batch: int  # sequences at a time
+    logits: int  # logits at a time
+    boundaries_on_host: bool  # boundary activations lie in pinned main memory (CUDA)
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a pair is learned within a budget, and what to expect. Bytes and seconds; loads are per step."""
@@ -52,10 +59,7 @@ class Plan:
     items: tuple[Item, ...]
     device: Device
     job: Job
-    path: str  # "activation" or "weight"
-    micro_batch: int  # sequences at a time
-    logits: int  # logits at a time
-    boundaries_on_host: bool  # boundary activations lie in pinned main memory (CUDA)
+    way: Way
     slots: int
     resident: tuple[int, ...]  # units
     layers: int
@@ -66,6 +70,7 @@ class Plan:
     transfer_seconds: float
     host_bytes: int  # pinned main memory beside the budget (CUDA): units, and boundary activations if they are there
     store_bytes: int
+    matching_bytes: int  # that matching takes, before learning
 
     @property
     def step_seconds(self) -> float:
@@ -92,11 +97,12 @@ class Plan:
             "items": [vars(item) for item in self.items],
             "device": vars(self.device) | {"dtype": str(self.device.dtype).removeprefix("torch.")},
             "job": vars(self.job),
+            **self.way._asdict(),
             **{name: getattr(self, name) for name in _REPORTED},
         }
 
     def table(self) -> list[str]:
-        """Lines for people."""
+        """Lines for people: every item, then the summary."""
         lines = [f"memory on {self.device.name}, budget {show_bytes(self.budget)}"]
         most = max(("block", "head", "update"), key=self.phase)
         for phase, title in [("always", None), ("block", "a block"), ("head", "the head"), ("update", "the update")]:
@@ -108,16 +114,22 @@ class Plan:
                     indent = "  " if phase == "always" else "    "
                     lines.append(f"{indent}{item.name:<42}{show_bytes(item.bytes):>12}")
         lines.append(f"  {'in all':<42}{show_bytes(self.total):>12}")
+        return lines + self.summary()
+
+    def summary(self) -> list[str]:
+        """What was decided and what is expected, without the items."""
         blocks = sum(unit < self.layers for unit in self.resident)
-        way = "the stream is rotated" if self.path == ACTIVATION else "weights are transformed one block at a time"
+        path, micro, _, _ = self.way
+        how = "the stream is rotated" if path == ACTIVATION else "weights are transformed one block at a time"
         parts = f"head in {self.head_parts} parts" if self.head_parts > 1 else "head in one part"
-        lines += [
+        lines = [
             f"resident: {blocks} of {self.layers} blocks, {len(self.resident) - blocks} of {self.head_parts} parts of "
             f"the head; {self.slots} slots for the others",
-            f"micro-batches of {self.micro_batch} x {self.job.length} tokens, {parts}, {self.path} path ({way})",
+            f"micro-batches of {micro} x {self.job.length} tokens, {parts}, {path} path ({how})",
             f"a step of {self.job.tokens:,} tokens: computes {_show_seconds(self.compute_seconds)}, moves "
             f"{show_bytes(self.moved)} in {_show_seconds(self.transfer_seconds)} from {self.device.source} -> "
             f"{_show_seconds(self.step_seconds)}, {self.share:.0%} of in-memory speed",
+            f"before learning, matching takes about {show_bytes(self.matching_bytes)}",
             f"transfers are hidden from {self.tokens_to_hide:,} tokens per step on",
             f"figures: {self.device.flops:.3g} flop/s in {str(self.device.dtype).removeprefix('torch.')}, "
             f"{self.device.bandwidth:.3g} byte/s; disk space for the pair {show_bytes(self.store_bytes)}",
@@ -127,8 +139,10 @@ class Plan:
         return lines
 
 
-def plan(spec: Spec, job: Job, device: Device, budget: int) -> Plan:
+def plan(spec: Spec, job: Job, device: Device, budget: int, way: Way | None = None) -> Plan:
     """The plan with the shortest predicted step within `budget` bytes of memory; of equals the one that needs less.
+
+    way: computes like this and nothing else, as a run that goes on must.
 
     Raises TooSmall, which names the smallest budget that works.
     """
@@ -137,7 +151,8 @@ def plan(spec: Spec, job: Job, device: Device, budget: int) -> Plan:
     units, layers = demand.units, spec.layers
     best: tuple[tuple[float, ...], Plan] | None = None
     smallest: int | None = None
-    for path, micro, chunk, on_host in _ways(spec, job, device):
+    for chosen in [way] if way else _ways(spec, job, device):
+        path, micro, chunk, on_host = chosen
         step = demand.step(path, micro, chunk, on_host)
         boundaries = demand.boundary_bytes if on_host else 0
         host = sum(units) + boundaries if device.kind == "cuda" else 0
@@ -148,7 +163,7 @@ def plan(spec: Spec, job: Job, device: Device, budget: int) -> Plan:
             moved = loaded + boundaries
             transfer = moved / device.bandwidth
             rank = (max(compute, transfer), moved, total, -micro)
-            if total > budget or (best is not None and rank >= best[0]):
+            if max(total, demand.matching_bytes) > budget or (best is not None and rank >= best[0]):
                 continue
             found = Plan(
                 budget=budget,
@@ -156,10 +171,7 @@ def plan(spec: Spec, job: Job, device: Device, budget: int) -> Plan:
                 items=tuple(items),
                 device=device,
                 job=job,
-                path=path,
-                micro_batch=micro,
-                logits=chunk,
-                boundaries_on_host=on_host,
+                way=chosen,
                 slots=SLOTS if len(resident) < len(units) else 0,
                 resident=resident,
                 layers=layers,
@@ -170,22 +182,23 @@ def plan(spec: Spec, job: Job, device: Device, budget: int) -> Plan:
                 transfer_seconds=transfer,
                 host_bytes=host,
                 store_bytes=demand.store_bytes,
+                matching_bytes=demand.matching_bytes,
             )
             best = rank, found
     assert smallest is not None
     if best is None:
-        raise TooSmall(budget, smallest)
+        raise TooSmall(budget, max(smallest, demand.matching_bytes))
     return best[1]
 
 
-def _ways(spec: Spec, job: Job, device: Device) -> Iterator[tuple[str, int, int, bool]]:
-    """(path, sequences at a time, logits at a time, boundaries on the host): all that a plan may choose."""
+def _ways(spec: Spec, job: Job, device: Device) -> Iterator[Way]:
+    """All that a plan may choose."""
     micros = {min(1 << power, job.sequences) for power in range(job.sequences.bit_length() + 1)}
     for path in (ACTIVATION, WEIGHT) if rotates(spec) else (WEIGHT,):
         for micro in sorted(micros):
             for chunk in _CHUNKS:
                 for on_host in (False, True) if device.kind == "cuda" else (False,):
-                    yield path, micro, chunk, on_host
+                    yield Way(path, micro, chunk, on_host)
 
 
 def _residents(demand: Demand) -> Iterator[tuple[tuple[int, ...], list[Item], float, float]]:
@@ -231,3 +244,31 @@ def _show_seconds(seconds: float) -> str:
     if seconds >= 100:
         return f"{seconds:,.0f} s"
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
+
+
+@dataclass(frozen=True)
+class Portions:
+    """How much of the data an evaluation takes at a time: see engine.step.line_scores."""
+
+    batch: int
+    rows: int
+    logits: int
+
+
+def portions(spec: Spec, length: int, points: int, budget: int, base: int) -> Portions:
+    """For a barrier of a pair that is read block by block in float32, within `budget` bytes. base: see Device.
+
+    Raises TooSmall.
+    """
+    demand = Demand(spec, Job(length, length), FP32)
+    block = 3 * max(demand.units)  # of both endpoints; what they are made of is still there
+    sequence = length * demand.block_floats(WEIGHT) * FP32
+    row = 3 * points * length * spec.width * FP32  # streams, what the head reads of them, what a block adds
+    fewest = _CHUNKS[-1] * LOGITS * FP32
+    room = math.floor((budget - base) * (1 - SLACK)) - block
+    if room < row + sequence + fewest:
+        raise TooSmall(budget, base + math.ceil((block + row + sequence + fewest) / (1 - SLACK)) + 1)
+    logits = min(_CHUNKS[0], max(fewest, room // 4) // (LOGITS * FP32))
+    left = room - logits * LOGITS * FP32
+    batch = max(1, min(32, left // 2 // sequence))
+    return Portions(batch, max(batch, (left - batch * sequence) // row), logits)

@@ -5,6 +5,7 @@ import torch
 import zoo
 
 from lmc_fast.checkpoints import Model, lerp
+from lmc_fast.engine import step
 from lmc_fast.engine.loss import Teacher, divergence
 from lmc_fast.engine.model import mean_loss, prediction_rows, task_loss
 from lmc_fast.engine.source import Resident, paired
@@ -85,6 +86,28 @@ def test_divergence_from_the_endpoints(name, case):
     assert abs(got.item() - loss.item()) <= 1e-11 * loss.abs().item()
     for key, expected in gradients.items():
         assert (found[key] - expected).abs().max() <= 1e-9 * expected.abs().max() + 1e-14, key
+
+
+@pytest.mark.parametrize("name", ["neox", "gptj", "gemma2"])
+@pytest.mark.parametrize("runs", [1, 3])
+def test_a_head_that_is_interpolated_as_weights(name, runs, case, monkeypatch):
+    """As it is for many tokens: a gradient through the rows, whole or in several runs."""
+    a, b, chart, items = case(name)
+    monkeypatch.setattr(step, "WHOLE_HEAD", {True: 0, False: 0})
+    source = Resident(a, b)
+    source._runs = [(k * a.spec.vocab // runs, (k + 1) * a.spec.vocab // runs) for k in range(runs)]
+    source.head_parts = runs
+    for text in (True, False):
+        loss, gradients = materialised(a, b, chart, items, text)
+        got, found = learn(source, [Item(*i) for i in items], chart, divergence=not text, path="weight")
+        assert abs(got.item() - loss.item()) <= 1e-11 * loss.abs().item()
+        for key, expected in gradients.items():
+            assert (found[key] - expected).abs().max() <= 1e-9 * expected.abs().max() + 1e-14, key
+    data, point = items[0]
+    (score,) = evaluate(source, [Item(data, point)], chart, path="weight")
+    with torch.no_grad():
+        expected = mean_loss(lerp(a, chart.relative().apply(b), point), data)
+    assert abs(score.loss - expected) <= 1e-12 * abs(expected)
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)

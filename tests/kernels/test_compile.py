@@ -147,8 +147,10 @@ def test_softmax_loss(capped, capability):
     entropy = common | {"target": "*i64", "first": "i32"}
     kl = common | types("one two", "bf16", "one_row two_row", "rows", "share_one share_two")
     meta = {"GIVEN": False, "CAPPED": capped} | size
+    no_target = {name: kind for name, kind in entropy.items() if name != "target"}
     for kernel, arguments, more in (
         (softmax_loss.cross_entropy_kernel, entropy, {"WRITE": True}),
+        (softmax_loss.cross_entropy_kernel, no_target, {"WRITE": False}),
         (softmax_loss.divergence_kernel, kl, {}),
     ):
         r = compiled(kernel, capability, arguments, meta | more, warps)

@@ -82,6 +82,15 @@ def test_views_of_one_product():
     torch.testing.assert_close(ours, reference(both[:, 0], both[:, 2].contiguous(), (0.5, 0.5), maps, heads=2))
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_only_what_backward_reads_is_kept(learned):
+    draw = values(8)
+    ya, yb, maps = (draw(*shape).float().requires_grad_(learned) for shape in ((6, 16), (6, 16), (2, 8, 8)))
+    held = head_maps(ya.detach().requires_grad_(), yb, (0.5, 0.5), maps, heads=2).grad_fn.saved_tensors
+    sizes = [t.numel() for t in held if t is not None]
+    assert sizes == ([yb.numel()] if learned else []) + [maps.numel()]
+
+
 def test_errors():
     y = values(6)(6, 16).float()
     with pytest.raises(ValueError, match="3 e"):

@@ -268,26 +268,36 @@ def start(command):
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.fixture(scope="module")
-def whole_run(make_checkpoint, tmp_path_factory):
+WITHIN = ("--memory", "700MiB")
+
+
+@pytest.fixture(scope="module", params=[(), WITHIN], ids=["in memory", "streamed"])
+def whole_run(request, make_checkpoint, tmp_path_factory):
     """(command without --out, files of its uninterrupted result)."""
     directory = tmp_path_factory.mktemp("whole")
     text = write_lines(directory / "text.txt", 2000)
     command = ["align", str(make_checkpoint("neox", 1)), str(make_checkpoint("neox", 2)), "--data", str(text)]
-    command += ["--steps", "60", "--batch", "2", "--block", "16"]
+    command += ["--steps", "60", "--batch", "2", "--block", "16", *request.param]
     process = start([*command, "--out", str(directory / "out")])
     assert process.wait() == 0, process.stderr.read()
     return command, files(directory / "out")
 
 
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_run_resumes_to_the_same_bits(kill, whole_run, tmp_path):
+@pytest.mark.parametrize("moment", ["matched", "learning"])
+def test_a_killed_run_resumes_to_the_same_bits(kill, moment, whole_run, tmp_path):
     command, one = whole_run
+    if moment == "matched" and kill != signal.SIGKILL:
+        pytest.skip("one signal at that moment is enough")
     command = [*command, "--out", str(tmp_path / "broken")]
     broken = start(command)
-    while not (tmp_path / "broken.partial" / "state.safetensors").exists():
+    state = tmp_path / "broken.partial" / "state.safetensors"
+    seen = set()  # sizes: of what matching found, then with the learner's state
+    while len(seen) < (2 if moment == "learning" else 1):
         assert broken.poll() is None, broken.stderr.read()
-        time.sleep(0.01)
+        if state.exists():
+            seen.add(state.stat().st_size)
+        time.sleep(0.001)
     broken.send_signal(kill)
     assert broken.wait() == (-9 if kill == signal.SIGKILL else 130)
     assert not (tmp_path / "broken").exists()
@@ -296,5 +306,14 @@ def test_a_killed_run_resumes_to_the_same_bits(kill, whole_run, tmp_path):
     two = files(tmp_path / "broken")
     assert one.keys() == two.keys()
     for name in one:
-        assert name.endswith("png") or one[name] == two[name], name
+        if name == "report.json":
+            assert _without_costs(one[name]) == _without_costs(two[name])
+        else:
+            assert name.endswith("png") or one[name] == two[name], name
     assert not list(tmp_path.glob("*.partial"))
+
+
+def _without_costs(report: bytes) -> dict:
+    found = json.loads(report)
+    assert found.pop("costs")["stages"]
+    return found

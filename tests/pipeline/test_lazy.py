@@ -8,7 +8,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import lmc_fast as lmc
 from lmc_fast.alignment import Alignment
-from lmc_fast.checkpoints import Model
+from lmc_fast.checkpoints import Model, lazy
 from lmc_fast.evaluation import difference
 from lmc_fast.matching.activations import gather_statistics
 from lmc_fast.matching.balance import balance
@@ -16,6 +16,7 @@ from lmc_fast.matching.closed_form import Evidence, match
 from lmc_fast.pipeline.align import match_endpoints
 from lmc_fast.pipeline.export import export_endpoint
 from lmc_fast.pipeline.prepare import prepare
+from lmc_fast.streaming.store import Store
 from lmc_fast.symmetry import Transform, canonicalize
 
 WIDTH, FFN, VOCAB = 64, 192, 64
@@ -132,41 +133,45 @@ def test_live_bytes_counts_what_is_alive():
 
 
 @pytest.mark.parametrize("lazily", [False, True])
-def test_prepared_units_are_the_moved_endpoints(lazily, make_checkpoint):
+def test_prepared_pieces_are_the_moved_endpoints(lazily, make_checkpoint, monkeypatch):
+    monkeypatch.setattr(lazy, "CHUNK_ELEMENTS", 13 * 24)  # so that tables come in runs of 13 rows
     pair = lmc.open_pair(make_checkpoint("gpt2-tied", 1), make_checkpoint("gpt2-tied", 2))
     models = (pair.a, pair.b)
     a, b = (canonicalize(m.open_weights() if lazily else m.load()) for m in models)
     base = match_endpoints(a, b, TOKENS % 40, Evidence(1, 0.3))
     moved = [g.apply(canonicalize(m.load())) for g, m in zip(base, models, strict=True)]
     seen = []
-    for (kind, at), *slots in prepare(a, b, base, torch.bfloat16, [(0, 13), (13, 40)]):
-        seen.append((kind, at))
+    rows = {"embed": 0, "head": 0}
+    for name, *slots in prepare(a, b, base, torch.bfloat16):
+        (table,) = (t for t in rows if t in slots[0]) if name == "ends" and len(slots[0]) == 1 else (None,)
+        seen.append(table or name)
         for w, found in zip(moved, slots, strict=True):
             assert all(t.dtype == torch.bfloat16 for t in found.values())
-            if kind == "block":
-                expected = w.blocks[at]
-            elif kind == "ends":
-                expected = w.small_ends
+            if table:
+                start = rows[table]
+                expected = {table: w.ends[table][start : start + len(found[table])]}
             else:
-                expected = {name: w.ends[name][at : at + len(t)] for name, t in found.items()}
+                expected = w.small_ends if name == "ends" else w.blocks[name]
             assert found.keys() == expected.keys()
-            assert all(torch.equal(t, expected[name].to(torch.bfloat16)) for name, t in found.items())
-    assert seen == [("ends", 0), ("embed", 0), ("head", 0), ("head", 13), ("block", 0), ("block", 1)]
-    last = next(iter(prepare(a, b, base, torch.float32)))
-    assert last[1]
+            assert all(torch.equal(t, expected[n].to(torch.bfloat16)) for n, t in found.items())
+        if table:
+            rows[table] += len(slots[0][table])
+    assert seen == ["ends", *["embed"] * 4, *["head"] * 4, 0, 1] and rows == {"embed": 40, "head": 40}
 
 
 @pytest.mark.parametrize("variant", ["gptj", "bert", "vit"])
-def test_the_heads_bias_comes_with_its_rows(variant, tmp_path):
+def test_prepared_pieces_make_a_store(variant, tmp_path):
     import zoo
 
     zoo.write(variant, tmp_path / "x")
     w = canonicalize(Model(tmp_path / "x").open_weights())
     one = Transform.identity(w.spec)
-    units = {unit: dict(a) for unit, a, _ in prepare(w, w, (one, one), torch.float32, [(0, 3), (3, w.spec.vocab)])}
-    assert "head_bias" not in units["ends", 0]
-    assert torch.equal(units["head", 3]["head_bias"], w.ends["head_bias"][3:])
-    assert any(kind == "embed" for kind, _ in units) == (variant != "vit")
+    store = Store.create(tmp_path / "store", w.spec, prepare(w, w, (one, one), torch.float32))
+    parts = [store.read(store.layers + k)[0] for k in range(store.head_parts)]
+    for name in ("head", "head_bias"):
+        assert torch.equal(torch.cat([part[name] for part in parts]), w.ends.get(name, parts[0][name]))
+    found, expected = store.read(1)[1], w.blocks[1]
+    assert found.keys() == expected.keys() and all(torch.equal(t, expected[n]) for n, t in found.items())
 
 
 def test_a_whole_alignment_from_lazy_endpoints(ends, tmp_path):

@@ -167,6 +167,20 @@ def test_nothing_is_read_before_it_is_written(name, n, monkeypatch):
 
 @needs_extension
 @pytest.mark.parametrize("n", (3, 16, 31))
+def test_skew_matrices_are_recognised_whatever_the_signs_of_their_zeros(n):
+    X = torch.stack([-skew(1, n, 1.0, torch.float32)[0], torch.full((n, n), -0.0)])
+    Q = torch.empty_like(X)
+    status = lambda: native.cayley_forward_float32(X.data_ptr(), Q.data_ptr(), 2, n, 1)  # noqa: E731
+    assert status() == (-1, 0)
+    assert torch.equal(Q[1], torch.eye(n))
+    X[1, 0, 1] = torch.finfo(torch.float32).tiny
+    assert status() == (1, 1)
+    X[1, 0, 1] = X[1, 1, 0] = float("inf")
+    assert status() == (1, 1)
+
+
+@needs_extension
+@pytest.mark.parametrize("n", (3, 16, 31))
 def test_nothing_is_written_outside(n):
     X, G = skew(2, n, 1.0, torch.float32), general(2, n, 1.0, torch.float32)
     guard, size = 64, X.numel()

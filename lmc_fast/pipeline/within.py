@@ -1,0 +1,102 @@
+"""Learning within a budget: the plan, and the pair prepared on disk, from where it streams."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from ..architectures import Spec
+from ..checkpoints import Weights
+from ..engine import parallel
+from ..engine.dispatch import activation_path
+from ..errors import LmcError
+from ..matching.learned import Effort, Schedule
+from ..streaming.demand import ACTIVATION, Job
+from ..streaming.devices import here
+from ..streaming.meter import available_memory
+from ..streaming.planner import Plan, Way, plan
+from ..streaming.ring import Streamed
+from ..streaming.sizes import show_bytes
+from ..streaming.store import Store
+from ..symmetry import Transform
+from ..symmetry.storage import pack
+from .prepare import prepare
+from .run_directory import STORE
+
+_log = logging.getLogger("lmc_fast")
+
+Base = tuple[Transform, Transform]
+
+
+def plan_learning(
+    spec: Spec, schedule: Schedule, length: int, device: torch.device, budget: int, way: Way | None = None
+) -> Plan:
+    """How to learn within a budget on the device at hand. Raises TooSmall, which names the smallest that works."""
+    sequences = -(-schedule.batch // parallel.place()[1])
+    job = Job(sequences * length, length, schedule.sides, 2 if schedule.objective == "endpoints" else 0)
+    found = plan(spec, job, here(device), budget, way)
+    _log.info("a plan for %s of memory, expected to take %s:", show_bytes(budget), show_bytes(found.total))
+    for line in found.summary():
+        _log.info("%s", line)
+    return found
+
+
+def effort_of(plan: Plan) -> Effort:
+    way, job = plan.way, plan.job
+    # three places of the line for all sequences of a step: fewer streams than its line, gradient and teachers have
+    return Effort(way.micro_batch, False, way.logits, way.boundaries_on_host, rows=job.sequences)
+
+
+def path_of(plan: Plan, spec: Spec, device: torch.device) -> str:
+    """The plan's way of computing as one of kernels.interp_linear.PATHS."""
+    return activation_path(spec.width, plan.device.dtype, device) if plan.way.path == ACTIVATION else "weight"
+
+
+@contextmanager
+def on_disk(
+    a: Weights, b: Weights, base: Base, plan: Plan, directory: Path, device: torch.device
+) -> Iterator[Streamed]:
+    """The pair, moved by `base`, from a store in `directory`: the one that is there, or one that is made now.
+
+    Raises LmcError where the disk has too little room for it.
+    """
+    key = _key(base)
+    if parallel.place()[0] == 0:
+        _make(a, b, base, plan, directory / STORE, key)
+    parallel.wait()
+    store = Store.open(directory / STORE, a.spec, key)
+    pinned = plan.device.kind == "cuda" and plan.host_bytes < 0.9 * available_memory()
+    with Streamed(store, device, max(plan.slots, 1), plan.resident, pinned=pinned) as source:
+        yield source
+
+
+def _make(a: Weights, b: Weights, base: Base, plan: Plan, target: Path, key: str) -> None:
+    if target.exists():
+        try:
+            Store.open(target, a.spec, key)
+            return
+        except LmcError as error:
+            _log.info("%s: it is made anew", error)
+            shutil.rmtree(target)
+    room = shutil.disk_usage(target.parent).free
+    if room < plan.store_bytes:
+        raise LmcError(
+            f"{target.parent} has {show_bytes(room)} free; to learn within {show_bytes(plan.budget)} of memory "
+            f"the pair needs {show_bytes(plan.store_bytes)} there"
+        )
+    Store.create(target, a.spec, prepare(a, b, base, plan.device.dtype), plan.device.dtype, key=key)
+
+
+def _key(base: Base) -> str:
+    """What was prepared, told by the transforms that were found for it."""
+    digest = hashlib.sha256()
+    for name, t in sorted((pack(base[0], "a") | pack(base[1], "b")).items()):
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        digest.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,147 @@
+"""Alignment within a memory budget: the same result, refusals, damaged stores, several processes."""
+
+import json
+import subprocess
+import sys
+from collections import namedtuple
+
+import pytest
+import torch
+from conftest import write_lines
+
+import lmc_fast as lmc
+from lmc_fast.cli import main
+from lmc_fast.data import block_length, read_data, split_validation
+from lmc_fast.errors import LmcError
+from lmc_fast.pipeline import within
+from lmc_fast.pipeline.align import align
+from lmc_fast.streaming.meter import Meter
+from lmc_fast.streaming.planner import TooSmall
+from lmc_fast.streaming.store import Store
+
+FAST = {"steps": 6, "batch": 4}
+ENOUGH = 4 << 30
+
+
+@pytest.fixture
+def case(make_checkpoint, tmp_path):
+    def make(variant="neox"):
+        pair = lmc.open_pair(make_checkpoint(variant, 1), make_checkpoint(variant, 2))
+        data = read_data(str(write_lines(tmp_path / "text.txt", 600)), pair.a, block_length(pair.a, 16))
+        return pair, *split_validation(data)
+
+    return make
+
+
+@pytest.mark.parametrize("variant", ["neox", "gpt2-tied", "llama"])
+def test_the_result_is_that_of_a_run_in_memory(variant, case, state):
+    pair, tokens, validation = case(variant)
+    expected = align(pair, tokens, validation=validation, **FAST)
+    meter = Meter()
+    found = align(pair, tokens, validation=validation, memory=ENOUGH, state_file=state, meter=meter, **FAST)
+    assert [stage.name for stage in meter.stages] == ["matching", "preparing", "learning"]
+    assert meter.facts["plan"]["total"] <= ENOUGH and meter.facts["traffic"]["visits"] > 0
+    for x, y in ((expected.a, found.a), (expected.b, found.b)):
+        assert (x.rotation - y.rotation).abs().max() < 1e-4
+    for x, y in zip(expected.info["history"]["loss"], found.info["history"]["loss"], strict=True):
+        assert abs(x - y) < 1e-5
+    assert Store.open(state.parent / "store", pair.spec).layers == pair.spec.layers
+
+
+def test_too_little_is_refused_before_anything_is_read(case, tmp_path, capsys, monkeypatch):
+    pair, tokens, _ = case()
+    monkeypatch.setattr(lmc.checkpoints.Model, "open_weights", None)
+    with pytest.raises(TooSmall):
+        align(pair, tokens, memory=1 << 20, **FAST)
+    command = ["align", str(pair.a.path), str(pair.b.path), "--data", str(tmp_path / "text.txt"), "--block", "16"]
+    assert main([*command, "--memory", "1MiB", "--out", str(tmp_path / "out")]) == 2
+    assert "smallest budget that works" in capsys.readouterr().err
+    assert main([*command, "--memory", "lots", "--out", str(tmp_path / "out")]) == 2
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_disk_without_room_for_the_store(case, monkeypatch):
+    pair, tokens, _ = case()
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(within.shutil, "disk_usage", lambda _: usage(500, 0, 500))
+    with pytest.raises(LmcError, match="500 bytes free"):
+        align(pair, tokens, memory=ENOUGH, **FAST)
+
+
+@pytest.fixture
+def state(tmp_path):
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run" / "state"
+
+
+def test_a_damaged_store_is_made_anew(case, state):
+    pair, tokens, _ = case()
+    first = align(pair, tokens, memory=ENOUGH, state_file=state, **FAST)
+    block = state.parent / "store" / "block-00001.bin"
+    size = block.stat().st_size
+    block.write_bytes(block.read_bytes()[:-1])
+    again = align(pair, tokens, memory=ENOUGH, state_file=state, **FAST)
+    assert block.stat().st_size == size and torch.equal(again.b.rotation, first.b.rotation)
+
+
+def test_a_read_error_while_learning_names_the_file_and_keeps_the_state(case, state, monkeypatch):
+    pair, tokens, _ = case()
+    create = Store.create
+
+    def spoilt(target, *rest, **options):
+        create(target, *rest, **options)
+        file = target / "block-00001.bin"
+        content = bytearray(file.read_bytes())
+        content[100] ^= 1
+        file.write_bytes(content)
+
+    monkeypatch.setattr(Store, "create", spoilt)
+    with pytest.raises(LmcError, match=r"block-00001\.bin is corrupt"):
+        align(pair, tokens, memory=ENOUGH, state_file=state, **FAST)
+    monkeypatch.undo()
+    within.shutil.rmtree(state.parent / "store")
+    assert len(align(pair, tokens, memory=ENOUGH, state_file=state, **FAST).info["history"]["loss"]) == FAST["steps"]
+
+
+def test_the_command_reports_what_it_took(case, tmp_path, capsys):
+    pair, _, _ = case()
+    command = ["align", str(pair.a.path), str(pair.b.path), "--data", str(tmp_path / "text.txt"), "--block", "16"]
+    command += [
+        "--steps",
+        "3",
+        "--batch",
+        "2",
+        "--memory",
+        "4GiB",
+        "--test",
+        command[4],
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    for words in ("plan for 4 GiB", "memory at most: matching", "verifying", "loads; waited"):
+        assert words in shown, words
+    costs = json.loads((tmp_path / "out" / "report.json").read_text())["costs"]
+    assert costs["plan"]["budget"] == ENOUGH and costs["traffic"]["loads"] >= 0
+    assert {stage["name"] for stage in costs["stages"]} >= {"matching", "learning", "measuring", "writing"}
+    assert not (tmp_path / "out" / "store").exists() and not list(tmp_path.glob("*.partial"))
+    both = [str(tmp_path / "out" / side) for side in "ab"]
+    limited = ["barrier", *both, "--data", str(tmp_path / "text.txt"), "--block", "16", "--memory"]
+    assert main([*limited, "1MiB"]) == 2 and main([*limited, "4GiB"]) == 0
+
+
+@pytest.mark.parametrize("memory", [(), ("--memory", "4GiB")], ids=["in memory", "streamed"])
+def test_torchrun_with_two_processes_computes_what_one_does(memory, case, tmp_path):
+    pair, _, _ = case()
+    command = ["align", str(pair.a.path), str(pair.b.path), "--data", str(tmp_path / "text.txt"), "--block", "16"]
+    command += ["--steps", "5", "--batch", "4", "--json", *memory, "--out"]
+    assert main([*command, str(tmp_path / "one")]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lmc_fast"]
+    done = subprocess.run([*launch, *command, str(tmp_path / "two")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two"))
+    assert json.loads(done.stdout)["history"] == two["history"]  # one document, from the first process alone
+    for x, y in zip(one["history"]["loss"], two["history"]["loss"], strict=True):
+        assert abs(x - y) < 1e-5
+    assert not list(tmp_path.glob("*.partial"))

@@ -3,14 +3,15 @@
 The store holds DISTINCT random blocks again and again, so that it is made quickly; what is moved is the same. Each
 case is measured "planned", with the planner's resident units and micro-batches, and "smallest", with nothing resident
 and one sequence at a time. First the streamed step runs alone, for its peak memory and traffic, then in turns with the
-resident one, for the times. Boundary activations and chunks of logits are where and what the planner wants, in both.
+resident one, for the times. Boundary activations and chunks of logits are where and what the planner wants, in both;
+"plain" is resident with the boundary activations on the device too.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,7 @@ def cases(place: Place) -> Iterator[Case]:
     if place.quick:
         yield Case("tiny x 3", partial(measure, "tiny x 3", place, "tiny", 3, (128,), 32))
         return
-    for layers, tokens, seconds in ((8, (16384, 4096), 150), (32, (16384,), 260)):
+    for layers, tokens, seconds in ((8, (16384, 4096), 150), (32, (16384,), 300)):
         key = f"7B x {layers}"
         yield Case(key, partial(measure, key, place, "pythia-6.9b", layers, tokens, LENGTH), seconds)
 
@@ -111,8 +112,8 @@ def compare(store: Store, spec: Spec, pair: tuple[Weights, Weights], planned: Pl
     batch = random_tokens(spec, job.tokens, job.length, device)
     items = [Item(part, POSITION) for part in batch.split(micro)]
 
-    def step(source: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        return learn(source, items, chart, path=path, logits=way.logits, offload=way.boundaries_on_host)
+    def step(source: Any, offload: bool = way.boundaries_on_host) -> tuple[Tensor, dict[str, Tensor]]:
+        return learn(source, items, chart, path=path, logits=way.logits, offload=offload)
 
     release(device)
     if device.type == "cuda":
@@ -149,12 +150,17 @@ def compare(store: Store, spec: Spec, pair: tuple[Weights, Weights], planned: Pl
         expected, wanted = step(memory)
         row["loss_difference"] = abs(float(loss - expected))
         row["gradient_difference"] = max(_relative(gradients[name], wanted[name]) for name in wanted)
-        times = timed({"streamed": lambda: step(ring), "resident": lambda: step(memory)}, device, quick=False)
+        calls: dict[str, Callable[[], object]] = {"streamed": lambda: step(ring), "resident": lambda: step(memory)}
+        if way.boundaries_on_host:
+            calls["plain"] = lambda: step(memory, offload=False)
+        times = timed(calls, device, quick=False)
     for name, some in times.items():
         row |= spread(name, some)
     medians = {name: quantiles(some)[1] for name, some in times.items()}
     ratio = medians["resident"] / medians["streamed"]
     row |= {"ratio": round(ratio, 3)} if device.type == "cuda" else {"unmeasured": "needs a GPU"}
+    if "plain" in medians:
+        row["ratio_to_plain"] = round(medians["plain"] / medians["streamed"], 3)
     return row | prediction(planned, as_planned)
 
 

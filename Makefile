@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: venv demo test lint format bench bench-solvers clean
+.PHONY: venv demo test lint format bench bench-solvers gpu clean
 
 venv: $(STAMP)
 
@@ -43,6 +43,10 @@ bench: bench-solvers
 
 bench-solvers: venv
 	$(BIN)/python -m benchmarks.solvers
+
+# One NVIDIA GPU; torch, triton and transformers must be there: nothing is installed. docs/gpu.md says more.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(GPU)
 
 clean:
 	rm -rf $(VENV) build demo-out *.egg-info lmc_fast/_C*.so

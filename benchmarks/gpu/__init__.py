@@ -1,0 +1,1 @@
+"""What runs on one NVIDIA GPU: tests, kernels, solvers, a step, streaming, a trained pair. See docs/gpu.md."""

@@ -1,0 +1,116 @@
+"""Slice `step`: engine.step.learn beside an ordinary training step of one model, on cross-entropy, no optimiser.
+
+    floor                 forward, backward, gradients of all weights of one model
+    fused, concat, weight ours by one path, every block's graph kept (+ recompute: computed again in backward)
+    ours                  ours, path by engine.dispatch
+    ours, no kernels      ours with LMC_FAST_KERNELS=0: torch operations only; "ours, no dual_gemm": without that one
+    ours, divergence      the default objective: both endpoints' predictions are computed too
+    rotation alone        the part of ours that does not grow with tokens and layers: the rotation and its gradient
+
+Weights are bfloat16, the transform's leaves float32. Peak memory is what torch handed out above the weights.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from benchmarks.common import Row, quantiles
+from benchmarks.gpu.device import peak, release, runnable, timed
+from benchmarks.gpu.models import LLAMA, RoundedChart, random_pair, random_tokens, spec_of
+from benchmarks.gpu.rows import Case, spread
+from benchmarks.gpu.slices import Place
+from lmc_fast.engine.model import task_loss
+from lmc_fast.engine.source import Resident, paired
+from lmc_fast.engine.step import Item, choose_path, learn
+from lmc_fast.kernels.switch import OPERATIONS, SWITCH
+
+POSITION = 0.45
+WITHOUT_DUAL_GEMM = ",".join(name for name in OPERATIONS if name != "dual_gemm")
+PATHS = ("fused", "concat", "weight")
+LENGTH = 2048
+SHAPES = {"7B": ("pythia-6.9b", 4), "1B": ("pythia-1.4b", 4), "7B gated": (LLAMA, 2)}
+TOKENS = (16384, 8192, 4096, 2048)
+PROMISED = 1.5  # times the floor, at T = 16384 for 7B blocks
+
+
+def cases(place: Place) -> Iterator[Case]:
+    if place.quick:
+        yield Case("tiny T128", partial(measure, "tiny T128", place, "tiny", 2, 128, 32))
+        return
+    for tokens in TOKENS:
+        for name, (shape, layers) in SHAPES.items():
+            key = f"{name} T{tokens}"
+            yield Case(key, partial(measure, key, place, shape, layers, tokens, LENGTH), seconds=30 + tokens / 200)
+
+
+def switched(kernels: str, call: Callable[[], object]) -> Callable[[], object]:
+    """`call` with LMC_FAST_KERNELS set."""
+
+    def run() -> None:
+        before = os.environ.get(SWITCH)
+        os.environ[SWITCH] = kernels
+        try:
+            call()
+        finally:
+            del os.environ[SWITCH]
+            if before is not None:
+                os.environ[SWITCH] = before
+
+    return run
+
+
+def measure(key: str, place: Place, shape: str, layers: int, tokens: int, length: int) -> list[Row]:
+    """One row for each variant."""
+    device = place.device
+    spec = spec_of(shape, layers, length)
+    dtype = torch.bfloat16
+    source = Resident(*paired(*random_pair(spec, dtype, device)))
+    release(device)
+    a = source.a
+    chart = RoundedChart(spec, dtype, device)
+    batch = random_tokens(spec, tokens, length, device)
+    items = [Item(batch, POSITION)]
+
+    def floor() -> None:
+        model = a.map(lambda t: t.detach().requires_grad_())
+        leaves = [*model.ends.values(), *(t for block in model.blocks for t in block.values())]
+        torch.autograd.grad(task_loss(model, batch), leaves, allow_unused=True)
+
+    def ours(path: str | None, keep: bool, divergence: bool = False) -> Callable[[], object]:
+        return lambda: learn(source, items, chart, divergence=divergence, keep=keep, path=path)
+
+    def rotation() -> None:
+        made = chart.rotation()
+        assert made is not None
+        torch.autograd.grad(made, chart.tensors["rotation"], made.detach())
+
+    calls: dict[str, Callable[[], object]] = {"floor": floor, "ours": ours(None, True)}
+    calls["ours + recompute"] = ours(None, False)
+    for path in PATHS:
+        calls[path], calls[f"{path} + recompute"] = ours(path, True), ours(path, False)
+    calls["ours, no kernels"] = switched("0", ours(None, True))
+    calls["ours, no dual_gemm"] = switched(WITHOUT_DUAL_GEMM, ours(None, True))
+    calls["ours, divergence"] = ours(None, True, True)
+    calls["rotation alone"] = rotation
+    fit, large = runnable(calls, device)
+    memory = {name: peak(call, device) for name, call in fit.items()}
+    times = timed(fit, device, place.quick)
+    picked = {keep: choose_path(source, items, keep).path for keep in (True, False)}
+    medians = {name: quantiles(some)[1] for name, some in times.items()}
+    common: Row = {"shape": shape, "width": spec.width, "layers": layers, "tokens": tokens, "length": length}
+    rows = []
+    for name in calls:
+        row: Row = {"key": f"{key} {name}", "variant": name} | common
+        if name in large:
+            rows.append(row | {"unmeasured": "does not fit the device's memory"})
+            continue
+        row |= {"picked": picked["recompute" not in name] if name.startswith("ours") else ""}
+        row |= spread("", times[name]) | {"peak_mib": round(memory[name] / 2**20, 1)}
+        if "floor" in medians:
+            row["per_floor"] = round(medians[name] / medians["floor"], 3)
+        rows.append(row)
+    return rows

@@ -235,7 +235,7 @@ def test_the_page_says_what_is_not_measured(tmp_path):
 
 
 def test_every_slice_has_its_table():
-    kernel = {"slice": "kernels", "op": "norm_concat", "pass": "f", "dtype": "bfloat16", "model": "7B", "tokens": 16384}
+    kernel = {"slice": "kernels", "op": "dual_linear", "pass": "f", "dtype": "bfloat16", "model": "7B", "tokens": 16384}
     stream = {
         "layers": 8,
         "layers_wanted": 32,
@@ -266,7 +266,7 @@ def test_every_slice_has_its_table():
         "| failed tests on the device | ≤ 0 | 1 | MISSED |",
         "1 files: 3 passed, 1 failed, 2 skipped",
         "- tests/a.py: test_x",
-        "| norm_concat | f | 0.8 - 1.7 | 1 of 2 | 7B T16384 0.8; 7B T16384 1.7 |",
+        "| dual_linear | f | 0.8 - 1.7 | 1 of 2 | 7B T16384 0.8; 7B T16384 1.7 |",
         "| interp_linear | f+b | 1.0 - 1.0 | - |",
         "Less accurate than torch: b.",
         "1 not measured: the kernel does not take this shape",
@@ -297,7 +297,7 @@ def test_all_formulations_of_an_operation_agree(op):
 
 
 def test_errors_are_measured_against_float64(tmp_path):
-    rows = kernels.contest("k", place(tmp_path, quick=True), "norm_concat", contests.MODELS["tiny"], 24, torch.float32)
+    rows = kernels.contest("k", place(tmp_path, quick=True), "dual_linear", contests.MODELS["tiny"], 24, torch.float32)
     assert [row["unmeasured"] for row in rows] == ["needs a GPU"] * 2
     assert all(0 < row["ours_error"] < 1e-5 and row["accurate"] and "ratio" not in row for row in rows)
     assert json.dumps(rows)

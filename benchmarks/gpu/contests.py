@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmc_fast.engine.attention import rotate
-from lmc_fast.kernels import dual_gemm, head_maps, norm_concat, runtime, softmax_loss, transient
+from lmc_fast.kernels import dual_gemm, head_maps, runtime, softmax_loss, transient
 from lmc_fast.kernels.activations import ACTIVATIONS
 from lmc_fast.kernels.interp_linear import apply_left, interp_linear
 
@@ -109,32 +109,6 @@ def dual_linear(m: Model, tokens: int, draw: Draw, up: bool = False) -> Contest:
         ("x", "z"),
         ("x", "z"),
         kernel=runtime.usable(a),
-    )
-
-
-def norm_and_turn(m: Model, tokens: int, draw: Draw) -> Contest:
-    inputs = {"x": draw(tokens, m.width), "rotation": draw(m.width, m.width, scale=m.width**-0.5)}
-
-    def reference(i: Inputs) -> Tensor:
-        return norm_concat.reference(i["x"], i["rotation"], MIX, eps=EPS, rms=m.rms)
-
-    def in_place(i: Inputs) -> Tensor:
-        x, width = i["x"], i["x"].shape[1]
-        n = F.rms_norm(x, (width,), None, EPS) if m.rms else F.layer_norm(x, (width,), None, None, EPS)
-        out = torch.empty(len(x), 2 * width, dtype=x.dtype, device=x.device)
-        torch.mul(n, MIX[0], out=out[:, :width])
-        torch.mm(n, i["rotation"] * MIX[1], out=out[:, width:])
-        return out
-
-    return Contest(
-        inputs,
-        lambda i: norm_concat.norm_concat(i["x"], i["rotation"], MIX, eps=EPS, rms=m.rms),
-        {"reference": reference},
-        reference,
-        ("x", "rotation"),
-        ("x",),
-        {"in place": in_place},
-        kernel=runtime.usable(inputs["x"]),
     )
 
 
@@ -254,7 +228,6 @@ def divergence(m: Model, tokens: int, draw: Draw) -> Contest:
 OPERATIONS: dict[str, Callable[[Model, int, Draw], Contest]] = {
     "dual_linear": dual_linear,
     "dual_linear up": lambda m, tokens, draw: dual_linear(m, tokens, draw, up=True),
-    "norm_concat": norm_and_turn,
     "head_maps": map_heads,
     "cross_entropy_": cross_entropy,
     "divergence_": divergence,

@@ -14,7 +14,6 @@ from lmc_fast.checkpoints import Weights
 from lmc_fast.streaming.layout import slot_shapes
 from lmc_fast.symmetry import canonicalize
 from lmc_fast.symmetry.charts import Chart
-from lmc_fast.symmetry.transform import BlockTransform
 
 LLAMA = "llama-7b"
 SIZE = 0.02  # of a chart's random coordinates
@@ -66,24 +65,12 @@ def random_pair(spec: Spec, dtype: torch.dtype, device: torch.device) -> tuple[W
     return a, b
 
 
-class RoundedChart(Chart):
-    """A chart whose leaves stay in float32, and whose transforms are rounded to the dtype of the weights."""
-
-    def __init__(self, spec: Spec, dtype: torch.dtype, device: torch.device, sides: int = 2):
-        super().__init__(spec, sides, torch.float32, device)
-        self.dtype = dtype
-        generator = torch.Generator(device).manual_seed(3)
-        for t in self.tensors.values():
-            t.data.copy_(SIZE * torch.randn(t.shape, generator=generator, device=device))
-
-    def rotation(self) -> Tensor | None:
-        made = super().rotation()
-        return None if made is None else made.to(self.dtype)
-
-    def block(self, i: int, coordinates: dict[str, Tensor] | None = None) -> BlockTransform:
-        made = super().block(i, coordinates)
-        parts = {name: t.to(self.dtype) for name, t in vars(made).items() if t is not None and t.is_floating_point()}
-        return replace(made, **parts)
+def random_chart(spec: Spec, device: torch.device, sides: int = 2) -> Chart:
+    chart = Chart(spec, sides, torch.float32, device)
+    generator = torch.Generator(device).manual_seed(3)
+    for t in chart.tensors.values():
+        t.data.copy_(SIZE * torch.randn(t.shape, generator=generator, device=device))
+    return chart
 
 
 def random_tokens(spec: Spec, count: int, length: int, device: torch.device) -> Tensor:

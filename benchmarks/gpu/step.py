@@ -20,12 +20,13 @@ import torch
 
 from benchmarks.common import Row, quantiles
 from benchmarks.gpu.device import peak, release, runnable, timed
-from benchmarks.gpu.models import LLAMA, RoundedChart, random_pair, random_tokens, spec_of
+from benchmarks.gpu.models import LLAMA, random_chart, random_pair, random_tokens, spec_of
 from benchmarks.gpu.rows import Case, spread
 from benchmarks.gpu.slices import Place
 from lmc_fast.engine.model import task_loss
+from lmc_fast.engine.passes import Item, choose_path
 from lmc_fast.engine.source import Resident, paired
-from lmc_fast.engine.step import Item, choose_path, learn
+from lmc_fast.engine.step import learn
 from lmc_fast.kernels.switch import OPERATIONS, SWITCH
 
 POSITION = 0.45
@@ -71,7 +72,7 @@ def measure(key: str, place: Place, shape: str, layers: int, tokens: int, length
     source = Resident(*paired(*random_pair(spec, dtype, device)))
     release(device)
     a = source.a
-    chart = RoundedChart(spec, dtype, device)
+    chart = random_chart(spec, device)
     batch = random_tokens(spec, tokens, length, device)
     items = [Item(batch, POSITION)]
 

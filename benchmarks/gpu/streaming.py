@@ -22,13 +22,14 @@ from torch import Tensor
 
 from benchmarks.common import Row, quantiles
 from benchmarks.gpu.device import release, synchronize, timed
-from benchmarks.gpu.models import RoundedChart, random_pair, random_tokens, spec_of
+from benchmarks.gpu.models import random_chart, random_pair, random_tokens, spec_of
 from benchmarks.gpu.rows import Case, Unmeasured, spread
 from benchmarks.gpu.slices import Place
 from lmc_fast.architectures import Spec
 from lmc_fast.checkpoints import Weights
+from lmc_fast.engine.passes import Item
 from lmc_fast.engine.source import Resident, paired
-from lmc_fast.engine.step import Item, learn
+from lmc_fast.engine.step import learn
 from lmc_fast.pipeline.within import path_of
 from lmc_fast.streaming.demand import Job
 from lmc_fast.streaming.devices import here
@@ -108,7 +109,7 @@ def compare(store: Store, spec: Spec, pair: tuple[Weights, Weights], planned: Pl
     way = planned.way
     micro = way.micro_batch if as_planned else 1
     job, path = planned.job, path_of(planned, spec, device)
-    chart = RoundedChart(spec, store.dtype, device)
+    chart = random_chart(spec, device)
     batch = random_tokens(spec, job.tokens, job.length, device)
     items = [Item(part, POSITION) for part in batch.split(micro)]
 

@@ -20,7 +20,7 @@ from benchmarks.gpu.slices import Place
 # Only with a GPU are the operations' tests collected in this process and in bfloat16 too, and the ring's copies tested.
 OPERATIONS = "tests/kernels/test_op_*.py"
 FILES = (OPERATIONS, "tests/streaming/test_ring.py", "tests/kernels/test_*.py", "tests/solvers/test_*.py")
-QUICK = ("tests/streaming/test_schedule.py", "tests/kernels/test_op_norm_concat.py")
+QUICK = ("tests/streaming/test_schedule.py", "tests/kernels/test_op_softmax_loss.py")
 LIMIT = 400.0  # seconds of one file
 
 

@@ -34,17 +34,17 @@ class MovingMaps:
             tensor = getattr(made, f.name)
             if tensor is not None and tensor.requires_grad:
                 self.made.append(tensor)
-                self.tensors.append(tensor.detach().requires_grad_())
+                self.tensors.append(tensor.detach().to(owner.source.sample.dtype).requires_grad_())
                 parts[f.name] = self.tensors[-1]
             elif tensor is not None:
-                parts[f.name] = tensor
+                parts[f.name] = tensor  # permutations
         self.leaves = BlockTransform(**parts)
         self.sums: list[Tensor | None] = [None] * len(self.tensors)
 
     def add(self, gradients: Sequence[Tensor | None]) -> None:
         for j, gradient in enumerate(gradients):
             if gradient is not None:
-                old = self.sums[j]
+                old, gradient = self.sums[j], gradient.to(self.made[j].dtype)
                 self.sums[j] = gradient if old is None else old + gradient
 
     def finish(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -78,8 +78,9 @@ class Pass:
         self.items = sorted(items, key=lambda item: item.position)
         with torch.set_grad_enabled(learn):
             self.rotation_made = chart.rotation() if chart else None
-        self.rotation = leaf_of(self.rotation_made)
-        self.turn_gradient = None if self.rotation is None or not learn else torch.zeros_like(self.rotation)
+        # transforms are rounded to the weights' dtype where they act; gradients are summed in the chart's
+        self.rotation = leaf_of(self.rotation_made, source.sample.dtype)
+        self.turn_gradient = None if self.rotation_made is None or not learn else torch.zeros_like(self.rotation_made)
         self._positions: dict[int, Positions] = {}
         if self.rotation is None:
             self.path = "weight"  # nothing but an interpolation of weights
@@ -92,7 +93,9 @@ class Pass:
         return self._positions[x.shape[1]]
 
     def maps(self, unit: int) -> BlockTransform:
-        return self.chart.block(unit) if self.chart else BlockTransform()
+        made = self.chart.block(unit) if self.chart else BlockTransform()
+        floats = {name: t for name, t in vars(made).items() if t is not None and t.is_floating_point()}
+        return replace(made, **{name: t.to(self.source.sample.dtype) for name, t in floats.items()})
 
     def line(
         self, a: Slots, b: Slots, position: float, maps: BlockTransform | None, once: bool = False, learn: bool = True
@@ -173,5 +176,5 @@ def pull_back(outputs: Sequence[Tensor], slopes: Sequence[Tensor | None], inputs
     return list(torch.autograd.grad([y for y, _ in live], inputs, [s for _, s in live], allow_unused=True))
 
 
-def leaf_of(made: Tensor | None) -> Tensor | None:
-    return None if made is None else made.detach().requires_grad_(made.requires_grad)
+def leaf_of(made: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if made is None else made.detach().to(dtype).requires_grad_(made.requires_grad)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..engine import parallel
 from ..engine.evaluate import line_scores
+from ..engine.head import accurate
 from ..engine.loss import CHUNK_ELEMENTS
 from ..engine.passes import Item, choose_path
 from ..engine.source import Source
@@ -119,7 +120,8 @@ class Learner:
             path = choice.path
             _log.info("interpolated layers by path %s: %s", *choice)
         self.path = path
-        self.chart = Chart(source.spec, schedule.sides, source.sample.dtype, source.sample.device)
+        sample = source.sample
+        self.chart = Chart(source.spec, schedule.sides, accurate(sample.dtype), sample.device)
         self.history = History()
         self.best: dict[str, Tensor] | None = None
         leaves = self.chart.tensors

@@ -73,13 +73,17 @@ class Transform:
         return Transform(change(self.rotation), blocks, self.head_units)
 
     def apply(self, weights: Weights) -> Weights:
-        """g · weights, block by block in the wider dtype of both, returned in that of `weights`; differentiable."""
-        rotation, spec = self.rotation, weights.spec
+        """g · weights, block by block in the wider dtype of both, returned in that of `weights` and on their device;
+        differentiable.
+        """
+        spec = weights.spec
         dtype = max((x.dtype for x in self._floats()), key=lambda d: d.itemsize, default=torch.float32)
+        device = next((t.device for t in weights.ends.values()), torch.device("cpu"))
+        moved = self.map(lambda t: t.to(device))
         return weights.in_dtype(
             dtype,
-            lambda ends: apply_ends(spec, rotation, ends, self.head_units),
-            lambda i, w: apply_block(spec, rotation, self.blocks[i], w),
+            lambda ends: apply_ends(spec, moved.rotation, ends, moved.head_units),
+            lambda i, w: apply_block(spec, moved.rotation, moved.blocks[i], w),
         )
 
     def _floats(self) -> Iterator[Tensor]:

@@ -124,3 +124,28 @@ def test_evaluation(name, case):
         for t, score in zip(points, scores, strict=True):
             expected = mean_loss(lerp(a, moved, t), data)
             assert abs(score.loss - expected) <= 1e-12 * abs(expected)
+
+
+@pytest.mark.parametrize("name", ["neox", "llama"])
+@pytest.mark.parametrize("path", ["fused", "weight"])
+def test_weights_in_bfloat16_and_a_chart_in_float32(name, path, case):
+    """As on a GPU: no further from float64 than autograd through the line rounded to bfloat16."""
+    a, b, chart, items = case(name)
+    exact, gradients = materialised(a, b, chart, items, text=True)
+    rounded = [w.to(torch.bfloat16) for w in (a, b)]
+    narrow = Chart(a.spec, 2)
+    for key, t in narrow.tensors.items():
+        t.data.copy_(chart.tensors[key].detach())
+    total, count = 0.0, 0
+    for data, position in items:
+        left, right = (w.to(torch.float32) for w in rounded)
+        line = lerp(left, narrow.relative().apply(right), position)
+        n = len(prediction_rows(a, data))
+        total, count = total + task_loss(line.to(torch.bfloat16), data).double() * n, count + n
+    plain = torch.autograd.grad(total / count, list(narrow.tensors.values()))
+    got, found = learn(Resident(*rounded), [Item(*i) for i in items], narrow, divergence=False, path=path)
+    assert abs(got - exact) <= 2 * abs(total / count - exact) + 2e-2 * abs(exact)
+    for (key, expected), reference in zip(gradients.items(), plain, strict=True):
+        assert found[key].dtype == torch.float32
+        error, allowed = ((x.double() - expected).norm() for x in (found[key], reference))
+        assert error <= 2 * allowed + 1e-2 * expected.norm(), key

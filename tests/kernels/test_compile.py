@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 from kernels.offline import SHARED_LIMIT, compiled
 
-from lmc_fast.kernels import dual_gemm, head_maps, norm_concat, runtime, softmax_loss, transient
+from lmc_fast.kernels import dual_gemm, head_maps, runtime, softmax_loss, transient
 
 pytestmark = pytest.mark.skipif(runtime.INTERPRETED, reason="the interpreter has no compiler")
 ARCHITECTURES = [80, 90]
@@ -122,20 +122,6 @@ def test_head_maps(width, half, capability):
     )
     for r in (there, back):
         assert r.stack == 0 and r.shared <= SHARED_LIMIT[capability], r[:3]
-
-
-@pytest.mark.parametrize("capability", ARCHITECTURES)
-@pytest.mark.parametrize("width", [768, 4096, 16384])
-def test_norm_concat(width, capability):
-    size = norm_concat._shape(width)
-    warps = size.pop("num_warps")
-    there = types("left plain x bias", "bf16", "D left_row plain_row x_row", "", "alpha eps") | {"scales": "*fp32"}
-    back = types("dx left right plain bias", "bf16", "D dx_row left_row right_row plain_row", "", "alpha_a alpha_b")
-    back |= {"scales": "*fp32", "slopes": "*fp32"}
-    for kernel, arguments in ((norm_concat.forward_kernel, there), (norm_concat.gradient_kernel, back)):
-        r = compiled(kernel, capability, arguments | {"lam": "*fp32"}, size | {"RMS": False}, warps)
-        assert r.stack == 0 and r.registers <= 64, r[:3]
-        assert ".v4" in r.ptx  # 16 bytes at a time
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)

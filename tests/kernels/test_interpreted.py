@@ -52,11 +52,10 @@ with warnings.catch_warnings(record=True) as seen:
     assert torch.equal(use_the_engine(), plain)
 (warning,) = seen
 assert warning.category is RuntimeWarning and "Triton is not installed" in str(warning.message), warning
-from lmc_fast.kernels import dual_gemm, head_maps, norm_concat, runtime, softmax_loss, transient
+from lmc_fast.kernels import dual_gemm, head_maps, runtime, softmax_loss, transient
 x = torch.eye(4)
 assert not runtime.usable(x)
 assert torch.equal(dual_gemm.dual_linear(x, x, x, x, torch.tensor(0.5)), x)
-assert norm_concat.norm_concat(x, x, (1, 1)).shape == (4, 8)
 assert torch.equal(head_maps.head_maps(x, x, (0.5, 0.5), heads=2), x)
 assert torch.equal(transient.interpolate(x, x, x, torch.tensor(0.5)), x)
 assert softmax_loss.cross_entropy_(x, torch.arange(4)).shape == (4,)

@@ -34,12 +34,13 @@ format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Every claim of the README and docs/, measured again: about an hour on two cores.
+# Every claim of the README and docs/, measured again: some hours on two cores.
 bench: bench-solvers
 	$(BIN)/python -m benchmarks.alignment
 	$(BIN)/python -m benchmarks.learning
 	$(BIN)/python -m benchmarks.families
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.streaming
 
 bench-solvers: venv
 	$(BIN)/python -m benchmarks.solvers

@@ -129,6 +129,7 @@ def align(
             else:
                 directory = state.parent if state else Path(scratch)
                 source = stack.enter_context(on_disk(a, b, base, within, directory, device))
+        del a, b
         path = before["run"].get("path") if before else None
         if path is None and within is not None:
             path = path_of(within, pair.spec, device)

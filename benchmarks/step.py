@@ -72,6 +72,7 @@ def random_weights(spec: Spec, seed: int) -> Weights:
 
 
 QUICK = ("floor", "reference", "fused", "weight", "ours", "ours + recompute", "one-sided")
+LARGE = ("floor", "reference-gauge", "weight", "weight + recompute", "ours", "ours + recompute", "one-sided")
 QUICKEST = ("floor", "ours", "ours + recompute")  # for many tokens
 
 
@@ -200,7 +201,9 @@ def main() -> int:
             if args.quick:
                 some = measure(width, count, repeats=1 if many else 2, only=QUICKEST if many else QUICK)
             else:
-                some = measure(width, count, repeats=5 if width * count <= 2**20 else 3)
+                work = width * count
+                only = LARGE if work > 2**22 else ()
+                some = measure(width, count, repeats=5 if work <= 2**20 else 1 if only else 2, only=only)
             for r in some:
                 print(
                     f"d {r['d']:5} T {r['tokens']:6}  {r['variant']:20} {r['picked']:7} {r['ms']:10.1f} ms "

@@ -7,6 +7,7 @@ part of B is a matrix C that asks for a large tr(Mᵀ C).
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from .stream import StreamEvidence, at_work, block_evidence, ends_evidence, tran
 from .units import match_experts, match_head_units, match_units, unit_scores
 
 MAX_ROUNDS = 50
+_log = logging.getLogger("lmc_fast")
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def match(
     ends = ends_evidence(a, b)
     start = StreamEvidence(ends.total.clone(), ends.gains)
     found = Transform(start.best(spec, stream, shares), [BlockTransform() for _ in range(spec.layers)])
-    for _ in range(rounds):
+    for done in range(1, rounds + 1):
         before = _assignments(spec, found)
         total = StreamEvidence(ends.total.clone(), ends.gains.clone())
         for i in range(spec.layers):
@@ -64,7 +66,10 @@ def match(
             found.head_units = _match_head(a, b, found.rotation)
             total.total += transform_evidence(a, b, found.head_units)
         found.rotation = total.best(spec, stream, shares)
-        if all(_same(p, q) for p, q in zip(before, _assignments(spec, found), strict=True)):
+        pairs = list(zip(before, _assignments(spec, found), strict=True))
+        changed = sum(not _same(p, q) for p, q in pairs)
+        _log.info("matching, round %d: %d of %d assignments changed", done, changed, len(pairs))
+        if not changed:
             break
     return found
 

@@ -52,3 +52,15 @@ def test_a_batch_smaller_than_the_group_is_refused(monkeypatch):
     monkeypatch.setattr(parallel, "place", lambda: (2, 3))
     with pytest.raises(LmcError, match="--batch"):
         parallel.share(torch.arange(2))
+
+
+def test_each_process_has_its_own_gpu(monkeypatch):
+    assert parallel.own_device("cuda") == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert [parallel.own_device(d) for d in ("cuda", "cuda:1", "cpu")] == ["cuda:3", "cuda:1", "cpu"]
+
+
+def test_processes_that_do_not_meet_are_refused_in_one_sentence(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LmcError, match="torchrun"), parallel.together("cpu"):
+        raise AssertionError("there is no group")

@@ -15,7 +15,7 @@ from lmc_fast.errors import LmcError
 from lmc_fast.streaming.demand import ACTIVATION, WEIGHT, Demand, Job
 from lmc_fast.streaming.devices import PROFILES, Device, profile
 from lmc_fast.streaming.layout import slot_shapes, unit_bytes
-from lmc_fast.streaming.planner import TooSmall, plan, residency
+from lmc_fast.streaming.planner import TooSmall, plan, portions, residency
 from lmc_fast.streaming.schedule import learning_visits, steady_loads
 from lmc_fast.streaming.sizes import parse_bytes, show_bytes
 
@@ -192,3 +192,20 @@ def test_what_is_no_size(text):
 
 def test_sizes_are_shown():
     assert [show_bytes(n) for n in (5, 2048, 3 << 30, 1 << 52)] == ["5 bytes", "2 KiB", "3 GiB", "4,096 TiB"]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_portions_of_an_evaluation(name):
+    spec, base = spec_of(name), 300 << 20
+    with pytest.raises(TooSmall) as refused:
+        portions(spec, 64, 11, 1, base)
+    least = refused.value.smallest
+    with pytest.raises(TooSmall):
+        portions(spec, 64, 11, least - (1 << 10), base)
+    before = portions(spec, 64, 11, least, base)
+    assert before.batch == 1 <= before.rows
+    for budget in (least * 2, least * 8, 1 << 40):
+        found = portions(spec, 64, 11, budget, base)
+        assert found.batch <= found.rows and found.batch <= 32 and found.logits <= 1 << 24
+        assert found.batch >= before.batch and found.rows >= before.rows and found.logits >= before.logits
+        before = found

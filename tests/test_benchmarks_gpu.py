@@ -116,8 +116,8 @@ def test_the_fingerprint_follows_the_sources():
         assert all((harness.ROOT / name).exists() for name in one.sources)
 
 
-def session(tmp_path, seconds=999.0):
-    return harness.Session(tmp_path, tmp_path, "cpu", False, time.monotonic() + seconds, "r1")
+def invocation(tmp_path, seconds=999.0):
+    return harness.Invocation(tmp_path, tmp_path, "cpu", False, time.monotonic() + seconds, "r1")
 
 
 def test_a_process_that_dies_leaves_a_row_and_another_goes_on(tmp_path, monkeypatch, capsys):
@@ -131,7 +131,7 @@ def test_a_process_that_dies_leaves_a_row_and_another_goes_on(tmp_path, monkeypa
         return code
 
     monkeypatch.setattr(harness, "supervised", supervised)
-    assert harness.run_slice("step", session(tmp_path)) == (True, "")
+    assert harness.run_slice("step", invocation(tmp_path)) == (True, "")
     rows = read_rows(tmp_path / "step.jsonl")
     assert [(row["case"], row["error"]) for row in rows] == [
         ("a", "the process ended with -11"),
@@ -151,13 +151,13 @@ def test_a_process_that_dies_leaves_a_row_and_another_goes_on(tmp_path, monkeypa
 )
 def test_exit_codes_of_a_process(tmp_path, monkeypatch, code, finished, trouble):
     monkeypatch.setattr(harness, "supervised", lambda command, seconds: code)
-    assert harness.run_slice("step", session(tmp_path)) == (finished, trouble)
+    assert harness.run_slice("step", invocation(tmp_path)) == (finished, trouble)
     assert not read_rows(tmp_path / "step.jsonl")
 
 
 def test_no_process_without_time(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "supervised", None)
-    assert harness.run_slice("step", session(tmp_path, harness.GRACE)) == (False, "")
+    assert harness.run_slice("step", invocation(tmp_path, harness.GRACE)) == (False, "")
 
 
 def test_a_process_that_hangs_is_killed_with_what_it_started(tmp_path):

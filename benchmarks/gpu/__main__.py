@@ -35,7 +35,7 @@ MOST_PROCESSES = 8  # for one slice: that many may die
 
 
 @dataclass(frozen=True)
-class Session:
+class Invocation:
     """One invocation of the harness. end: of its time, by time.monotonic; commit: named where git does not know it."""
 
     out: Path
@@ -75,14 +75,14 @@ def main() -> int:
         parser.error(f"{', '.join(missing)} must be installed; this harness installs nothing")
     end, run = time.monotonic() + 60 * args.minutes, f"{int(time.time())}-{os.getpid()}"
     out = args.out.resolve()
-    session = Session(out, args.scratch.resolve(), args.device, args.quick, end, run, args.commit)
+    invocation = Invocation(out, args.scratch.resolve(), args.device, args.quick, end, run, args.commit)
     out.mkdir(parents=True, exist_ok=True)
     print(build_extension(), flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # takes the slice's process along
     unfinished, troubles = [], []
     for name in args.only:
         print(f"{name}: {SLICES[name].what}", flush=True)
-        finished, trouble = run_slice(name, session)
+        finished, trouble = run_slice(name, invocation)
         unfinished += [] if finished else [name]
         troubles += [trouble] if trouble else []
         rows = latest_rows(out, args.quick)
@@ -99,27 +99,27 @@ def main() -> int:
 
 
 def latest_rows(out: Path, quick: bool) -> list[Row]:
-    """Of all slices, whichever this session measures."""
+    """Of all slices, whichever this invocation measures."""
     rows: list[Row] = []
     for name in SLICES:
         rows += latest(row for row in read_rows(out / f"{name}.jsonl") if row["quick"] == quick)
     return rows
 
 
-def run_slice(name: str, session: Session) -> tuple[bool, str]:
+def run_slice(name: str, invocation: Invocation) -> tuple[bool, str]:
     """Measures a slice in a process of its own, in another one where that dies: (whether all was tried, what failed).
 
     A case in which a process dies gets a row that says so, and is left to the next run.
     """
-    least = 1.0 if session.quick else LEAST
-    limit = min(time.monotonic() + 60 * SLICES[name].minutes, session.end - GRACE)
-    running = session.out / f"{name}.running"
+    least = 1.0 if invocation.quick else LEAST
+    limit = min(time.monotonic() + 60 * SLICES[name].minutes, invocation.end - GRACE)
+    running = invocation.out / f"{name}.running"
     running.unlink(missing_ok=True)
     for _ in range(MOST_PROCESSES):
         seconds = limit - time.monotonic()
         if seconds < least:
             return False, ""
-        code = supervised(session.command(name, seconds), seconds + GRACE)
+        code = supervised(invocation.command(name, seconds), seconds + GRACE)
         if code in (0, CONTINUED):
             return code == 0, ""
         if code == LOST:  # its row is written
@@ -130,7 +130,7 @@ def run_slice(name: str, session: Session) -> tuple[bool, str]:
         case = running.read_text()
         running.unlink()
         print(f"  {case}: ERROR the process {why}", flush=True)
-        session.journal(name).add(case, [{"key": case, "error": f"the process {why}"}])
+        invocation.journal(name).add(case, [{"key": case, "error": f"the process {why}"}])
     return False, f"{name}: {MOST_PROCESSES} processes died"
 
 

@@ -107,12 +107,13 @@ def align(
     # without learning, or within a budget, one block at a time is enough
     load = Model.load if learns and within is None else Model.open_weights
     a, b = (canonicalize(load(model, torch.float32, device)) for model in (pair.a, pair.b))
-    with TemporaryDirectory(dir=state.parent if state else None) as scratch, ExitStack() as stack:
+    place = state.parent if state else None
+    with ExitStack() as stack:
         if not before and parallel.place()[0] == 0:
             evidence = {"weight": Evidence(1, 0), "activation": Evidence(0, 1)}.get(method, Evidence(1, activations))
-            keep = None if load is Model.load else Path(scratch)
-            with meter.stage("matching"):
-                base = match_endpoints(a, b, tokens, evidence, keep=keep, statistics_tokens=_statistics(memory, pair))
+            with meter.stage("matching"), TemporaryDirectory(dir=place) as scratch:
+                keep, count = None if load is Model.load else Path(scratch), _statistics(memory, pair)
+                base = match_endpoints(a, b, tokens, evidence, keep=keep, statistics_tokens=count)
             if not learns:
                 return Alignment(*base, matched=base, info=run)
             saved = _packed(base)
@@ -127,8 +128,8 @@ def align(
             if within is None:
                 source = Resident(*paired(base[0].apply(a), base[1].apply(b)))
             else:
-                directory = state.parent if state else Path(scratch)
-                source = stack.enter_context(on_disk(a, b, base, within, directory, device))
+                place = place or Path(stack.enter_context(TemporaryDirectory()))
+                source = stack.enter_context(on_disk(a, b, base, within, place, device))
         del a, b
         path = before["run"].get("path") if before else None
         if path is None and within is not None:

@@ -36,7 +36,8 @@ METHODS = ("dual", "one-sided", "activation", "weight")
 STATISTICS_TOKENS = 32_768  # enough for cross-covariances; more changes the matching little
 VALIDATION_BLOCKS = 64
 VALIDATIONS = 10
-SAVE_SECONDS = 20.0
+SAVE_SECONDS = 20.0  # between two saves, or SAVE_SHARE times what one takes, if that is longer
+SAVE_SHARE = 20
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ def align(
     activations: how much activation evidence counts beside the weights in the matching that learning starts from.
     memory: bytes that this process (on a GPU: its memory there) may take; the pair is then prepared on disk, beside the
     state file, and streams through. None: whole models are held.
-    state_file: written every SAVE_SECONDS and on interruption; if it exists, the run goes on from there, to the same
-    result as if it had not stopped. meter: told what each stage takes.
+    state_file: written about every SAVE_SECONDS and on interruption; if it exists, the run goes on from there, to the
+    same result as if it had not stopped. meter: told what each stage takes.
 
     Raises LmcError for a bad method or state file, a budget that is too small and for a loss that becomes NaN or
     infinite (the state is kept).
@@ -199,7 +200,7 @@ def _learn(
     excess: float | None = None
     per_step = learner.schedule.batch * learner.tokens.shape[1]
     every = max(1, steps // VALIDATIONS)
-    saved_at = time.monotonic()
+    save_at = time.monotonic() + SAVE_SECONDS
     try:
         while True:
             done = learner.done
@@ -211,9 +212,10 @@ def _learn(
                 progress(Progress(done, steps, loss, excess, per_step if done else 0))
             if done >= steps:
                 break
-            if time.monotonic() - saved_at > SAVE_SECONDS:
+            if time.monotonic() > save_at:
+                began = time.monotonic()
                 save()
-                saved_at = time.monotonic()
+                save_at = time.monotonic() + max(SAVE_SECONDS, SAVE_SHARE * (time.monotonic() - began))
             learner.step()
     except NonFiniteLoss as error:
         save()

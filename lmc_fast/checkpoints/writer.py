@@ -11,12 +11,12 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import LmcError
@@ -73,9 +73,10 @@ def publish(work: Path, target: Path) -> None:
 
 
 def save_tensor_file(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-    """safetensors' own writer, but with the permissions of an ordinary new file (it makes private ones)."""
-    save_file(tensors, file, metadata=metadata)
-    file.chmod(0o666 & ~_umask())
+    """A safetensors file of tensors in memory, without a copy of them all (safetensors' own writer makes one)."""
+    write_file(
+        file, [Stored(name, t.dtype, tuple(t.shape), partial(iter, (t,))) for name, t in tensors.items()], metadata
+    )
 
 
 def _umask() -> int:
@@ -98,10 +99,10 @@ class Stored:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_file(file: Path, tensors: Sequence[Stored]) -> None:
+def write_file(file: Path, tensors: Sequence[Stored], metadata: dict[str, str] | None = None) -> None:
     """A safetensors file, written part by part. Raises OSError where the disk does."""
     ordered = sorted(tensors, key=lambda t: -t.dtype.itemsize)  # keeps every tensor aligned; stable otherwise
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | (metadata or {})}
     end = 0
     for t in ordered:
         header[t.name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [end, end + t.nbytes]}

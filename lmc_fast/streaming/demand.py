@@ -17,7 +17,7 @@ LOGITS = 6  # tensors of a chunk's size: logits, log-probabilities, target, a te
 _TAPE = 30  # matrices that a head map's forward and backward keep, for each of its own (measured 26)
 _UPDATE = 6  # (d, d) matrices of one side that Muon and the Cayley transform need beside their operands (measured 4.1)
 SLACK = 0.03  # allocators round up and fragment
-_PAIRS = 15  # bytes for a pair of FFN units: the score in float64, statistics in float32, signs, a mask
+_PAIRS = 23  # bytes that matching takes for a pair of FFN units (measured 22.6 at f = 8192)
 _HEAD_MAPS = ("vo", "qk")
 
 
@@ -95,9 +95,15 @@ class Demand:
             Item("token ids", 32 * self.job.tokens),
             Item("rotation: parameters and optimiser", rotation * FP32 + 2 * d * d * self.itemsize * bool(turns)),
             Item("block maps: parameters and optimiser", (4 * matrices + 5 * scales) * FP32),
+            Item("what matching found", self._found_bytes(turns)),
             Item("update of the parameters", self._update_bytes(turns, matrices), "update"),
         ]
         return [item for item in items if item.bytes]
+
+    def _found_bytes(self, turns: int) -> int:
+        """Both endpoints' transforms in float64: a rotation, and in each head the maps of keys and values both ways."""
+        spec, kinds = self.spec, sum(name in self._leaves for name in _HEAD_MAPS)
+        return 8 * (2 * 2 * kinds * spec.layers * spec.kv_heads * spec.head_dim**2 + spec.width**2 * bool(turns))
 
     def _update_bytes(self, turns: int, matrices: int) -> int:
         return _UPDATE * max(turns, matrices) * FP32

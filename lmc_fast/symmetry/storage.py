@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..checkpoints.reader import TensorFile
-from ..checkpoints.writer import save_tensor_file
+from ..checkpoints.writer import disk_errors, save_tensor_file
 from ..errors import LmcError
 from .transform import BlockTransform, Transform
 
@@ -38,11 +38,15 @@ def unpack(tensors: dict[str, Tensor], prefix: str, layers: int) -> Transform:
 
 
 def save_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Writes tensors and JSON metadata to `file`, whole or not at all."""
+    """Writes tensors and JSON metadata to `file`, whole or not at all. Raises LmcError if the disk does not take it."""
     partial = file.with_name(file.name + ".tmp")
-    plain = {name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}
-    save_tensor_file(plain, partial, {"lmc_fast": json.dumps(metadata)})
-    os.replace(partial, file)
+    try:
+        with disk_errors(file):
+            save_tensor_file(tensors, partial, {"lmc_fast": json.dumps(metadata)})
+            os.replace(partial, file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -170,7 +170,7 @@ def slices(directory: Path, quick: bool) -> list[Row]:
 
 
 def overhead(directory: Path, quick: bool) -> list[Row]:
-    width, counts = (256, (2048,)) if quick else (1024, (512, 2048, 4096))
+    width, counts = (256, (2048,)) if quick else (1024, (512, 2048))
     spec = spec_of(width)
     store = directory / f"overhead-{width}"
     a, b = random_weights(spec, 1), random_weights(spec, 2)
@@ -189,7 +189,7 @@ def overhead(directory: Path, quick: bool) -> list[Row]:
                     "memory": lambda items=items: learn(memory, items, chart, path="weight"),
                     "streamed": lambda items=items: learn(source, items, chart, path="weight"),
                 },
-                2 if quick else 5,
+                2 if quick else 3,
                 warm_up=False,
             )
             after = source.traffic

@@ -194,14 +194,15 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     widths = args.width or ([256] if args.quick else [256, 512, 1024])
+    file, origin = RESULTS / "step.csv", provenance(*SOURCES)
+    others = [row for row in read_csv(file) if int(row["d"]) not in widths]
     rows: list[Row] = []
     for width in widths:
         for count in (width // 4, width, 8 * width) if args.quick else (width // 4, width, 2 * width, 8 * width):
-            many = count > width
+            work, many = width * count, count > width
             if args.quick:
                 some = measure(width, count, repeats=1 if many else 2, only=QUICKEST if many else QUICK)
             else:
-                work = width * count
                 only = LARGE if work > 2**22 else ()
                 some = measure(width, count, repeats=5 if work <= 2**20 else 1 if only else 2, only=only)
             for r in some:
@@ -209,15 +210,11 @@ def main() -> int:
                     f"d {r['d']:5} T {r['tokens']:6}  {r['variant']:20} {r['picked']:7} {r['ms']:10.1f} ms "
                     f"{r['per floor']:7.2f} floor {r['peak MiB']:9.1f} MiB {r['per reference'] or '-':>6} reference"
                 )
-            rows += some
-    origin = provenance(*SOURCES)
-    rows = [row | origin for row in rows]
+            rows += [row | origin for row in some]
+            if not args.quick:  # after each: all take hours
+                write_csv(file, sorted(others + rows, key=lambda row: int(row["d"])))
     if args.json:
         write_json(args.json, rows)
-    if not args.quick:
-        file = RESULTS / "step.csv"
-        others = [row for row in read_csv(file) if int(row["d"]) not in widths] if args.width else []
-        write_csv(file, sorted(others + rows, key=lambda row: int(row["d"])))
     missed = misses(rows)
     for text in missed:
         print(f"missed: {text}")

@@ -22,6 +22,7 @@ from .sizes import show_bytes
 
 SLOTS = 2  # one to compute with, one to load: what is left is better spent on resident blocks
 _CHUNKS = tuple(1 << power for power in (24, 23, 22, 21, 20, 19, 18))  # logits at a time
+_SPARE = 0.1  # of what is left for an evaluation: its formulas are coarse
 _REPORTED = (
     *("slots", "resident", "layers", "head_parts", "loads", "moved"),
     *("compute_seconds", "transfer_seconds", "step_seconds", "share", "tokens_to_hide"),
@@ -265,9 +266,9 @@ def portions(spec: Spec, length: int, points: int, budget: int, base: int) -> Po
     sequence = length * demand.block_floats(WEIGHT) * FP32
     row = 3 * points * length * spec.width * FP32  # streams, what the head reads of them, what a block adds
     fewest = _CHUNKS[-1] * LOGITS * FP32
-    room = math.floor((budget - base) * (1 - SLACK)) - block
+    room = math.floor((budget - base) * (1 - _SPARE)) - block
     if room < row + sequence + fewest:
-        raise TooSmall(budget, base + math.ceil((block + row + sequence + fewest) / (1 - SLACK)) + 1)
+        raise TooSmall(budget, base + math.ceil((block + row + sequence + fewest) / (1 - _SPARE)) + 1)
     logits = min(_CHUNKS[0], max(fewest, room // 4) // (LOGITS * FP32))
     left = room - logits * LOGITS * FP32
     batch = max(1, min(32, left // 2 // sequence))

@@ -20,7 +20,7 @@ from ..matching.learned import Effort, Schedule
 from ..streaming.demand import ACTIVATION, Job
 from ..streaming.devices import here
 from ..streaming.meter import available_memory
-from ..streaming.planner import Plan, Way, plan
+from ..streaming.planner import Plan, TooSmall, Way, plan
 from ..streaming.ring import Streamed
 from ..streaming.sizes import show_bytes
 from ..streaming.store import Store
@@ -41,6 +41,8 @@ def plan_learning(
     sequences = -(-schedule.batch // parallel.place()[1])
     job = Job(sequences * length, length, schedule.sides, 2 if schedule.objective == "endpoints" else 0)
     found = plan(spec, job, here(device), budget, way)
+    if way is None and found.matching_bytes > budget:  # a run that goes on has matched already
+        raise TooSmall(budget, max(found.total, found.matching_bytes))
     _log.info("a plan for %s of memory, expected to take %s:", show_bytes(budget), show_bytes(found.total))
     for line in found.summary():
         _log.info("%s", line)

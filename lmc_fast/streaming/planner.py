@@ -130,7 +130,8 @@ class Plan:
             f"a step of {self.job.tokens:,} tokens: computes {_show_seconds(self.compute_seconds)}, moves "
             f"{show_bytes(self.moved)} in {_show_seconds(self.transfer_seconds)} from {self.device.source} -> "
             f"{_show_seconds(self.step_seconds)}, {self.share:.0%} of in-memory speed",
-            f"before learning, matching takes about {show_bytes(self.matching_bytes)}",
+            f"before learning, matching takes about {show_bytes(self.matching_bytes)}"
+            + (", more than the budget: align will refuse" if self.matching_bytes > self.budget else ""),
             f"transfers are hidden from {self.tokens_to_hide:,} tokens per step on",
             f"figures: {self.device.flops:.3g} flop/s in {str(self.device.dtype).removeprefix('torch.')}, "
             f"{self.device.bandwidth:.3g} byte/s; disk space for the pair {show_bytes(self.store_bytes)}",
@@ -164,7 +165,7 @@ def plan(spec: Spec, job: Job, device: Device, budget: int, way: Way | None = No
             moved = loaded + boundaries
             transfer = moved / device.bandwidth
             rank = (max(compute, transfer), moved, total, -micro)
-            if max(total, demand.matching_bytes) > budget or (best is not None and rank >= best[0]):
+            if total > budget or (best is not None and rank >= best[0]):
                 continue
             found = Plan(
                 budget=budget,
@@ -188,7 +189,7 @@ def plan(spec: Spec, job: Job, device: Device, budget: int, way: Way | None = No
             best = rank, found
     assert smallest is not None
     if best is None:
-        raise TooSmall(budget, max(smallest, demand.matching_bytes))
+        raise TooSmall(budget, smallest)
     return best[1]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import tempfile
@@ -25,6 +26,8 @@ from ..kernels.interp_linear import PATHS, interp_linear, interpolated
 
 COUNTED = {True: 1.5, False: 0.9}  # crossover in tokens per width, by whether graphs are kept
 CLOSE = 2.5
+BLOCK = 1.4  # a whole block's crossover for that of the layers timed here (1.3 to 1.5 on CPU, benchmarks/step.py)
+TURNS, SECONDS = 7, 0.5  # of a measurement, at least; short products need many turns
 WIDEST = {"cpu": 1024}  # widths above need no measurement there: large GEMMs run at one speed, and take long
 _log = logging.getLogger("lmc_fast")
 
@@ -58,7 +61,7 @@ def choose(tokens: int, width: int, dtype: torch.dtype, device: torch.device, ke
 @cache
 def _crossover(width: int, dtype: torch.dtype, device: torch.device, keep: bool) -> float:
     """Tokens per width at which both sides take the same time."""
-    key = f"crossover {'keep' if keep else 'recompute'} {_place(width, dtype, device)}"
+    key = f"block crossover {'keep' if keep else 'recompute'} {_place(width, dtype, device)}"
     return _cached(key, lambda: _measure_crossover(width, dtype, device, keep))
 
 
@@ -76,7 +79,8 @@ def _measure_crossover(width: int, dtype: torch.dtype, device: torch.device, kee
     fixed = t["weights, few"] - weights_slope * few
     if slope <= weights_slope or fixed <= 0:  # a disturbed measurement says nothing
         return COUNTED[keep]
-    return fixed / (slope - weights_slope) / width
+    found = BLOCK * fixed / (slope - weights_slope) / width
+    return min(max(found, COUNTED[keep] / CLOSE), COUNTED[keep] * CLOSE)  # outside, counting decides
 
 
 @cache
@@ -132,18 +136,21 @@ class _Case:
         return None
 
 
-def _times(ways: Mapping[str, Callable[[], object]], device: torch.device, repeats: int = 7) -> dict[str, float]:
+def _times(ways: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
     """Seconds of each way at its best: what disturbs a run only ever makes it longer."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(repeats + 1):  # the first warms up
+    for way in ways.values():  # warm up
+        way()
+    best = dict.fromkeys(ways, math.inf)
+    turn, end = 0, time.perf_counter() + SECONDS
+    while turn < TURNS or time.perf_counter() < end:
         for name, way in ways.items():
             _finish(device)
             start = time.perf_counter()
             way()
             _finish(device)
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    return {name: min(some) for name, some in times.items()}
+            best[name] = min(best[name], time.perf_counter() - start)
+        turn += 1
+    return best
 
 
 def _finish(device: torch.device) -> None:

@@ -2,7 +2,7 @@
 
 promise    align --memory, barrier, merge and verify of a Pythia-1.4B pair (synthetic) within 3 GiB: peak memory of
            every process as the system counts it, the loss before and after, the result in transformers
-slice      plans for a 7B pair in 8 GiB, and one step on two of its blocks at full width within its plan
+slice      plans for a 7B pair in 8 GiB; matching and one step on two of its blocks at full width within their plans
 overhead   a streamed step beside the same step in memory: four blocks of width 1024, weights in the page cache
 
 python -m benchmarks.streaming [--only PART ...] [--directory DIR]
@@ -28,17 +28,21 @@ from benchmarks.common import RESULTS, Row, interleave, options, provenance, rea
 from benchmarks.step import random_weights, spec_of
 from benchmarks.synthetic import SHAPES, config_of, write_pair
 from lmc_fast.architectures import FAMILIES, Spec
+from lmc_fast.checkpoints import Model
 from lmc_fast.engine.passes import Item
 from lmc_fast.engine.source import Resident, paired
 from lmc_fast.engine.step import learn
-from lmc_fast.streaming.demand import Job
+from lmc_fast.matching.closed_form import Evidence
+from lmc_fast.pipeline.align import match_endpoints
+from lmc_fast.streaming.demand import FP32, Demand, Job
 from lmc_fast.streaming.devices import here, profile
-from lmc_fast.streaming.meter import peak_bytes, return_freed_memory
+from lmc_fast.streaming.meter import peak_bytes, resident_bytes, return_freed_memory
 from lmc_fast.streaming.packing import Piece, pieces
 from lmc_fast.streaming.planner import Plan, plan
 from lmc_fast.streaming.ring import Streamed
 from lmc_fast.streaming.sizes import parse_bytes
 from lmc_fast.streaming.store import Store
+from lmc_fast.symmetry import canonicalize
 from lmc_fast.symmetry.charts import Chart
 
 SOURCES = ("lmc_fast", "benchmarks")
@@ -148,15 +152,38 @@ def streamed_step(store: str, spec: Spec, job: Job, budget: int) -> tuple[Plan, 
     return chosen, peak_bytes(), took["step"][0] / 1e3
 
 
+def matching(pair: Path, length: int) -> tuple[int, int, float]:
+    """(planned memory, peak memory, seconds) of a round of matching in this process."""
+    a, b = (Model(pair / name) for name in "ab")
+    tokens = torch.from_numpy(np.load(pair / "tokens.npy")[: 24 * length].astype(np.int64)).view(-1, length)
+    return_freed_memory()
+    planned = Demand(a.spec, Job(length, length), FP32, resident_bytes()).matching_bytes(tokens.numel())
+    lazy = [canonicalize(model.open_weights(torch.float32)) for model in (a, b)]
+    with tempfile.TemporaryDirectory(dir=pair) as keep:
+        match = lambda: match_endpoints(*lazy, tokens, Evidence(1, 0.3), keep=Path(keep), rounds=1)  # noqa: E731
+        took = interleave({"match": match}, 1, warm_up=False)
+    return planned, peak_bytes(), took["match"][0] / 1e3
+
+
 def slices(directory: Path, quick: bool) -> list[Row]:
     rows = []
     seven = FAMILIES["gpt_neox"].spec(config_of("pythia-6.9b"))
     for device in ("h100-80gb", "rtx4090"):
         found = plan(seven, Job(16_384, 512), profile(device), 8 << 30)
-        rows.append(row("slice", f"7B in 8 GiB, {device}: planned memory", found.total / 2**30, "GiB", "<= 8", True))
+        total, before = found.total / 2**30, found.matching_bytes / 2**30
+        rows.append(row("slice", f"7B in 8 GiB, {device}: planned memory", total, "GiB"))
         rows.append(row("slice", "  expected share of in-memory speed at 16,384 tokens", found.share, ""))
         rows.append(row("slice", "  expected time of a step", found.step_seconds, "s"))
+        rows.append(row("slice", "  planned memory of matching", before, "GiB", "<= 8", before <= 8))
     width = 512 if quick else SHAPES["pythia-6.9b"][0]
+    pair = directory / f"slice-{width}-pair"
+    if not (pair / "tokens.npy").exists():
+        write_pair(pair, f"slice-{width}")
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        planned, peak, seconds = pool.apply(matching, (pair, 128))
+    rows.append(row("slice", f"two blocks of width {width}, matching: planned memory", planned / 2**20, "MiB"))
+    rows.append(within("slice", "  its peak", peak, planned))
+    rows.append(row("slice", "  a round took", seconds, "s"))
     spec = replace(spec_of(width), layers=2)
     job, budget = Job(512, 256), parse_bytes("2GiB" if quick else "8GiB")
     store = directory / f"slice-{width}"

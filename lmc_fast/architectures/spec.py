@@ -19,7 +19,7 @@ x expert_width, c channels, p patch size. A mixture's always active expert is th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -120,6 +120,10 @@ class Spec:
     @property
     def position_rows(self) -> int:
         return self.image.patches + self.front if self.image else self.max_positions + self.position_offset
+
+    def length(self, inputs: Sequence[int]) -> int:
+        """Rows of the stream for each input of a batch (n, T) of tokens, or (n, ...) of images."""
+        return self.position_rows if self.image else inputs[1]
 
     def window(self, block: int) -> int:
         """How many tokens back a block sees; 0: all."""

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..checkpoints.lazy import LazyBlocks, Slots, row_runs
+from ..checkpoints.lazy import Slots, Table, row_runs
 from ..checkpoints.reader import TensorFile
 from ..checkpoints.weights import Weights
-from ..checkpoints.writer import save_tensor_file
+from ..checkpoints.writer import Stored, write_file
 from ..engine.walk import Walk
 from ..examples import Data, inputs_of
 from .stream import work_dtype
+
+GATHERED = 2048  # tokens that go through a block together, or one sequence
 
 
 class Covariance:
@@ -51,16 +54,28 @@ class Covariance:
     def correlation(self) -> Tensor:
         return self.read(torch.float64, scaled=True)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        assert self._cross is not None, "nothing was added"
+        return self._cross.shape[0], self._cross.shape[1]
+
     def read(self, dtype: torch.dtype, scaled: bool) -> Tensor:
         """(m, n) covariance or correlation."""
         assert self._cross is not None, "nothing was added"
+        out = torch.empty_like(self._cross, dtype=dtype)
+        for run, part in zip(row_runs(out), self.parts(dtype, scaled), strict=True):
+            out[run] = part
+        return out
+
+    def parts(self, dtype: torch.dtype, scaled: bool) -> Iterator[Tensor]:
+        """The same by runs of rows."""
+        assert self._cross is not None, "nothing was added"
         (x, xx), (y, yy) = ((total / self.count, squares / self.count) for total, squares in self._sides)
         left, right = ((square - mean**2).clamp(min=1e-12).sqrt() for mean, square in ((x, xx), (y, yy)))
-        out = torch.empty_like(self._cross, dtype=dtype)
         for run in row_runs(self._cross):
             part = (self._cross[run] / self.count).addr_(x[run], y, alpha=-1)
-            out[run] = part.div_(left[run, None]).div_(right) if scaled else part
-        return out
+            yield (part.div_(left[run, None]).div_(right) if scaled else part).to(dtype)
 
 
 @dataclass
@@ -72,46 +87,55 @@ class Statistics:
     """
 
     stream: Tensor  # (d, d) over the normalised residual stream at every norm
-    blocks: Sequence[Slots]
+    blocks: Sequence[Mapping[str, Table]]
 
 
 @torch.no_grad()
-def gather_statistics(a: Weights, b: Weights, data: Data, batch: int = 16, keep: Path | None = None) -> Statistics:
+def gather_statistics(
+    a: Weights, b: Weights, data: Data, batch: int | None = None, keep: Path | None = None
+) -> Statistics:
     """Tokens (n, T), or examples, through both endpoints; a and b canonical and balanced, on one device.
 
     Of lazy weights one block is in memory at a time, beside the residual streams of all data. keep: a directory for
-    what is found out about each block, which may be larger than the block; by default it stays in memory.
+    what is found out about each block, which may be larger than the block; by default it stays in memory. batch:
+    sequences at a time, by default as many as have GATHERED tokens.
     """
     spec, dtype = a.spec, work_dtype(a.spec)
+    batch = batch or max(1, GATHERED // spec.length(inputs_of(data).shape))
     batches = [inputs_of(some) for some in data.split(batch)]
     left, right = Walk(a, batches), Walk(b, batches)
     stream = Covariance()
     names = ("q", "k", "v", "mixed") + (("hidden",) if spec.ffn_width else ())
 
-    def visit(i: int) -> Slots:
+    def visit(i: int) -> dict[str, Covariance]:
         w, u = a.blocks[i], b.blocks[i]
-        parts = {name: Covariance() for name in names}
+        found = {name: Covariance() for name in names}
         for j in range(len(batches)):
             seen_a: Slots = {}
             seen_b: Slots = {}
             left.advance(j, i, w, seen_a.__setitem__)
             right.advance(j, i, u, seen_b.__setitem__)
             for name in names:
-                parts[name].add(seen_a[name], seen_b[name])
+                found[name].add(seen_a[name], seen_b[name])
             for name in ("attn_in", "ffn_in"):
                 stream.add(seen_a[name], seen_b[name])
-        return {name: parts.pop(name).read(dtype, scaled=name == "hidden") for name in names}
+        return found
 
     if keep is None:
-        blocks: Sequence[Slots] = [visit(i) for i in range(spec.layers)]
+        blocks = [_held(visit(i), dtype) for i in range(spec.layers)]
     else:
-        files = [keep / f"statistics-{i}.safetensors" for i in range(spec.layers)]
-        for i, file in enumerate(files):
-            save_tensor_file(visit(i), file, {})
-        blocks = LazyBlocks(spec.layers, lambda i: _read(files[i]))
+        blocks = [_written(visit(i), dtype, keep / f"statistics-{i}.safetensors") for i in range(spec.layers)]
     return Statistics(stream.covariance, blocks)
 
 
-def _read(file: Path) -> Slots:
+def _held(found: dict[str, Covariance], dtype: torch.dtype) -> dict[str, Table]:
+    """Evidence in memory; what it was found from is used up."""
+    return {name: Table.of(found.pop(name).read(dtype, scaled=name == "hidden")) for name in list(found)}
+
+
+def _written(found: dict[str, Covariance], dtype: torch.dtype, file: Path) -> dict[str, Table]:
+    """The same in a file that is written now, and from which runs of rows are read."""
+    parts = {name: partial(c.parts, dtype, scaled=name == "hidden") for name, c in found.items()}
+    write_file(file, [Stored(name, dtype, c.shape, parts[name]) for name, c in found.items()])
     opened = TensorFile(file)
-    return {name: opened.read(name) for name in opened.names}
+    return {name: Table(c.shape, partial(opened.read_rows, name)) for name, c in found.items()}

@@ -8,13 +8,14 @@ part of B is a matrix C that asks for a large tr(Mᵀ C).
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..architectures import Spec
-from ..checkpoints.lazy import Slots
+from ..checkpoints.lazy import Slots, Table
 from ..checkpoints.weights import Weights
 from ..solvers import solve_assignments
 from ..symmetry.groups import heads_move, rotates
@@ -58,10 +59,10 @@ def match(
         total = StreamEvidence(ends.total.clone(), ends.gains.clone())
         for i in range(spec.layers):
             x, y = a.blocks[i], b.blocks[i]
-            seen = dict(statistics.blocks[i]) if statistics else {}
+            seen = statistics.blocks[i] if statistics else {}
             found.blocks[i], part = _match_block(spec, x, y, found.rotation, evidence, seen)
             total.add(part)
-            del x, y, seen
+            del x, y
         if spec.head_transform:
             found.head_units = _match_head(a, b, found.rotation)
             total.total += transform_evidence(a, b, found.head_units)
@@ -75,21 +76,23 @@ def match(
 
 
 def _match_block(
-    spec: Spec, a: Slots, b: Slots, rotation: Tensor | None, evidence: Evidence, seen: Slots
+    spec: Spec, a: Slots, b: Slots, rotation: Tensor | None, evidence: Evidence, seen: Mapping[str, Table]
 ) -> tuple[BlockTransform, StreamEvidence]:
     """(the transform of b's block, what the block so transformed says about the next rotation).
 
-    seen: statistics of its activations, if there are any; they are dropped as soon as they are used.
+    seen: statistics of its activations, if there are any.
     """
     dtype = work_dtype(spec)
     a, b = at_work(spec, a), at_work(spec, b)
     turned = apply_block(spec, None if rotation is None else rotation.to(dtype), BlockTransform(), b)
     heads, queries, vo, qk = _match_heads(spec, a, turned, evidence, seen)
-    found = BlockTransform(heads, queries, vo, qk=qk)
+    for name in ("q", "k", "v", "o"):
+        del turned[name]
+    found = BlockTransform(heads, queries, vo, vo.mT, qk, qk.mT)  # both orthogonal
     if spec.experts:
         found.experts, found.expert_units, found.expert_scale = match_experts(spec, a, turned)
     if spec.ffn_width:
-        score, negative = unit_scores(spec, a, turned, seen.pop("hidden", None), evidence.shares)
+        score, negative = unit_scores(spec, a, turned, seen.get("hidden"), evidence.shares)
         turned.clear()  # the assignment of many units takes much memory of its own
         found.units, found.unit_scale = match_units(score, negative)
         del score, negative
@@ -105,7 +108,7 @@ def _match_head(a: Weights, b: Weights, rotation: Tensor | None) -> Tensor:
 
 
 def _match_heads(
-    spec: Spec, a: Slots, b: Slots, evidence: Evidence, seen: Slots
+    spec: Spec, a: Slots, b: Slots, evidence: Evidence, seen: Mapping[str, Table]
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """(groups, queries within them, V/O maps, Q/K maps): the assignment whose Procrustes fits are best in sum."""
     g, r, e = spec.kv_heads, spec.queries_per_group, spec.head_dim
@@ -115,11 +118,11 @@ def _match_heads(
         c = (a[slot] @ b[slot].mT).double()
         if f"{slot}_bias" in a:
             c = c + torch.outer(a[f"{slot}_bias"], b[f"{slot}_bias"])
-        c = weigh(c, seen.pop(slot, None), evidence.shares)
+        c = weigh(c, seen.get(slot), evidence.shares)
         return c.view(count, e, count, e).transpose(1, 2)
 
     out = (a["o"].mT @ b["o"]).double()
-    out = weigh(out, seen.pop("mixed", None), evidence.shares).view(g * r, e, g * r, e).transpose(1, 2)
+    out = weigh(out, seen.get("mixed"), evidence.shares).view(g * r, e, g * r, e).transpose(1, 2)
     q, k, v = rows("q", g * r), rows("k", g), rows("v", g)
 
     if not heads_move(spec):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..architectures import BLOCK_READERS, BLOCK_WRITERS, END_WRITERS, POST_NORMS, Spec
-from ..checkpoints.lazy import Slots, row_runs
+from ..checkpoints.lazy import Slots, Table
 from ..checkpoints.weights import Weights
 from ..engine.block import norm
 from ..symmetry.groups import resolves_embedding
@@ -101,20 +101,20 @@ def transform_evidence(a: Weights, b: Weights, head_units: Tensor) -> Tensor:
     return a.ends["head_transform"].double().mT @ b.ends["head_transform"].double()[head_units]
 
 
-def weigh(from_weights: Tensor, from_activations: Tensor | None, shares: tuple[float, float]) -> Tensor:
-    """Weighted sum of two pieces of evidence, in the place of the first (float64), which may be large.
+def weigh(from_weights: Tensor, from_activations: Tensor | Table | None, shares: tuple[float, float]) -> Tensor:
+    """Weighted sum of two pieces of evidence (m, n), in the place of the first (float64); both may be large.
 
     Activations are first scaled to the weights' Frobenius norm. Weights themselves are never normalised one matrix at a
     time: large matrices should count more (measured: 0.57 against 0.71 nats).
     """
     if from_activations is None:
         return from_weights.mul_(shares[0])
-    runs = list(row_runs(from_activations))  # torch would copy all of it to float64
-    size = torch.stack([from_activations[run].double().norm() for run in runs]).norm()
+    table = Table.of(from_activations) if isinstance(from_activations, Tensor) else from_activations
+    size = torch.stack([part.double().norm() for _, part in table.chunks()]).norm()
     scale = float(shares[1] * from_weights.norm() / size.clamp(min=1e-30))
     from_weights.mul_(shares[0])
-    for run in runs:
-        from_weights[run].add_(from_activations[run], alpha=scale)
+    for start, part in table.chunks():
+        from_weights[start : start + len(part)].add_(part.to(from_weights.device), alpha=scale)
     return from_weights
 
 

@@ -15,7 +15,7 @@ SAMPLED_UNITS = 256  # of each of A's experts, when experts are compared
 
 
 def unit_scores(
-    spec: Spec, a: Slots, b: Slots, activations: Tensor | None, shares: tuple[float, float]
+    spec: Spec, a: Slots, b: Slots, activations: Table | None, shares: tuple[float, float]
 ) -> tuple[Tensor, Tensor | None]:
     """(how well each of a's FFN units (rows) pairs up with each of b's, whether with its negative): (f, f) float64 and
     bool, or None where signs are not free; b's reads and writes already in a's basis.

@@ -18,19 +18,19 @@ from ..checkpoints import Model, Weights
 from ..engine import parallel
 from ..engine.source import Resident, paired
 from ..errors import LmcError
-from ..examples import Data
+from ..examples import Data, inputs_of
 from ..matching.activations import gather_statistics
 from ..matching.balance import balance
 from ..matching.closed_form import MAX_ROUNDS, Evidence, match
 from ..matching.learned import History, Learner, NonFiniteLoss, Schedule
 from ..pair import Pair
-from ..streaming.meter import Meter, return_freed_memory
+from ..streaming.meter import Meter, resident_bytes, return_freed_memory
 from ..streaming.planner import Way
 from ..streaming.ring import Streamed
 from ..symmetry import canonicalize
 from ..symmetry.storage import load_tensors, pack, save_tensors, unpack
 from ..symmetry.transform import Transform
-from .within import effort_of, on_disk, path_of, plan_learning
+from .within import effort_of, on_disk, path_of, plan_learning, tokens_to_gather
 
 METHODS = ("dual", "one-sided", "activation", "weight")
 STATISTICS_TOKENS = 32_768  # enough for cross-covariances; more changes the matching little
@@ -95,15 +95,18 @@ def align(
     saved, before = load_tensors(state) if state and state.exists() else ({}, {})
     if before:
         _require_same_run(before["run"], run)
-    within = None
+    within, gathered, length = None, STATISTICS_TOKENS, pair.spec.length(inputs_of(tokens).shape)
     if memory is not None:
         return_freed_memory()
+        base_bytes = 0 if device.type == "cuda" else resident_bytes()
         if learns:
-            length = pair.spec.position_rows if pair.spec.image else tokens.shape[1]
             way = before["run"].get("way") if before else None
             within = plan_learning(pair.spec, schedule, length, device, memory, way and Way(*way))
             run["way"] = list(within.way)
             meter.facts["plan"] = within.to_json()
+            base_bytes = within.device.base
+        if not before:
+            gathered = tokens_to_gather(pair.spec, length, base_bytes, memory, STATISTICS_TOKENS)
 
     # without learning, or within a budget, one block at a time is enough
     load = Model.load if learns and within is None else Model.open_weights
@@ -113,8 +116,8 @@ def align(
         if not before and parallel.place()[0] == 0:
             evidence = {"weight": Evidence(1, 0), "activation": Evidence(0, 1)}.get(method, Evidence(1, activations))
             with meter.stage("matching"), TemporaryDirectory(dir=place) as scratch:
-                keep, count = None if load is Model.load else Path(scratch), _statistics(memory, pair)
-                base = match_endpoints(a, b, tokens, evidence, keep=keep, statistics_tokens=count)
+                keep = None if load is Model.load else Path(scratch)
+                base = match_endpoints(a, b, tokens, evidence, keep=keep, statistics_tokens=gathered)
             if not learns:
                 return Alignment(*base, matched=base, info=run)
             saved = _packed(base)
@@ -149,13 +152,6 @@ def align(
     return Alignment(moved[0].compose(base[0]), moved[1].compose(base[1]), base, info)
 
 
-def _statistics(memory: int | None, pair: Pair) -> int:
-    """Tokens to take statistics from: both residual streams of all of them fit into an eighth of the memory."""
-    if memory is None:
-        return STATISTICS_TOKENS
-    return min(STATISTICS_TOKENS, memory // 8 // (2 * 4 * pair.spec.width))
-
-
 def match_endpoints(
     a: Weights,
     b: Weights,
@@ -175,7 +171,7 @@ def match_endpoints(
     a, b = even_a.apply(a), even_b.apply(b)
     statistics = None
     if evidence.activations:
-        length = a.spec.position_rows if a.spec.image else tokens.shape[1]
+        length = a.spec.length(inputs_of(tokens).shape)
         count = max(1, min(len(tokens), statistics_tokens // length))
         statistics = gather_statistics(a, b, tokens[:: len(tokens) // count][:count], keep=keep)
     found = match(a, b, evidence, statistics, rounds).compose(even_b)

@@ -42,7 +42,7 @@ def barrier(
     portions = {}
     if memory is not None:
         return_freed_memory()
-        length = pair.spec.position_rows if pair.spec.image else inputs_of(tokens).shape[1]
+        length = pair.spec.length(inputs_of(tokens).shape)
         base = 0 if torch.device(device).type == "cuda" else resident_bytes()
         portions = asdict(planner.portions(pair.spec, length, points, memory, base))
     a, b = pair.a.open_weights(device=device), pair.b.open_weights(device=device)

@@ -16,8 +16,9 @@ from ..checkpoints import Weights
 from ..engine import parallel
 from ..engine.dispatch import activation_path
 from ..errors import LmcError
+from ..matching.activations import GATHERED
 from ..matching.learned import Effort, Schedule
-from ..streaming.demand import ACTIVATION, Job
+from ..streaming.demand import ACTIVATION, FP32, Demand, Job
 from ..streaming.devices import here
 from ..streaming.meter import available_memory
 from ..streaming.planner import Plan, TooSmall, Way, plan
@@ -47,6 +48,19 @@ def plan_learning(
     for line in found.summary():
         _log.info("%s", line)
     return found
+
+
+def tokens_to_gather(spec: Spec, length: int, base: int, budget: int, most: int) -> int:
+    """How many tokens statistics of activations can be taken from within a budget, by halving. Raises TooSmall.
+
+    base: bytes that the process takes already.
+    """
+    demand = Demand(spec, Job(length, length), FP32, base)
+    if demand.matching_bytes() > budget:
+        raise TooSmall(budget, demand.matching_bytes())
+    while demand.matching_bytes(most) > budget:
+        most = max(GATHERED, most // 2)
+    return most
 
 
 def effort_of(plan: Plan) -> Effort:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..architectures import Spec
+from ..checkpoints.lazy import CHUNK_ELEMENTS
+from ..matching.activations import GATHERED
+from ..matching.stream import work_dtype
 from ..symmetry.charts import Chart
 from ..symmetry.groups import rotates
 from .layout import arrange, block_bytes, head_rows, slot_shapes, unit_bytes
@@ -17,7 +20,9 @@ LOGITS = 6  # tensors of a chunk's size: logits, log-probabilities, target, a te
 _TAPE = 30  # matrices that a head map's forward and backward keep, for each of its own (measured 26)
 _UPDATE = 6  # (d, d) matrices of one side that Muon and the Cayley transform need beside their operands (measured 4.1)
 SLACK = 0.03  # allocators round up and fragment
-_PAIRS = 23  # bytes that matching takes for a pair of FFN units (measured 22.6 at f = 8192)
+_PAIRS = 10  # bytes that matching takes for a pair of FFN units: float64, a sign, a check for NaN
+_HEAD_PAIRS = 10 * 8  # and for a pair of coordinates of heads: evidence from q, k, v, o, their sums, singular values
+_SQUARES = 8 * 8  # and for a pair of the stream's: evidence and rotations
 _HEAD_MAPS = ("vo", "qk")
 
 
@@ -116,14 +121,32 @@ class Demand:
         special = [w for w in windows if w or spec.alibi or spec.attn_softcap]
         return tables + len(special) * n * n * (self.itemsize * (spec.heads if spec.alibi else 1) + 16)
 
-    @cached_property
-    def matching_bytes(self) -> int:
-        """What matching takes before learning: blocks, and evidence for every pair of FFN units and of heads."""
+    def matching_bytes(self, tokens: int = GATHERED) -> int:
+        """What matching takes before learning. tokens: how many statistics of activations are taken from."""
+        return self.base + math.ceil((1 + SLACK) * max(self._gathering(tokens), self._comparing()))
+
+    def _gathering(self, tokens: int) -> int:
+        """Statistics of activations: both endpoints' block, streams of all tokens and parts of those at work."""
         spec = self.spec
-        units = max(spec.ffn_width, spec.expert_width)
-        wide = spec.heads * spec.head_dim
-        evidence = _PAIRS * units**2 + 8 * 6 * max(wide, spec.width) ** 2
-        return self.base + math.ceil((1 + SLACK) * (3 * block_bytes(spec, FP32) // 2 + evidence))
+        heads, kv, units = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.ffn_width
+        sums = 8 * (2 * heads**2 + 2 * kv**2 + units**2 + spec.width**2)
+        seen = 2 * heads + 2 * kv + 2 * spec.width + 2 * units
+        streams = 2 * FP32 * (tokens * spec.width + max(GATHERED, self.job.length) * seen)
+        return block_bytes(spec, FP32) + sums + streams + self._maps_found(2 * 2)
+
+    def _comparing(self) -> int:
+        """Every pair of a block's FFN units, experts or heads: both endpoints' block, and B's turned one."""
+        spec, size = self.spec, work_dtype(self.spec).itemsize
+        heads = _HEAD_PAIRS * (spec.heads * spec.head_dim) ** 2
+        experts = spec.experts * (size + 1) * spec.expert_width**2
+        pairs = max(_PAIRS * spec.ffn_width**2, heads, experts)
+        rest = _SQUARES * spec.width**2 + 4 * 8 * CHUNK_ELEMENTS
+        return 3 * block_bytes(spec, size) // 2 + pairs + rest + self._maps_found(2 * 2 + 1)
+
+    def _maps_found(self, count: int) -> int:
+        """Float64 maps of all heads, of values and of keys: two with inverses for what balances an endpoint."""
+        spec = self.spec
+        return 8 * len(_HEAD_MAPS) * count * spec.layers * spec.kv_heads * spec.head_dim**2
 
     @cached_property
     def boundary_bytes(self) -> int:

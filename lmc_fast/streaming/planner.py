@@ -184,7 +184,7 @@ def plan(spec: Spec, job: Job, device: Device, budget: int, way: Way | None = No
                 transfer_seconds=transfer,
                 host_bytes=host,
                 store_bytes=demand.store_bytes,
-                matching_bytes=demand.matching_bytes,
+                matching_bytes=demand.matching_bytes(),
             )
             best = rank, found
     assert smallest is not None

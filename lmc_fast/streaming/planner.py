@@ -35,10 +35,12 @@ class TooSmall(LmcError):
 
     def __init__(self, budget: int, smallest: int):
         self.smallest = smallest
-        needed = -(-smallest // (1 << 20))
+        needed = f"{-(-smallest // (1 << 20))}MiB"
+        if smallest >= 1 << 30:
+            needed += f" ({show_bytes(smallest)})"
         super().__init__(
             f"{show_bytes(budget)} of memory are too little for this pair; the smallest budget that works is "
-            f"{needed}MiB ({show_bytes(smallest)}), or fewer tokens per step"
+            f"{needed} with this many tokens per step"
         )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checkpoints.lazy import Slots, Table, row_runs
 from ..checkpoints.reader import TensorFile
 from ..checkpoints.weights import Weights
-from ..checkpoints.writer import Stored, write_file
+from ..checkpoints.writer import Stored, disk_errors, write_file
 from ..engine.walk import Walk
 from ..examples import Data, inputs_of
 from .stream import work_dtype
@@ -136,6 +136,7 @@ def _held(found: dict[str, Covariance], dtype: torch.dtype) -> dict[str, Table]:
 def _written(found: dict[str, Covariance], dtype: torch.dtype, file: Path) -> dict[str, Table]:
     """The same in a file that is written now, and from which runs of rows are read."""
     parts = {name: partial(c.parts, dtype, scaled=name == "hidden") for name, c in found.items()}
-    write_file(file, [Stored(name, dtype, c.shape, parts[name]) for name, c in found.items()])
+    with disk_errors(file):
+        write_file(file, [Stored(name, dtype, c.shape, parts[name]) for name, c in found.items()])
     opened = TensorFile(file)
     return {name: Table(c.shape, partial(opened.read_rows, name)) for name, c in found.items()}

@@ -30,7 +30,7 @@ from ..streaming.ring import Streamed
 from ..symmetry import canonicalize
 from ..symmetry.storage import load_tensors, pack, save_tensors, unpack
 from ..symmetry.transform import Transform
-from .within import effort_of, on_disk, path_of, plan_learning, tokens_to_gather
+from .within import disk_bytes, effort_of, on_disk, path_of, plan_learning, require_room, tokens_to_gather
 
 METHODS = ("dual", "one-sided", "activation", "weight")
 STATISTICS_TOKENS = 32_768  # enough for cross-covariances; more changes the matching little
@@ -117,6 +117,8 @@ def align(
             evidence = {"weight": Evidence(1, 0), "activation": Evidence(0, 1)}.get(method, Evidence(1, activations))
             with meter.stage("matching"), TemporaryDirectory(dir=place) as scratch:
                 keep = None if load is Model.load else Path(scratch)
+                if keep is not None:
+                    require_room(keep, disk_bytes(pair.spec, evidence, within))
                 base = match_endpoints(a, b, tokens, evidence, keep=keep, statistics_tokens=gathered)
             if not learns:
                 return Alignment(*base, matched=base, info=run)

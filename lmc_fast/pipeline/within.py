@@ -17,6 +17,7 @@ from ..engine import parallel
 from ..engine.dispatch import activation_path
 from ..errors import LmcError
 from ..matching.activations import GATHERED
+from ..matching.closed_form import Evidence
 from ..matching.learned import Effort, Schedule
 from ..streaming.demand import ACTIVATION, FP32, Demand, Job
 from ..streaming.devices import here
@@ -63,6 +64,21 @@ def tokens_to_gather(spec: Spec, length: int, base: int, budget: int, most: int)
     return most
 
 
+def disk_bytes(spec: Spec, evidence: Evidence, plan: Plan | None) -> int:
+    """Most that matching, and then learning, keep on disk at once."""
+    statistics = Demand(spec, Job(1, 1), FP32).statistics_bytes if evidence.activations else 0
+    return max(statistics, plan.store_bytes if plan else 0)
+
+
+def require_room(directory: Path, needed: int) -> None:
+    """Raises LmcError where the disk has less than `needed` bytes."""
+    room = shutil.disk_usage(directory).free
+    if room < needed:
+        raise LmcError(
+            f"{directory} has {show_bytes(room)} free; block by block, this pair needs {show_bytes(needed)} there"
+        )
+
+
 def effort_of(plan: Plan) -> Effort:
     way, job = plan.way, plan.job
     # three places of the line for all sequences of a step: fewer streams than its line, gradient and teachers have
@@ -100,12 +116,7 @@ def _make(a: Weights, b: Weights, base: Base, plan: Plan, target: Path, key: str
         except LmcError as error:
             _log.info("%s: it is made anew", error)
             shutil.rmtree(target)
-    room = shutil.disk_usage(target.parent).free
-    if room < plan.store_bytes:
-        raise LmcError(
-            f"{target.parent} has {show_bytes(room)} free; to learn within {show_bytes(plan.budget)} of memory "
-            f"the pair needs {show_bytes(plan.store_bytes)} there"
-        )
+    require_room(target.parent, plan.store_bytes)
     Store.create(target, a.spec, prepare(a, b, base, plan.device.dtype), plan.device.dtype, key=key)
 
 

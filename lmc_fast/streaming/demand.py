@@ -125,6 +125,13 @@ class Demand:
         """What matching takes before learning. tokens: how many statistics of activations are taken from."""
         return self.base + math.ceil((1 + SLACK) * max(self._gathering(tokens), self._comparing()))
 
+    @cached_property
+    def statistics_bytes(self) -> int:
+        """Statistics of activations on disk, as long as the pair is matched."""
+        spec, heads = self.spec, self.spec.heads * self.spec.head_dim
+        pairs = 2 * heads**2 + 2 * (spec.kv_heads * spec.head_dim) ** 2 + spec.ffn_width**2
+        return spec.layers * pairs * work_dtype(spec).itemsize
+
     def _gathering(self, tokens: int) -> int:
         """Statistics of activations: both endpoints' block, streams of all tokens and parts of those at work."""
         spec = self.spec

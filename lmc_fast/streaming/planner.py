@@ -26,7 +26,7 @@ _SPARE = 0.1  # of what is left for an evaluation: its formulas are coarse
 _REPORTED = (
     *("slots", "resident", "layers", "head_parts", "loads", "moved"),
     *("compute_seconds", "transfer_seconds", "step_seconds", "share", "tokens_to_hide"),
-    *("host_bytes", "store_bytes", "matching_bytes"),
+    *("host_bytes", "store_bytes", "statistics_bytes", "matching_bytes"),
 )
 
 
@@ -72,7 +72,8 @@ class Plan:
     compute_seconds: float
     transfer_seconds: float
     host_bytes: int  # pinned main memory beside the budget (CUDA): units, and boundary activations if they are there
-    store_bytes: int
+    store_bytes: int  # on disk, as are statistics before it
+    statistics_bytes: int
     matching_bytes: int  # that matching takes, before learning
 
     @property
@@ -136,7 +137,8 @@ class Plan:
             + (", more than the budget: align will refuse" if self.matching_bytes > self.budget else ""),
             f"transfers are hidden from {self.tokens_to_hide:,} tokens per step on",
             f"figures: {self.device.flops:.3g} flop/s in {str(self.device.dtype).removeprefix('torch.')}, "
-            f"{self.device.bandwidth:.3g} byte/s; disk space for the pair {show_bytes(self.store_bytes)}",
+            f"{self.device.bandwidth:.3g} byte/s; disk space for the pair {show_bytes(self.store_bytes)}, "
+            f"before that {show_bytes(self.statistics_bytes)} for statistics of activations",
         ]
         if self.host_bytes:
             lines.append(f"beside it: {show_bytes(self.host_bytes)} of pinned main memory, or reading from disk")
@@ -186,6 +188,7 @@ def plan(spec: Spec, job: Job, device: Device, budget: int, way: Way | None = No
                 transfer_seconds=transfer,
                 host_bytes=host,
                 store_bytes=demand.store_bytes,
+                statistics_bytes=demand.statistics_bytes,
                 matching_bytes=demand.matching_bytes(),
             )
             best = rank, found

@@ -1,5 +1,6 @@
 """Alignment within a memory budget: the same result, refusals, damaged stores, several processes."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -8,16 +9,22 @@ from collections import namedtuple
 import pytest
 import torch
 from conftest import write_lines
+from transformers import GPTNeoXConfig
 
 import lmc_fast as lmc
+from lmc_fast.architectures import FAMILIES
 from lmc_fast.cli import main
 from lmc_fast.data import block_length, read_data, split_validation
 from lmc_fast.errors import LmcError
+from lmc_fast.matching import activations
+from lmc_fast.matching.closed_form import Evidence
 from lmc_fast.pipeline import within
-from lmc_fast.pipeline.align import align
+from lmc_fast.pipeline.align import align, match_endpoints
+from lmc_fast.streaming.demand import Demand, Job
 from lmc_fast.streaming.meter import Meter
 from lmc_fast.streaming.planner import TooSmall
 from lmc_fast.streaming.store import Store
+from lmc_fast.symmetry import canonicalize
 
 FAST = {"steps": 6, "batch": 4}
 ENOUGH = 4 << 30
@@ -66,6 +73,36 @@ def test_a_disk_without_room_for_the_store(case, monkeypatch):
     monkeypatch.setattr(within.shutil, "disk_usage", lambda _: usage(500, 0, 500))
     with pytest.raises(LmcError, match="500 bytes free"):
         align(pair, tokens, memory=ENOUGH, **FAST)
+
+
+def test_a_disk_that_fills_while_statistics_are_written(case, monkeypatch, state):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    pair, tokens, _ = case()
+    monkeypatch.setattr(activations, "write_file", full)
+    with pytest.raises(LmcError, match=r"statistics-0.*disk is full"):
+        align(pair, tokens, memory=ENOUGH, state_file=state, **FAST)
+    assert not list(state.parent.iterdir())
+
+
+def test_statistics_need_what_is_planned(case, monkeypatch, tmp_path):
+    pair, tokens, _ = case()
+    a, b = (canonicalize(model.open_weights()) for model in (pair.a, pair.b))
+    match_endpoints(a, b, tokens, Evidence(1, 0.3), keep=tmp_path)
+    written = sum(f.stat().st_size for f in tmp_path.glob("statistics-*"))
+    planned = within.disk_bytes(pair.spec, Evidence(1, 0.3), None)
+    assert planned <= written <= planned + 2000 * pair.spec.layers  # headers
+    assert within.disk_bytes(pair.spec, Evidence(1, 0), None) == 0
+
+
+def test_statistics_are_taken_from_what_fits():
+    spec = FAMILIES["gpt_neox"].spec(GPTNeoXConfig(hidden_size=64, num_attention_heads=4, intermediate_size=256))
+    needs = Demand(spec, Job(128, 128), 4, 1000).matching_bytes
+    assert within.tokens_to_gather(spec, 128, 1000, needs(1 << 20), 1 << 22) == 1 << 20
+    assert within.tokens_to_gather(spec, 128, 1000, needs(), 100) == 100
+    with pytest.raises(LmcError, match="smallest budget"):
+        within.tokens_to_gather(spec, 128, 1000, needs() - 1, 1 << 15)
 
 
 @pytest.fixture

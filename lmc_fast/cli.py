@@ -418,19 +418,22 @@ def _terminate(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def _require_device(name: str) -> None:
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise LmcError(f"device {name} is not usable: {error}") from error
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. 0: done; 1: verify found a difference; 2: bad input, in one sentence; 130: interrupted."""
     args = _parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _terminate)
-    import transformers
+    try:
+        import transformers
 
-    transformers.logging.set_verbosity_error()
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        print(f"lmc-fast: error: device {args.device} is not usable: {error}", file=sys.stderr)
-        return BAD_INPUT
-    try:
+        transformers.logging.set_verbosity_error()
+        _require_device(args.device)
         return args.function(args, Console(args))
     except LmcError as error:
         print(f"lmc-fast: error: {error}", file=sys.stderr)

@@ -51,6 +51,15 @@ class Reading:
         self.normaliser[rows] = torch.logaddexp(self.normaliser[rows], log_sums)
 
 
+def softmax_(logits: Tensor, scaled: bool = True) -> Tensor:
+    """log Σ exp of each row (n,). The rows become their softmax, or, not `scaled`, multiples of it."""
+    top = logits.amax(1, keepdim=True)
+    total = logits.sub_(top).exp_().sum(1, keepdim=True)
+    if scaled:
+        logits.div_(total)
+    return (top + total.log_())[:, 0]
+
+
 def accurate(dtype: torch.dtype) -> torch.dtype:
     """At least float32."""
     return torch.promote_types(dtype, torch.float32)
@@ -99,19 +108,17 @@ class HeadLoss:
     def whole(self, part: Part, teachers: list[Part]) -> None:
         """The only run of vocabulary."""
         fused = self._fused(part)
-        if fused and self.target is not None and not self.gradients:
+        if self.target is not None and not self.gradients:
             return self.scan(part, teachers)
         self._apart &= not fused
+        add = self._add_by_kernel if fused else self._add
         for rows in self._chunks(part):
-            if fused:
-                self._in_place(part, teachers, rows, None)
-            else:
-                self._add(part, rows, *self._scan(part, teachers, rows))
+            add(part, teachers, rows, None)
         return None
 
     def scan(self, part: Part, teachers: list[Part]) -> None:
         """First of two passes over a run."""
-        scan = self._scan_in_place if self._fused(part) else self._scan
+        scan = self._scan_by_kernel if self._fused(part) else self._scan
         for rows in self._chunks(part):
             scan(part, teachers, rows)
 
@@ -119,24 +126,16 @@ class HeadLoss:
         """Second of two passes over a run."""
         if self.target is not None and not self.gradients:
             return
-        fused = self._fused(part)
-        seen = torch.stack([r.normaliser for r in (self.reading, *(t for _, t in self.teachers))]) if fused else None
+        add = self._add_by_kernel if self._fused(part) else self._add
+        seen = torch.stack([r.normaliser for r in (self.reading, *(t for _, t in self.teachers))])
         for rows in self._chunks(part):
-            if seen is not None:
-                self._in_place(part, teachers, rows, seen[:, rows])
-                continue
-            logits = self.reading.logits(part.weights, part.bias, rows, self.softcap)
-            taught = [
-                t.logits(p.weights, p.bias, rows, self.softcap)
-                for (_, t), p in zip(self.teachers, teachers, strict=True)
-            ]
-            self._add(part, rows, logits, taught)
+            add(part, teachers, rows, seen[:, rows])
 
     def _fused(self, part: Part) -> bool:
         """Whether the operations of kernels.softmax_loss take this run."""
         return len(self.teachers) <= 2 and engaged("softmax_loss", self.reading.inputs[0], part.weights[0])
 
-    def _in_place(self, part: Part, teachers: list[Part], rows: slice, seen: Tensor | None) -> None:
+    def _add_by_kernel(self, part: Part, teachers: list[Part], rows: slice, seen: Tensor | None) -> None:
         """Loss and gradients of some rows. seen: the normalisers of the reading and its teachers, where runs add up."""
         from ..kernels.softmax_loss import cross_entropy_, divergence_
 
@@ -153,7 +152,7 @@ class HeadLoss:
         self._loss += loss.sum(dtype=torch.float64)
         self._pull(part, rows, logits)
 
-    def _scan_in_place(self, part: Part, teachers: list[Part], rows: slice) -> None:
+    def _scan_by_kernel(self, part: Part, teachers: list[Part], rows: slice) -> None:
         from ..kernels.softmax_loss import row_statistics
 
         logits = self.reading.products(part.weights, part.bias, rows)
@@ -168,19 +167,22 @@ class HeadLoss:
             taught = teacher.products(p.weights, p.bias, rows)
             teacher.see(row_statistics(taught, softcap=self.softcap)[0], rows)
 
-    def _scan(self, part: Part, teachers: list[Part], rows: slice) -> tuple[Tensor, list[Tensor]]:
+    def _scan(self, part: Part, teachers: list[Part], rows: slice) -> None:
         logits = self.reading.logits(part.weights, part.bias, rows, self.softcap)
-        self.reading.see(logits.logsumexp(1), rows)
         if self.target is not None:
-            index, here = self._targets(self.target[rows], part)
-            self._loss -= (logits.gather(1, index) * here).sum()
-        if self.target is not None and not self.gradients:
-            self._guess(logits, part, rows)
-        taught = []
+            self._pick(logits, part, rows)
+            if not self.gradients:
+                self._guess(logits, part, rows)
+        self.reading.see(softmax_(logits, scaled=False), rows)
         for (_, teacher), p in zip(self.teachers, teachers, strict=True):
-            taught.append(teacher.logits(p.weights, p.bias, rows, self.softcap))
-            teacher.see(taught[-1].logsumexp(1), rows)
-        return logits, taught
+            taught = teacher.logits(p.weights, p.bias, rows, self.softcap)
+            teacher.see(softmax_(taught, scaled=False), rows)
+
+    def _pick(self, logits: Tensor, part: Part, rows: slice) -> None:
+        """Takes the targets' logits off the loss."""
+        assert self.target is not None
+        index, here = self._targets(self.target[rows], part)
+        self._loss -= (logits.gather(1, index) * here).sum()
 
     def _guess(self, logits: Tensor, part: Part, rows: slice) -> None:
         value, place = logits.max(1)
@@ -194,22 +196,45 @@ class HeadLoss:
         place, size = (target - part.start)[:, None], len(part.weights[0])
         return place.clamp(0, size - 1), (place >= 0) & (place < size)
 
-    def _add(self, part: Part, rows: slice, logits: Tensor, taught: list[Tensor]) -> None:
-        if self.target is not None and not self.gradients:
-            return
-        log_p = logits - self.reading.normaliser[rows, None]
+    def _add(self, part: Part, teachers: list[Part], rows: slice, seen: Tensor | None) -> None:
+        """As `_add_by_kernel`, but with a normaliser that is apart; every tensor of a chunk's size is used again."""
+        logits = self.reading.logits(part.weights, part.bias, rows, self.softcap)
+        bent = 1 - (logits / self.softcap).square() if self.softcap else None
         if self.target is not None:
             index, here = self._targets(self.target[rows], part)
-            slope = log_p.exp_().scatter_add_(1, index, -here.to(log_p.dtype))
+            if seen is None:
+                self._pick(logits, part, rows)
+                self.reading.see(softmax_(logits), rows)
+            else:
+                logits.sub_(seen[0, :, None]).exp_()
+            slope = logits.scatter_add_(1, index, -here.to(logits.dtype))
         else:
-            aim = torch.zeros_like(log_p)
-            for (share, teacher), t in zip(self.teachers, taught, strict=True):
-                aim.add_(t.sub_(teacher.normaliser[rows, None]).exp_(), alpha=share)
-            self._loss += torch.xlogy(aim, aim).sub_(aim * log_p).sum(dtype=torch.float64)
-            slope = log_p.exp_().sub_(aim)
-        if self.softcap:
-            slope = slope * (1 - (logits / self.softcap).square())
-        self._pull(part, rows, slope.to(part.weights[0].dtype))
+            slope = self._towards(self._aim(teachers, rows, seen), logits, None if seen is None else seen[0, :, None])
+        self._pull(part, rows, (slope if bent is None else slope.mul_(bent)).to(part.weights[0].dtype))
+
+    def _aim(self, parts: list[Part], rows: slice, seen: Tensor | None) -> Tensor:
+        """Σ share · softmax(teacher) of some rows."""
+        aim = None
+        for i, ((share, teacher), p) in enumerate(zip(self.teachers, parts, strict=True)):
+            taught = teacher.logits(p.weights, p.bias, rows, self.softcap)
+            if seen is None:
+                softmax_(taught)
+            else:
+                taught.sub_(seen[1 + i, :, None]).exp_()
+            aim = taught.mul_(share) if aim is None else aim.add_(taught, alpha=share)
+        assert aim is not None
+        return aim
+
+    def _towards(self, aim: Tensor, logits: Tensor, log_sums: Tensor | None) -> Tensor:
+        """Adds the divergence from `aim` to the loss; its slope, in the logits' place."""
+        spare = torch.empty_like(logits)
+        if log_sums is None:
+            spare.copy_(logits)
+            log_sums = softmax_(spare, scaled=False)[:, None]
+        log_p = logits.sub_(log_sums)
+        gaps = torch.xlogy(aim, aim, out=spare).addcmul_(aim, log_p, value=-1)
+        self._loss += gaps.sum(1).sum(dtype=torch.float64)
+        return log_p.exp_().sub_(aim)
 
     def _pull(self, part: Part, rows: slice, slope: Tensor) -> None:
         """Adds what the slope of some rows' logits means for the inputs, and for the weight where that is wanted."""

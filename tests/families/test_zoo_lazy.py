@@ -74,7 +74,7 @@ def test_matching_in_float32_finds_the_same(name, checkpoint_of, monkeypatch):
     monkeypatch.setattr(stream, "WIDE", 1)
     a, b = a.to(torch.float32), b.to(torch.float32)
     narrow = gather_statistics(a, b, data_of(name))
-    assert narrow.blocks[0]["q"].dtype == torch.float32 and narrow.stream.dtype == torch.float64
+    assert narrow.blocks[0]["q"].rows(0, 1).dtype == torch.float32 and narrow.stream.dtype == torch.float64
     found = match(a, b, Evidence(1, 0.3), narrow)
     assert found.rotation.dtype == torch.float64 == found.blocks[0].vo.dtype
     check_legal(found, a.spec)

@@ -24,7 +24,7 @@ from ..matching.balance import balance
 from ..matching.closed_form import MAX_ROUNDS, Evidence, match
 from ..matching.learned import History, Learner, NonFiniteLoss, Schedule
 from ..pair import Pair
-from ..streaming.meter import Meter, resident_bytes, return_freed_memory
+from ..streaming.meter import Meter, counted_bytes, return_freed_memory
 from ..streaming.planner import Way
 from ..streaming.ring import Streamed
 from ..symmetry import canonicalize
@@ -98,15 +98,14 @@ def align(
     within, gathered, length = None, STATISTICS_TOKENS, pair.spec.length(inputs_of(tokens).shape)
     if memory is not None:
         return_freed_memory()
-        base_bytes = 0 if device.type == "cuda" else resident_bytes()
         if learns:
             way = before["run"].get("way") if before else None
             within = plan_learning(pair.spec, schedule, length, device, memory, way and Way(*way))
             run["way"] = list(within.way)
             meter.facts["plan"] = within.to_json()
-            base_bytes = within.device.base
         if not before:
-            gathered = tokens_to_gather(pair.spec, length, base_bytes, memory, STATISTICS_TOKENS)
+            counted = within.device.base if within else counted_bytes(device)
+            gathered = tokens_to_gather(pair.spec, length, counted, memory, STATISTICS_TOKENS)
 
     # without learning, or within a budget, one block at a time is enough
     load = Model.load if learns and within is None else Model.open_weights

@@ -16,7 +16,7 @@ from ..evaluation.function import tolerance
 from ..examples import Data, Examples, inputs_of
 from ..pair import Pair
 from ..streaming import planner
-from ..streaming.meter import resident_bytes, return_freed_memory
+from ..streaming.meter import counted_bytes, return_freed_memory
 from ..symmetry import canonicalize
 
 Device = torch.device | str
@@ -43,8 +43,7 @@ def barrier(
     if memory is not None:
         return_freed_memory()
         length = pair.spec.length(inputs_of(tokens).shape)
-        base = 0 if torch.device(device).type == "cuda" else resident_bytes()
-        portions = asdict(planner.portions(pair.spec, length, points, memory, base))
+        portions = asdict(planner.portions(pair.spec, length, points, memory, counted_bytes(device)))
     a, b = pair.a.open_weights(device=device), pair.b.open_weights(device=device)
     if alignment:
         a, b = alignment.apply(canonicalize(a), canonicalize(b))

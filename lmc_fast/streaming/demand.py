@@ -16,7 +16,7 @@ from .layout import arrange, block_bytes, head_rows, slot_shapes, unit_bytes
 
 ACTIVATION, WEIGHT = "activation", "weight"  # see DESIGN: rotate the stream, or transform one matrix at a time
 FP32 = 4  # bytes of the transform's parameters and of logits
-LOGITS = 6  # tensors of a chunk's size: logits, log-probabilities, target, a teacher's logits and shares, gradient
+LOGITS = 6  # tensors of a chunk's size, generously: logits, target, a teacher's or room for the loss, rounded copies
 _TAPE = 30  # matrices that a head map's forward and backward keep, for each of its own (measured 26)
 _UPDATE = 6  # (d, d) matrices of one side that Muon and the Cayley transform need beside their operands (measured 4.1)
 SLACK = 0.03  # allocators round up and fragment

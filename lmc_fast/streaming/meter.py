@@ -27,6 +27,11 @@ def resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT if found is None else found
 
 
+def counted_bytes(device: torch.device | str) -> int:
+    """What a budget has to bear before anything is loaded: this process, or nothing where it is a GPU's memory."""
+    return 0 if torch.device(device).type == "cuda" else resident_bytes()
+
+
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 

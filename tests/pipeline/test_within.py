@@ -18,9 +18,11 @@ from lmc_fast.data import block_length, read_data, split_validation
 from lmc_fast.errors import LmcError
 from lmc_fast.matching import activations
 from lmc_fast.matching.closed_form import Evidence
+from lmc_fast.matching.learned import Schedule
 from lmc_fast.pipeline import within
 from lmc_fast.pipeline.align import align, match_endpoints
 from lmc_fast.streaming.demand import Demand, Job
+from lmc_fast.streaming.devices import PROFILES
 from lmc_fast.streaming.meter import Meter
 from lmc_fast.streaming.planner import TooSmall
 from lmc_fast.streaming.store import Store
@@ -65,6 +67,20 @@ def test_too_little_is_refused_before_anything_is_read(case, tmp_path, capsys, m
     assert "smallest budget that works" in capsys.readouterr().err
     assert main([*command, "--memory", "lots", "--out", str(tmp_path / "out")]) == 2
     assert not list(tmp_path.glob("out*"))
+
+
+def test_what_matching_takes_is_refused_before_it_begins(monkeypatch):
+    spec = FAMILIES["gpt_neox"].spec(GPTNeoXConfig(hidden_size=64, num_attention_heads=4, intermediate_size=256))
+    device, schedule = torch.device("cpu"), Schedule(batch=2)
+    monkeypatch.setattr(within, "here", lambda _: PROFILES["t4"])
+    needed = Demand(spec, Job(2 * 16, 16), 2).matching_bytes()
+    found = within.plan_learning(spec, schedule, 16, device, needed)
+    assert found.total < found.matching_bytes == needed
+    with pytest.raises(TooSmall) as refused:
+        within.plan_learning(spec, schedule, 16, device, needed - 1)
+    assert refused.value.smallest == needed
+    way = found.way  # a run that goes on has matched already
+    assert within.plan_learning(spec, schedule, 16, device, needed - 1, way).way == way
 
 
 def test_a_disk_without_room_for_the_store(case, monkeypatch):

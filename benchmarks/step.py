@@ -27,10 +27,10 @@ from torch import Tensor
 from transformers import GPTNeoXConfig
 
 from benchmarks.common import RESULTS, Row, interleave, options, provenance, read_csv, write_csv, write_json
+from benchmarks.floor import task_loss
 from lmc_fast.architectures import FAMILIES, Spec
 from lmc_fast.checkpoints import Weights, lerp
 from lmc_fast.engine.dispatch import choose
-from lmc_fast.engine.model import task_loss
 from lmc_fast.engine.passes import Item
 from lmc_fast.engine.source import Resident, paired
 from lmc_fast.engine.step import learn

@@ -210,7 +210,7 @@ def divergence(m: Model, tokens: int, draw: Draw) -> Contest:
         return i["logits"]
 
     def log_softmax(i: Inputs) -> Tensor:
-        """As engine.loss does it."""
+        """Through the log-probabilities, in float32."""
         log_p = i["logits"].float().log_softmax(1)
         aim = torch.zeros_like(log_p)
         for t, share in teachers(i):

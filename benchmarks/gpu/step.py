@@ -19,11 +19,11 @@ from functools import partial
 import torch
 
 from benchmarks.common import Row, quantiles
+from benchmarks.floor import task_loss
 from benchmarks.gpu.device import peak, release, runnable, timed
 from benchmarks.gpu.models import LLAMA, random_chart, random_pair, random_tokens, spec_of
 from benchmarks.gpu.rows import Case, spread
 from benchmarks.gpu.slices import Place
-from lmc_fast.engine.model import task_loss
 from lmc_fast.engine.passes import Item, choose_path
 from lmc_fast.engine.source import Resident, paired
 from lmc_fast.engine.step import learn

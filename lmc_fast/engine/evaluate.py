@@ -10,10 +10,9 @@ import torch
 from ..examples import Data
 from ..symmetry.charts import Chart
 from .block import block
-from .head import HeadLoss
-from .loss import CHUNK_ELEMENTS
+from .head import CHUNK_ELEMENTS, HeadLoss
 from .model import answers, asked, embed, read_out, read_part
-from .passes import Item, Pass, visits
+from .passes import Item, Pass, visit_order
 from .source import Source
 
 STREAM_ELEMENTS = 1 << 24  # of residual streams, held at a time by an evaluation: 64 MiB in float32
@@ -32,7 +31,7 @@ class _Evaluation(Pass):
     @torch.no_grad()
     def run(self) -> list[Score]:
         source, spec = self.source, self.spec
-        source.begin(visits(source, learn=False))
+        source.begin(visit_order(spec.layers, source.head_parts, learn=False))
         ends = [self.ends(item) for item in self.items]
         streams = [
             embed(spec, line, read_part(item.data), rows)
@@ -91,7 +90,7 @@ def line_scores(
     All places share a pass over the units, on `rows` rows of data; by default as many as make STREAM_ELEMENTS.
     """
     spec = source.spec
-    length = spec.position_rows if spec.image else read_part(data).shape[1]
+    length = spec.length(read_part(data).shape)
     rows = max(batch, rows or STREAM_ELEMENTS // (len(points) * length * spec.width))
     seen: list[list[Score]] = [[] for _ in points]
     for some in data.split(rows):

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from ..kernels.switch import engaged
-from .loss import CHUNK_ELEMENTS, capped
+
+CHUNK_ELEMENTS = 1 << 24  # logits held at a time: 64 MiB in float32
+
+
+def capped(logits: Tensor, softcap: float) -> Tensor:
+    """c tanh(logits / c), or the logits where c is 0."""
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
 @dataclass

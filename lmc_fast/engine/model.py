@@ -13,7 +13,7 @@ from ..examples import Data, Examples
 from .attention import Positions
 from .block import block, norm
 from .ffn import ACTIVATIONS
-from .loss import capped, cross_entropy
+from .head import capped
 from .slots import Slots
 
 
@@ -122,37 +122,3 @@ def answers(data: Data) -> Tensor:
     if isinstance(data, Examples):
         return data.targets[data.targets >= 0]
     return data[:, 1:].flatten()
-
-
-def task_loss(weights: Weights, data: Data) -> Tensor:
-    """Mean cross-entropy in nats of a batch's predictions; differentiable."""
-    w, cap = weights.ends, weights.spec.head_softcap
-    return cross_entropy(prediction_rows(weights, data), w["head"], w.get("head_bias"), answers(data), softcap=cap)
-
-
-def next_token_loss(weights: Weights, tokens: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of predicting tokens[:, 1:] from tokens[:, :-1]; differentiable."""
-    return task_loss(weights, tokens)
-
-
-@torch.no_grad()
-def mean_loss(weights: Weights, data: Data, batch: int = 32) -> float:
-    """Mean loss in nats per prediction over blocks of tokens (n, T), each on its own, or examples."""
-    total, count = 0.0, 0
-    for part in data.split(batch):
-        n = len(answers(part))
-        if n:
-            total += task_loss(weights, part).item() * n
-            count += n
-    return total / count
-
-
-@torch.no_grad()
-def accuracy(weights: Weights, data: Examples, batch: int = 256) -> float:
-    """Share of examples whose most probable class is the right one."""
-    right = 0
-    for part in data.split(batch):
-        rows = prediction_rows(weights, part)
-        guess = F.linear(rows, weights.ends["head"], weights.ends.get("head_bias")).argmax(-1)
-        right += int((guess == answers(part)).sum())
-    return right / len(answers(data))

@@ -43,18 +43,17 @@ def choose_path(source: Source, items: Sequence[Item], keep: bool) -> Choice:
     """How a step on these items interpolates linear layers, and why."""
     spec, sample = source.spec, source.sample
     rows = (read_part(item.data) for item in items)
-    counts = [len(x) * (spec.position_rows if spec.image else x.shape[1]) for x in rows]
+    counts = [len(x) * spec.length(x.shape) for x in rows]
     # a graph that is kept leads to one item's weights; a visit that recomputes makes W once for each lambda
     shared = len(items) if keep else len({item.position for item in items})
     return choose(sum(counts) // shared, spec.width, sample.dtype, sample.device, keep)
 
 
-def visits(source: Source, learn: bool) -> list[int]:
-    """The units of a pass, in order."""
-    blocks = list(range(source.spec.layers))
-    head = [source.spec.layers + k for k in range(source.head_parts)]
-    if learn and len(head) > 1:
-        head += head[::-1]  # several runs: normalisers first, gradients then, from the run that is still there
+def visit_order(layers: int, head_parts: int, learn: bool) -> list[int]:
+    """The units of a pass, in order: blocks, runs of the head and, where something is learned, back again."""
+    blocks, head = list(range(layers)), list(range(layers, layers + head_parts))
+    if learn and head_parts > 1:
+        head += head[::-1]  # normalisers first, gradients then, from the run that is still there
     return blocks + head + (blocks[::-1] if learn else [])
 
 

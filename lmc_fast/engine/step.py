@@ -14,11 +14,10 @@ from torch import Tensor
 from ..symmetry.charts import Chart
 from .block import block
 from .boundaries import Boundaries
-from .head import HeadLoss, Part, Reading
-from .loss import CHUNK_ELEMENTS
+from .head import CHUNK_ELEMENTS, HeadLoss, Part, Reading
 from .maps import KeptBlock, MovingMaps
 from .model import answers, asked, embed, read_out, read_part
-from .passes import Item, Pass, pull_back, visits
+from .passes import Item, Pass, pull_back, visit_order
 from .slots import LineSlots, Slots
 from .source import Source
 
@@ -46,7 +45,7 @@ class Learning(Pass):
     @torch.no_grad()
     def run(self) -> Tensor:
         source, spec = self.source, self.spec
-        source.begin(visits(source, learn=True))
+        source.begin(visit_order(spec.layers, source.head_parts, learn=True))
         ends = [self.ends(item) for item in self.items]
         for item, (_, a, b, rows) in zip(self.items, ends, strict=True):
             if self.divergence:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checkpoints import Weights
-from ..engine.loss import capped
+from ..engine.head import capped
 from ..engine.model import answers
 from ..engine.walk import head_inputs
 from ..examples import Data

@@ -11,12 +11,3 @@ uses them on NVIDIA GPUs, unless the environment variable LMC_FAST_KERNELS turns
 Importing this package does not import Triton, nor does anything on a CPU; importing an operation's module does, where
 Triton is installed. docs/kernels.md counts what each operation moves.
 """
-
-from importlib.util import find_spec
-
-import torch
-
-
-def available() -> bool:
-    """Whether Triton and an NVIDIA GPU are here, without importing Triton; `runtime.usable` judges given tensors."""
-    return find_spec("triton") is not None and torch.version.cuda is not None and torch.cuda.is_available()

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from ..engine import parallel
 from ..engine.evaluate import line_scores
-from ..engine.head import accurate
-from ..engine.loss import CHUNK_ELEMENTS
+from ..engine.head import CHUNK_ELEMENTS, accurate
 from ..engine.passes import Item, choose_path
 from ..engine.source import Source
 from ..engine.step import learn

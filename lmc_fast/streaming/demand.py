@@ -14,7 +14,7 @@ from ..symmetry.charts import Chart
 from ..symmetry.groups import rotates
 from .layout import arrange, block_bytes, head_rows, slot_shapes, unit_bytes
 
-ACTIVATION, WEIGHT = "activation", "weight"  # see DESIGN: rotate the stream, or transform one matrix at a time
+ACTIVATION, WEIGHT = "activation", "weight"  # rotate the stream, or transform one matrix at a time
 FP32 = 4  # bytes of the transform's parameters and of logits
 LOGITS = 6  # tensors of a chunk's size, generously: logits, target, a teacher's or room for the loss, rounded copies
 _TAPE = 30  # matrices that a head map's forward and backward keep, for each of its own (measured 26)

@@ -68,16 +68,6 @@ def views(buffer: Tensor, places: Mapping[str, Place], dtype: torch.dtype) -> tu
     return a, b
 
 
-def joined(a: Tensor, b: Tensor) -> Tensor | None:
-    """[A | B] as one (N, 2K) view where matrices a and b (N, K) lie side by side in one buffer, else None."""
-    if a.dim() != 2 or a.shape != b.shape or a.stride() != (2 * a.shape[1], 1) or b.stride() != a.stride():
-        return None
-    beside = a.storage_offset() + a.shape[1] == b.storage_offset()
-    if not beside or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
-        return None
-    return a.as_strided((a.shape[0], 2 * a.shape[1]), (2 * a.shape[1], 1))
-
-
 def slot_shapes(spec: Spec) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
     """Shapes of the slots at the ends, and of those of one block. Optional slots are included."""
     ends: dict[str, tuple[int, ...]] = {}

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..architectures import Spec
+from ..engine.passes import visit_order
 from ..errors import LmcError
 from ..symmetry.groups import rotates
 from .demand import ACTIVATION, FP32, LOGITS, SLACK, WEIGHT, Demand, Item, Job
 from .devices import Device
 from .layout import ALIGNMENT
-from .schedule import learning_visits, steady_loads
+from .schedule import steady_loads
 from .sizes import show_bytes
 
 SLOTS = 2  # one to compute with, one to load: what is left is better spent on resident blocks
@@ -212,7 +213,7 @@ def _residents(demand: Demand) -> Iterator[tuple[tuple[int, ...], list[Item], fl
     """(resident units, their and the ring's bytes, loads and bytes moved per step) for every number of them."""
     units, layers = demand.units, demand.spec.layers
     order = residency(layers, len(units))
-    visits = learning_visits(layers, len(units) - layers)
+    visits = visit_order(layers, len(units) - layers, learn=True)
     for count in range(len(units) + 1):
         resident = order[:count]
         largest = max((units[unit] for unit in order[count:]), default=0)

@@ -125,17 +125,3 @@ def steady_loads(visits: Sequence[int], slots: int, resident: Collection[int] = 
         for unit in units:
             loads[unit] = loads.get(unit, 0) + 1 / len(period)
     return loads
-
-
-def learning_visits(layers: int, head_parts: int) -> list[int]:
-    """Units of a learning step: forward, the head, backward.
-
-    A head in several parts is passed twice: the normaliser of the softmax must be known before any gradient.
-    """
-    blocks, parts = list(range(layers)), list(range(layers, layers + head_parts))
-    return blocks + parts + (parts[::-1] if head_parts > 1 else []) + blocks[::-1]
-
-
-def evaluation_visits(layers: int, head_parts: int) -> list[int]:
-    """Units of a pass without gradients."""
-    return list(range(layers + head_parts))

@@ -145,10 +145,6 @@ class Store:
         places = {name: Place(offset, tuple(shape)) for name, (offset, shape) in entry["slots"].items()}
         return views(buffer, places, self.dtype)
 
-    @property
-    def ends_bytes(self) -> int:
-        return self._index["tables"]["ends"]["bytes"]
-
     def embed_rows(self, rows: Sequence[int]) -> Tensor:
         """Rows (ascending, each once) of both embedding tables: (U, 2, d). Neighbours are read together.
 

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 import zoo
 
 from lmc_fast.checkpoints import Model, lerp
 from lmc_fast.engine import passes
 from lmc_fast.engine.evaluate import evaluate
-from lmc_fast.engine.loss import Teacher, divergence
-from lmc_fast.engine.model import mean_loss, prediction_rows, task_loss
+from lmc_fast.engine.head import capped
+from lmc_fast.engine.model import answers, prediction_rows
 from lmc_fast.engine.passes import Item
 from lmc_fast.engine.source import Resident, paired
 from lmc_fast.engine.step import learn
@@ -30,21 +31,30 @@ def batch_of(name, spec, seed):
     return Examples(inputs.roll(seed, 0), torch.randint(spec.vocab, (len(inputs),), generator=generator))
 
 
+def predictions(w, data):
+    """Logits (n, V) wherever a batch asks for a prediction."""
+    y = F.linear(prediction_rows(w, data), w.ends["head"], w.ends.get("head_bias"))
+    return capped(y, w.spec.head_softcap)
+
+
+def loss_of(w, data):
+    y = predictions(w, data)
+    return F.cross_entropy(y.to(torch.promote_types(y.dtype, torch.float32)), answers(data))
+
+
 def materialised(a, b, chart, items, text):
     """Mean over all predictions, through one interpolated model per item."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for data, position in items:
         w = lerp(a, chart.relative().apply(b), position)
-        rows = prediction_rows(w, data)
         if text:
-            loss = task_loss(w, data)
+            loss = loss_of(w, data)
         else:
-            teachers = [
-                Teacher(share, prediction_rows(m, data).detach(), m.ends["head"], m.ends.get("head_bias"))
-                for share, m in ((1 - position, a), (position, b))
-            ]
-            loss = divergence(rows, w.ends["head"], w.ends.get("head_bias"), teachers, softcap=w.spec.head_softcap)
-        total, count = total + loss * len(rows), count + len(rows)
+            student, one, two = (predictions(m, data) for m in (w, a, b))
+            aim = (1 - position) * one.softmax(1) + position * two.softmax(1)
+            loss = F.kl_div(student.log_softmax(1), aim, reduction="batchmean")
+        n = len(answers(data))
+        total, count = total + loss * n, count + n
     loss = total / count
     return loss, dict(zip(chart.tensors, torch.autograd.grad(loss, list(chart.tensors.values())), strict=True))
 
@@ -108,7 +118,7 @@ def test_a_head_that_is_interpolated_as_weights(name, runs, case, monkeypatch):
     data, point = items[0]
     (score,) = evaluate(source, [Item(data, point)], chart, path="weight")
     with torch.no_grad():
-        expected = mean_loss(lerp(a, chart.relative().apply(b), point), data)
+        expected = loss_of(lerp(a, chart.relative().apply(b), point), data).item()
     assert abs(score.loss - expected) <= 1e-12 * abs(expected)
 
 
@@ -122,7 +132,7 @@ def test_evaluation(name, case):
     for source, some in ((Resident(a, b), chart), (Resident(a, moved), None)):
         scores = evaluate(source, [Item(data, t) for t in points], some)
         for t, score in zip(points, scores, strict=True):
-            expected = mean_loss(lerp(a, moved, t), data)
+            expected = loss_of(lerp(a, moved, t), data).item()
             assert abs(score.loss - expected) <= 1e-12 * abs(expected)
 
 
@@ -140,8 +150,8 @@ def test_weights_in_bfloat16_and_a_chart_in_float32(name, path, case):
     for data, position in items:
         left, right = (w.to(torch.float32) for w in rounded)
         line = lerp(left, narrow.relative().apply(right), position)
-        n = len(prediction_rows(a, data))
-        total, count = total + task_loss(line.to(torch.bfloat16), data).double() * n, count + n
+        n = len(answers(data))
+        total, count = total + loss_of(line.to(torch.bfloat16), data).double() * n, count + n
     plain = torch.autograd.grad(total / count, list(narrow.tensors.values()))
     got, found = learn(Resident(*rounded), [Item(*i) for i in items], narrow, divergence=False, path=path)
     assert abs(got - exact) <= 2 * abs(total / count - exact) + 2e-2 * abs(exact)

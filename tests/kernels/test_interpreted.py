@@ -45,7 +45,6 @@ def use_the_engine():
 plain = use_the_engine()
 assert "triton" not in sys.modules, "on a CPU nothing imports it"
 sys.modules["triton"] = None
-assert not lmc_fast.kernels.available()
 os.environ["TRITON_INTERPRET"] = "1"  # kernels are wanted, and cannot run
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")

@@ -11,12 +11,13 @@ from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig
 from lmc_fast.architectures import FAMILIES
 from lmc_fast.engine.attention import Positions
 from lmc_fast.engine.block import block
+from lmc_fast.engine.passes import visit_order
 from lmc_fast.errors import LmcError
 from lmc_fast.streaming.demand import ACTIVATION, WEIGHT, Demand, Job
 from lmc_fast.streaming.devices import PROFILES, Device, profile
 from lmc_fast.streaming.layout import slot_shapes, unit_bytes
 from lmc_fast.streaming.planner import TooSmall, plan, portions, residency
-from lmc_fast.streaming.schedule import learning_visits, steady_loads
+from lmc_fast.streaming.schedule import steady_loads
 from lmc_fast.streaming.sizes import parse_bytes, show_bytes
 
 SLOW = Device("slow disk", "cpu", torch.float32, 1 << 40, 1e12, 1e9, "disk", base=300 << 20)
@@ -80,7 +81,7 @@ def test_moved_bytes_are_those_of_the_schedule(name):
     units = unit_bytes(spec, 4)
     for budget in (least, least * 5 // 4, least * 3 // 2):
         found = plan(spec, job, SLOW, budget)
-        loads = steady_loads(learning_visits(found.layers, found.head_parts), found.slots, found.resident)
+        loads = steady_loads(visit_order(found.layers, found.head_parts, learn=True), found.slots, found.resident)
         assert found.moved == sum(units[unit] * count for unit, count in loads.items())
         assert found.loads == sum(loads.values())
         assert found.transfer_seconds == found.moved / SLOW.bandwidth

@@ -14,11 +14,12 @@ import torch
 
 from lmc_fast.engine.attention import Positions
 from lmc_fast.engine.block import block
+from lmc_fast.engine.passes import visit_order
 from lmc_fast.errors import LmcError
 from lmc_fast.streaming.layout import ALIGNMENT
 from lmc_fast.streaming.packing import pieces
 from lmc_fast.streaming.ring import Streamed
-from lmc_fast.streaming.schedule import evaluation_visits, learning_visits, steady_loads
+from lmc_fast.streaming.schedule import steady_loads
 from lmc_fast.streaming.store import Store
 
 
@@ -74,7 +75,7 @@ def erratic(monkeypatch):
 @pytest.mark.parametrize("resident", [(), (1,), (0, 2, 5), range(9)])
 def test_every_visit_sees_its_unit(slots, resident, deep, erratic):
     store = deep[0]
-    learn, look = learning_visits(5, 4), evaluation_visits(5, 4)
+    learn, look = visit_order(5, 4, learn=True), visit_order(5, 4, learn=False)
     with Streamed(store, slots=slots, resident=resident, poison=True) as ring:
         for visits in (learn, learn, look, look[:3], look, learn):
             ring.begin(visits)
@@ -89,7 +90,7 @@ def test_every_visit_sees_its_unit(slots, resident, deep, erratic):
 def test_passes_may_be_left_and_visits_may_fail(deep, erratic):
     chance = random.Random(1)
     with Streamed(deep[0], slots=2, poison=True) as ring:
-        for visits in [learning_visits(5, 4), evaluation_visits(5, 4)] * 6:
+        for visits in [visit_order(5, 4, learn=True), visit_order(5, 4, learn=False)] * 6:
             ring.begin(visits)
             stop = chance.randrange(len(visits))
             for i, unit in enumerate(visits):
@@ -104,7 +105,7 @@ def test_passes_may_be_left_and_visits_may_fail(deep, erratic):
 
 
 def test_traffic_is_what_the_schedule_says(deep):
-    store, visits = deep[0], learning_visits(5, 4)
+    store, visits = deep[0], visit_order(5, 4, learn=True)
     per_pass = steady_loads(visits, 2, (1, 3))
     with Streamed(store, slots=2, resident=(1, 3)) as ring:
         counts = []
@@ -135,8 +136,8 @@ def test_a_slot_is_poisoned_when_it_is_released(deep):
         seen = []
         real = ring._transport.load
         ring._transport.load = lambda unit, slot, buffer: (seen.append(buffer.clone()), real(unit, slot, buffer))
-        ring.begin(evaluation_visits(5, 4))
-        for unit in evaluation_visits(5, 4):
+        ring.begin(visit_order(5, 4, learn=False))
+        for unit in visit_order(5, 4, learn=False):
             with ring.visit(unit):
                 pass
     later = seen[2:]  # the first two go into fresh slots
@@ -294,7 +295,7 @@ def test_visits_out_of_order(make_store):
 def test_on_a_gpu(pinned, deep):
     """Copies run on a stream of their own: long kernels and many passes would show a missing wait."""
     store = deep[0]
-    visits = learning_visits(5, 4)
+    visits = visit_order(5, 4, learn=True)
     with Streamed(store, "cuda", slots=2, resident=(1,), pinned=pinned, poison=True) as ring:
         results = []
         for _ in range(5):

@@ -4,12 +4,11 @@ import itertools
 
 import pytest
 
+from lmc_fast.engine.passes import visit_order
 from lmc_fast.streaming.schedule import (
     Compute,
     Load,
     Release,
-    evaluation_visits,
-    learning_visits,
     schedule,
     steady_loads,
 )
@@ -157,21 +156,21 @@ def test_it_is_deterministic_and_its_parts_compose():
 def test_ring_sizes_that_do_not_divide_the_number_of_blocks(layers, slots):
     """slot = i % S with the next load at (i + S) % M overwrites what is needed where S does not divide M."""
     for parts in (1, 2, 3):
-        for visits in (learning_visits(layers, parts), evaluation_visits(layers, parts)):
+        for visits in (visit_order(layers, parts, learn=True), visit_order(layers, parts, learn=False)):
             out, _ = passes(visits, slots, count=4)
             check(tuple(visits), slots, frozenset(), [a for part in out for a in part], (None,) * slots, 4)
 
 
 def test_turns_are_not_loaded_again():
     """Of 2 L + 1 visits, three need no load: the last block behind the head, and the first two of the next step."""
-    assert steady_loads(learning_visits(6, 1), 2) == {0: 1, 1: 1, 2: 2, 3: 2, 4: 2, 5: 1, 6: 1}
-    assert steady_loads(learning_visits(6, 1), 3) == {0: 1, 1: 1, 2: 1, 3: 2, 4: 1, 5: 1, 6: 1}
-    assert steady_loads(learning_visits(6, 1), 7) == {}
-    assert steady_loads(learning_visits(6, 1), 0, range(7)) == {}
+    assert steady_loads(visit_order(6, 1, learn=True), 2) == {0: 1, 1: 1, 2: 2, 3: 2, 4: 2, 5: 1, 6: 1}
+    assert steady_loads(visit_order(6, 1, learn=True), 3) == {0: 1, 1: 1, 2: 1, 3: 2, 4: 1, 5: 1, 6: 1}
+    assert steady_loads(visit_order(6, 1, learn=True), 7) == {}
+    assert steady_loads(visit_order(6, 1, learn=True), 0, range(7)) == {}
 
 
 def test_each_slot_and_each_resident_block_saves_loads():
-    visits = learning_visits(8, 1)
+    visits = visit_order(8, 1, learn=True)
     by_slots = [sum(steady_loads(visits, slots).values()) for slots in range(2, 10)]
     by_residents = [sum(steady_loads(visits, 2, range(r)).values()) for r in range(9)]
     for loads in (by_slots, by_residents):

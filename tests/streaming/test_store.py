@@ -15,9 +15,10 @@ from zoo import write
 from lmc_fast.architectures import FAMILIES
 from lmc_fast.checkpoints import Model
 from lmc_fast.errors import LmcError
+from lmc_fast.kernels.interp_linear import side_by_side
 from lmc_fast.streaming import packing
 from lmc_fast.streaming import store as store_module
-from lmc_fast.streaming.layout import _ENDS, ALIGNMENT, head_rows, joined, slot_shapes, unit_bytes
+from lmc_fast.streaming.layout import _ENDS, ALIGNMENT, head_rows, slot_shapes, unit_bytes
 from lmc_fast.streaming.packing import fingerprint, pieces
 from lmc_fast.streaming.store import Store
 
@@ -75,10 +76,10 @@ def test_matrices_lie_side_by_side_and_aligned(make_store):
     for name, place in store.places(0).items():
         assert place.offset % ALIGNMENT == 0
         if x[name].dim() == 2:
-            both = joined(x[name], y[name])
+            both = side_by_side(x[name], y[name])
             assert torch.equal(both, torch.cat([a.blocks[0][name], b.blocks[0][name]], dim=1))
             assert both.data_ptr() == x[name].data_ptr()
-    assert joined(a.blocks[0]["q"], b.blocks[0]["q"]) is None and joined(y["q"], x["q"]) is None
+    assert side_by_side(a.blocks[0]["q"], b.blocks[0]["q"]) is None and side_by_side(y["q"], x["q"]) is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)

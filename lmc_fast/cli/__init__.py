@@ -1,0 +1,41 @@
+"""The lmc-fast command."""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+import torch
+
+from ..errors import LmcError
+from .arguments import parser
+from .console import BAD_INPUT, INTERRUPTED, Console
+
+
+def _terminate(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _require_device(name: str) -> None:
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise LmcError(f"device {name} is not usable: {error}") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command. 0: done; 1: verify found a difference; 2: bad input, in one sentence; 130: interrupted."""
+    args = parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        _require_device(args.device)
+        return args.function(args, Console(args))
+    except LmcError as error:
+        print(f"lmc-fast: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("lmc-fast: interrupted", file=sys.stderr)
+        return INTERRUPTED

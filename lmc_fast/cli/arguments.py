@@ -1,0 +1,98 @@
+"""Which arguments lmc-fast takes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from .. import __version__
+from ..matching.learned import OBJECTIVES, Schedule
+from ..pipeline.align import METHODS
+from ..streaming.devices import PROFILES
+from .align import DTYPES, align_command
+from .commands import barrier_command, inspect_command, merge_command, plan_command, verify_command
+
+
+def parser() -> argparse.ArgumentParser:
+    whole = argparse.ArgumentParser(
+        prog="lmc-fast", description="Align two transformers so that their average is good."
+    )
+    whole.add_argument("--version", action="version", version=f"lmc-fast {__version__}")
+    commands = whole.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, function: Callable, text: str, *models: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(function=function)
+        for model in models:
+            sub.add_argument(
+                model.strip("?"), nargs="?" if model.endswith("?") else None, metavar=model.strip("?").upper()
+            )
+        sub.add_argument("--json", action="store_true", help="one JSON document on standard output, nothing else")
+        sub.add_argument("--quiet", action="store_true", help="no progress, only errors")
+        sub.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+        return sub
+
+    text = "what a checkpoint is, which symmetries are legal and why not, and whether two checkpoints match"
+    command("inspect", inspect_command, text, "a", "b?")
+
+    sub = command(
+        "align", align_command, "align two checkpoints and write both, changed but computing the same", "a", "b"
+    )
+    sub.add_argument(
+        "--data", required=True, help="calibration text (.txt, .jsonl, .npy token ids) or images (.npz, class folders)"
+    )
+    sub.add_argument("--val", help="text that picks the best state of the run (default: the last 3%% of --data)")
+    sub.add_argument("--test", help="text to report barriers on (default: the validation text)")
+    sub.add_argument("--out", required=True, type=Path, help="directory to create")
+    sub.add_argument("--method", choices=METHODS, default="dual", help="default: dual")
+    sub.add_argument("--steps", type=_positive, help=f"learning steps (default: {Schedule.steps})")
+    sub.add_argument("--batch", type=_positive, help=f"token blocks per step (default: {Schedule.batch})")
+    sub.add_argument("--block", type=_positive, help="tokens per block (default: 128)")
+    sub.add_argument(
+        "--range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help=f"where lambda is drawn while learning (default: {Schedule.low} {Schedule.high})",
+    )
+    text = "what to approach along the line: the endpoints' own predictions, or the text (default: endpoints)"
+    sub.add_argument("--objective", choices=OBJECTIVES, help=text)
+    sub.add_argument("--matrix-lr", type=float, help=f"of rotations and head maps (default: {Schedule.matrix_lr})")
+    sub.add_argument("--scale-lr", type=float, help=f"of scales and RoPE angles (default: {Schedule.scale_lr})")
+    sub.add_argument("--activations", type=float, default=0.3, help="weight of activation evidence in matching (0.3)")
+    sub.add_argument("--seed", type=int, help="default: 0")
+    sub.add_argument("--dtype", choices=DTYPES, help="of the written weights (default: as in the input)")
+    limit = "hold no more than this, e.g. 8GiB (on a GPU: of its memory); weights stream from disk (default: no limit)"
+    sub.add_argument("--memory", help=limit)
+    sub.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+
+    sub = command("plan", plan_command, "memory and time within a budget; only headers are read", "a", "b")
+    sub.add_argument("--memory", required=True, help="the budget: 8GiB, 3GB, 512MiB or a number of bytes")
+    names = ", ".join(PROFILES)
+    sub.add_argument("--device-profile", default="here", help=f"here (default: what --device says), {names}")
+    sub.add_argument("--tokens", type=_positive, help=f"tokens per step (default: {Schedule.batch} blocks)")
+    sub.add_argument("--block", type=_positive, help="tokens per block (default: 128)")
+
+    sub = command("merge", merge_command, "write the weighted average of two checkpoints", "a", "b")
+    sub.add_argument("--weight", type=float, default=0.5, help="share of B (default: 0.5)")
+    sub.add_argument("--out", required=True, type=Path, help="directory to create")
+
+    sub = command("barrier", barrier_command, "loss along the straight line between two checkpoints", "a", "b")
+    sub.add_argument("--data", required=True, help="held-out text (.txt, .jsonl, .npy) or images (.npz, folder)")
+    sub.add_argument("--alignment", help="an alignment.safetensors to apply first")
+    sub.add_argument("--points", type=_positive, default=11, help="default: 11")
+    sub.add_argument("--memory", help=limit)
+    sub.add_argument("--block", type=_positive, help="tokens per block (default: 128)")
+    sub.add_argument("--out", type=Path, nargs="+", help="files to write: curve.json, curve.png")
+
+    sub = command("verify", verify_command, "do two checkpoints compute the same function?", "a", "b")
+    sub.add_argument("--data", help="text to compare on (default: random tokens)")
+    return whole
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value

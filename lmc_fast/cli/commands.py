@@ -1,0 +1,115 @@
+"""The short commands: inspect, plan, merge, barrier, verify. Each returns its exit code."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..alignment import Alignment
+from ..checkpoints import Model
+from ..data import block_length, read_data
+from ..errors import LmcError
+from ..evaluation.barrier import DEFINITION
+from ..matching.learned import Schedule
+from ..pair import Pair, mismatch, open_pair
+from ..pipeline.evaluate import barrier, verify
+from ..pipeline.export import merge
+from ..streaming.demand import Job
+from ..streaming.devices import profile
+from ..streaming.meter import budget_warning
+from ..streaming.planner import plan
+from ..streaming.sizes import parse_bytes, show_bytes
+from ..symmetry import legal_groups
+from .console import BAD_INPUT, DIFFERENT, Console, unit_of
+
+
+def inspect_command(args: argparse.Namespace, console: Console) -> int:
+    model = Model(args.a)
+    spec = model.spec
+    groups = legal_groups(spec)
+    console.say(
+        f"{args.a}: {spec.family}, {spec.layers} blocks, width {spec.width}, {spec.heads} heads of {spec.head_dim}"
+    )
+    console.say(
+        f"  {spec.kv_heads} key/value groups, FFN {spec.ffn_width}, vocabulary {spec.vocab}, {spec.norm}, {model.dtype}"
+    )
+    console.say("symmetries:")
+    for group in groups:
+        console.say(f"  {'yes' if group.legal else 'no ':3}  {group.name:18} {group.what}: {group.why}")
+    result: dict[str, Any] = {
+        "family": spec.family,
+        "groups": [vars(group) for group in groups],
+    }
+    if args.b:
+        problem = mismatch(Pair(model, Model(args.b)))
+        console.say(f"{args.a} and {args.b} " + (f"cannot be aligned: {problem}" if problem else "can be aligned"))
+        result |= {"match": problem is None, "problem": problem}
+        console.result(result)
+        return BAD_INPUT if problem else 0
+    console.result(result)
+    return 0
+
+
+def merge_command(args: argparse.Namespace, console: Console) -> int:
+    merge(args.a, args.b, args.out, args.weight)
+    console.say(f"wrote {args.out}: (1 - {args.weight:g}) {args.a} + {args.weight:g} {args.b}")
+    console.result({"out": str(args.out), "weight": args.weight})
+    return 0
+
+
+def barrier_command(args: argparse.Namespace, console: Console) -> int:
+    outputs: list[Path] = args.out or []
+    for file in outputs:
+        if file.suffix not in (".json", ".png", ".svg", ".pdf"):
+            raise LmcError(f"{file}: give names that end in .json, .png, .svg or .pdf")
+        if not file.absolute().parent.is_dir():
+            raise LmcError(f"{file.absolute().parent} does not exist; create it first")
+    pair = open_pair(args.a, args.b)
+    tokens = read_data(args.data, pair.a, block_length(pair.a, args.block))
+    alignment = Alignment.load(args.alignment, pair.spec) if args.alignment else None
+    with console.bar(args.points, "measuring", "point") as bar:
+        how = {"device": args.device, "memory": parse_bytes(args.memory) if args.memory else None}
+        curve = barrier(pair, tokens, alignment, args.points, progress=lambda _: bar.update(), **how)
+    console.say("lambda    loss  excess" + ("  accuracy" if curve.accuracies else ""))
+    accuracies = [f"  {share:8.2%}" for share in curve.accuracies] if curve.accuracies else [""] * len(curve.lambdas)
+    for point, loss, excess, right in zip(curve.lambdas, curve.losses, curve.excess, accuracies, strict=True):
+        console.say(f"{point:6.2f}  {loss:6.4f}  {excess:+.4f}{right}")
+    console.say(f"barrier {curve.barrier:.4f} nats at lambda {curve.at:.2f}, {tokens.numel():,} {unit_of(pair)}")
+    console.say(f"  ({DEFINITION})")
+    for file in outputs:
+        (curve.save if file.suffix == ".json" else curve.plot)(file)
+    console.result(curve.to_json())
+    return 0
+
+
+def plan_command(args: argparse.Namespace, console: Console) -> int:
+    budget = parse_bytes(args.memory)
+    pair = open_pair(args.a, args.b)
+    device = profile(args.device_profile, args.device)
+    schedule = Schedule()
+    length = pair.spec.position_rows if pair.spec.image else block_length(pair.a, args.block)
+    found = plan(pair.spec, Job(args.tokens or schedule.batch * length, length, schedule.sides), device, budget)
+    warning = budget_warning(budget, args.device) if args.device_profile == "here" else None
+    if budget > device.memory and not warning:
+        warning = f"{device.name} has {show_bytes(device.memory)}, less than the budget of {show_bytes(budget)}"
+    for line in found.table():
+        console.say(line)
+    if warning:
+        print(f"lmc-fast: warning: {warning}", file=sys.stderr)
+    console.result(found.to_json() | {"a": args.a, "b": args.b, "warning": warning})
+    return 0
+
+
+def verify_command(args: argparse.Namespace, console: Console) -> int:
+    tokens = None
+    if args.data:
+        model = Model(args.a)
+        tokens = read_data(args.data, model, block_length(model))[:64]
+    found, same = verify(args.a, args.b, tokens, args.device)
+    console.say(f"KL {found.kl:.2e} nats per token, max |log-probability difference| {found.max_log_probability:.2e}")
+    console.say(f"loss {found.loss_a:.5f} and {found.loss_b:.5f} nats per token")
+    console.say("same function" if same else "different functions")
+    console.result(found.to_json() | {"same": same})
+    return 0 if same else DIFFERENT

@@ -1,0 +1,54 @@
+"""Where the words and numbers of a command go, and its exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+from ..pair import Pair
+
+BAD_INPUT, INTERRUPTED, DIFFERENT = 2, 130, 1  # exit codes
+
+
+class _Lines(logging.Handler):
+    """What the engine decided and why, as lines for people."""
+
+    def __init__(self, say: Callable[[str], None]):
+        super().__init__()
+        self.say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.say(record.getMessage())
+
+
+class Console:
+    """Where words and numbers go: progress and text for people, or one JSON document on standard output."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.json, self.quiet = args.json, args.quiet
+        log = logging.getLogger("lmc_fast")
+        log.setLevel(logging.INFO)
+        log.handlers = [_Lines(self.say)]
+
+    def say(self, text: str = "") -> None:
+        if not self.quiet and not self.json:
+            tqdm.write(text)
+
+    def result(self, value: dict[str, Any]) -> None:
+        if self.json:
+            print(json.dumps(value))
+
+    def bar(self, total: int, text: str, unit: str = "it") -> tqdm:
+        hidden = self.quiet or self.json
+        return tqdm(total=total, desc=text, unit=unit, disable=hidden, leave=False, dynamic_ncols=True, file=sys.stderr)
+
+
+def unit_of(pair: Pair) -> str:
+    """What a prediction of these models is about."""
+    return {"image": "images", "masked": "masked tokens"}.get(pair.spec.task, "tokens")

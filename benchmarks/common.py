@@ -58,7 +58,7 @@ def quantiles(times: list[float]) -> tuple[float, float, float]:
 
 
 def provenance(*sources: str) -> Row:
-    """Commit (marked +dirty where `sources` differ from it), versions and processor."""
+    """Commit (marked +dirty where `sources`, results aside, differ from it), versions and processor."""
 
     def git(*arguments: str) -> str:
         try:
@@ -68,7 +68,7 @@ def provenance(*sources: str) -> Row:
         return done.stdout.strip()
 
     commit = git("rev-parse", "--short=12", "HEAD") or "unknown"
-    if git("status", "--porcelain", "--", *sources):
+    if git("status", "--porcelain", "--", *sources, ":(exclude)benchmarks/results"):
         commit += "+dirty"
     return {
         "commit": commit,

@@ -36,7 +36,7 @@ from lmc_fast.matching.closed_form import Evidence
 from lmc_fast.pipeline.align import match_endpoints
 from lmc_fast.streaming.demand import FP32, Demand, Job
 from lmc_fast.streaming.devices import here, profile
-from lmc_fast.streaming.meter import peak_bytes, resident_bytes, return_freed_memory
+from lmc_fast.streaming.meter import counted_bytes, peak_bytes, return_freed_memory
 from lmc_fast.streaming.packing import Piece, pieces
 from lmc_fast.streaming.planner import Plan, plan
 from lmc_fast.streaming.ring import Streamed
@@ -157,7 +157,7 @@ def matching(pair: Path, length: int) -> tuple[int, int, float]:
     a, b = (Model(pair / name) for name in "ab")
     tokens = torch.from_numpy(np.load(pair / "tokens.npy")[: 24 * length].astype(np.int64)).view(-1, length)
     return_freed_memory()
-    planned = Demand(a.spec, Job(length, length), FP32, resident_bytes()).matching_bytes(tokens.numel())
+    planned = Demand(a.spec, Job(length, length), FP32, counted_bytes("cpu")).matching_bytes(tokens.numel())
     lazy = [canonicalize(model.open_weights(torch.float32)) for model in (a, b)]
     with tempfile.TemporaryDirectory(dir=pair) as keep:
         match = lambda: match_endpoints(*lazy, tokens, Evidence(1, 0.3), keep=Path(keep), rounds=1)  # noqa: E731
@@ -175,7 +175,7 @@ def slices(directory: Path, quick: bool) -> list[Row]:
         rows.append(row("slice", "  expected share of in-memory speed at 16,384 tokens", found.share, ""))
         rows.append(row("slice", "  expected time of a step", found.step_seconds, "s"))
         rows.append(row("slice", "  planned memory of matching", before, "GiB", "<= 8", before <= 8))
-    width = 512 if quick else SHAPES["pythia-6.9b"][0]
+    width = 256 if quick else SHAPES["pythia-6.9b"][0]
     pair = directory / f"slice-{width}-pair"
     if not (pair / "tokens.npy").exists():
         write_pair(pair, f"slice-{width}")
@@ -199,7 +199,7 @@ def slices(directory: Path, quick: bool) -> list[Row]:
 
 
 def overhead(directory: Path, quick: bool) -> list[Row]:
-    width, counts = (256, (2048,)) if quick else (1024, (512, 2048))
+    width, counts = (128, (2048,)) if quick else (1024, (512, 2048))
     spec = spec_of(width)
     store = directory / f"overhead-{width}"
     a, b = random_weights(spec, 1), random_weights(spec, 2)

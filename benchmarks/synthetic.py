@@ -29,7 +29,7 @@ SHAPES = {  # width, layers, heads
     "pythia-410m": (1024, 24, 16),
     "pythia-1.4b": (2048, 24, 16),
     "pythia-6.9b": (4096, 32, 32),
-    "slice-512": (512, 2, 8),
+    "slice-256": (256, 2, 4),
     "slice-4096": (4096, 2, 32),
 }
 SHARD_BYTES = 500_000_000

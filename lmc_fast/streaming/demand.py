@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..architectures import Spec
-from ..checkpoints.lazy import CHUNK_ELEMENTS
+from ..checkpoints.lazy import CHUNK_ELEMENTS, TABLES
 from ..matching.activations import GATHERED
 from ..matching.stream import work_dtype
 from ..symmetry.charts import Chart
@@ -23,6 +23,7 @@ SLACK = 0.03  # allocators round up and fragment
 _PAIRS = 10  # bytes that matching takes for a pair of FFN units: float64, a sign, a check for NaN
 _HEAD_PAIRS = 10 * 8  # and for a pair of coordinates of heads: evidence from q, k, v, o, their sums, singular values
 _SQUARES = 8 * 8  # and for a pair of the stream's: evidence and rotations
+_TABLE_COPIES = 7  # float64 copies of a run of a table's rows (measured 6.5)
 _HEAD_MAPS = ("vo", "qk")
 
 
@@ -123,7 +124,7 @@ class Demand:
 
     def matching_bytes(self, tokens: int = GATHERED) -> int:
         """What matching takes before learning. tokens: how many statistics of activations are taken from."""
-        return self.base + math.ceil((1 + SLACK) * max(self._gathering(tokens), self._comparing()))
+        return self.base + math.ceil((1 + SLACK) * max(self._gathering(tokens), self._comparing(), self._tables()))
 
     @cached_property
     def statistics_bytes(self) -> int:
@@ -149,6 +150,12 @@ class Demand:
         pairs = max(_PAIRS * spec.ffn_width**2, heads, experts)
         rest = _SQUARES * spec.width**2 + 4 * 8 * CHUNK_ELEMENTS
         return 3 * block_bytes(spec, size) // 2 + pairs + rest + self._maps_found(2 * 2 + 1)
+
+    def _tables(self) -> int:
+        """Some rows of the embedding or the head on their way to the canonical form."""
+        shapes = [self.spec.shape(name) for name in TABLES]
+        largest = max((math.prod(shape) for shape in shapes if shape), default=0)
+        return _TABLE_COPIES * 8 * min(CHUNK_ELEMENTS, largest)
 
     def _maps_found(self, count: int) -> int:
         """Float64 maps of all heads, of values and of keys: two with inverses for what balances an endpoint."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import LmcError
-from .meter import available_memory
+from .meter import available_memory, counted_bytes, resident_bytes
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,8 @@ def here(device: torch.device, disk: float | None = None) -> Device:
         flops, link = _flops(device, dtype, 4096), _link(device)
         source = "pinned memory (measured)"
         return Device(properties.name, "cuda", dtype, properties.total_memory, flops, link, source)
-    from .meter import resident_bytes
-
     memory = available_memory() + resident_bytes()
-    base = -(-resident_bytes() // _ROUND) * _ROUND
+    base = -(-counted_bytes(device) // _ROUND) * _ROUND
     flops = _flops(device, torch.float32, 512)
     source = "disk (assumed)" if disk is None else "disk (measured)"
     return Device("this CPU", "cpu", torch.float32, memory, flops, disk or ASSUMED_DISK, source, base)

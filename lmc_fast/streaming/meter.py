@@ -19,6 +19,7 @@ _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 60  # cgroup v1 writes a number near 2^63 for "no limit"
 _MMAP_THRESHOLD = -3  # of mallopt
+FIRST_USE = 56 << 20  # code and buffers of libraries that come into memory with the first computation (measured)
 
 
 def resident_bytes() -> int:
@@ -29,7 +30,7 @@ def resident_bytes() -> int:
 
 def counted_bytes(device: torch.device | str) -> int:
     """What a budget has to bear before anything is loaded: this process, or nothing where it is a GPU's memory."""
-    return 0 if torch.device(device).type == "cuda" else resident_bytes()
+    return 0 if torch.device(device).type == "cuda" else resident_bytes() + FIRST_USE
 
 
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024

@@ -9,10 +9,12 @@ from collections import namedtuple
 import pytest
 import torch
 from conftest import write_lines
-from transformers import GPTNeoXConfig
+from live import LiveBytes
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import lmc_fast as lmc
 from lmc_fast.architectures import FAMILIES
+from lmc_fast.checkpoints import lazy
 from lmc_fast.cli import main
 from lmc_fast.data import block_length, read_data, split_validation
 from lmc_fast.errors import LmcError
@@ -21,6 +23,7 @@ from lmc_fast.matching.closed_form import Evidence
 from lmc_fast.matching.learned import Schedule
 from lmc_fast.pipeline import within
 from lmc_fast.pipeline.align import align, match_endpoints
+from lmc_fast.streaming import demand
 from lmc_fast.streaming.demand import Demand, Job
 from lmc_fast.streaming.devices import PROFILES
 from lmc_fast.streaming.meter import Meter
@@ -119,6 +122,23 @@ def test_statistics_are_taken_from_what_fits():
     assert within.tokens_to_gather(spec, 128, 1000, needs(), 100) == 100
     with pytest.raises(LmcError, match="smallest budget"):
         within.tokens_to_gather(spec, 128, 1000, needs() - 1, 1 << 15)
+
+
+def test_matching_a_narrow_model_of_many_tokens_needs_what_is_planned(tmp_path, monkeypatch):
+    """Nearly all of it is some rows of the head on their way to the canonical form."""
+    for module in (lazy, demand):
+        monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1 << 16)
+    narrow = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 2}
+    config = GPTNeoXConfig(vocab_size=1 << 14, **narrow)
+    for side in "ab":
+        GPTNeoXForCausalLM(config).save_pretrained(tmp_path / side)
+    models = [lmc.checkpoints.Model(tmp_path / side) for side in "ab"]
+    tokens = torch.arange(4 * 16).view(4, 16)
+    with LiveBytes() as live, torch.no_grad():
+        a, b = (canonicalize(model.open_weights()) for model in models)
+        match_endpoints(a, b, tokens, Evidence(1, 0.3), keep=tmp_path)
+    planned = Demand(models[0].spec, Job(16, 16), 4).matching_bytes(tokens.numel())
+    assert 0.8 * planned < live.peak <= planned
 
 
 @pytest.fixture

@@ -5,10 +5,12 @@ import torch
 
 from lmc_fast.streaming import meter as meter_module
 from lmc_fast.streaming.meter import (
+    FIRST_USE,
     Meter,
     available_memory,
     budget_warning,
     cgroup_room,
+    counted_bytes,
     peak_bytes,
     reset_peak,
     resident_bytes,
@@ -33,6 +35,11 @@ def test_the_peak_of_each_stage():
     assert all(row["peak_rss"] > 0 and row["peak_device"] is None for row in rows)
     if not idle.since_start:
         assert meter.stages[2].peak_rss < busy.peak_rss - BIG / 2
+
+
+def test_what_counts_towards_a_budget():
+    assert counted_bytes("cuda") == 0
+    assert resident_bytes() <= counted_bytes("cpu") <= resident_bytes() + 2 * FIRST_USE
 
 
 def test_where_the_peak_cannot_be_reset(monkeypatch, tmp_path):

@@ -57,7 +57,9 @@ def measure(pair: Path, quick: bool) -> Row:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
         command = [sys.executable, "-m", "lmc_fast", "align", pair / "a", pair / "b", "--data", pair / "train.npy"]
-        command += ["--val", pair / "val.npy", "--dtype", "float32", "--out", out, "--quiet"]
+        val = Path(scratch) / "val.npy"
+        np.save(val, np.load(pair / "val.npy")[: BLOCK * limit if limit else None])
+        command += ["--val", val, "--dtype", "float32", "--out", out, "--quiet"]
         command += ["--steps", "20", "--batch", "8"] if quick else []
         start = time.perf_counter()
         process = subprocess.Popen([str(c) for c in command], cwd=ROOT)

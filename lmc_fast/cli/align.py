@@ -106,9 +106,10 @@ def _align(args: argparse.Namespace, console: Console) -> int:
 
 
 def _show_costs(console: Console, costs: dict[str, Any], memory: int | None) -> None:
-    """What each stage took at most, and what was moved."""
+    """What each stage took, and what was moved."""
     peaks = {stage["name"]: stage["peak_device"] or stage["peak_rss"] for stage in costs["stages"]}
-    console.say("memory at most: " + ", ".join(f"{name} {show_bytes(peak)}" for name, peak in peaks.items()))
+    took = [f"{s['name']} {s['seconds']:.1f} s and {show_bytes(peaks[s['name']])}" for s in costs["stages"]]
+    console.say("time, and memory at most: " + ", ".join(took))
     if "traffic" in costs:
         moved = costs["traffic"]
         console.say(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -63,16 +64,17 @@ def peak_bytes() -> int:
 
 @dataclass
 class Stage:
-    """What one stage took at most. since_start: the system gave no figure for the stage alone."""
+    """What one stage took: time, and memory at most. since_start: the system gave no figure for the stage alone."""
 
     name: str
+    seconds: float = 0.0
     peak_rss: int = 0
     peak_device: int | None = None
     since_start: bool = False
 
 
 class Meter:
-    """What a run cost, for report.json: peak memory of each stage, and `facts` that stages add."""
+    """What a run cost, for report.json: time and peak memory of each stage, and `facts` that stages add."""
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
@@ -87,9 +89,11 @@ class Meter:
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
+        start = time.perf_counter()
         try:
             yield stage
         finally:
+            stage.seconds = round(time.perf_counter() - start, 2)
             stage.peak_rss = peak_bytes()
             if cuda:
                 stage.peak_device = torch.cuda.max_memory_allocated(self.device)

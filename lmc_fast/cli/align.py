@@ -113,8 +113,8 @@ def _show_costs(console: Console, costs: dict[str, Any], memory: int | None) -> 
     if "traffic" in costs:
         moved = costs["traffic"]
         console.say(
-            f"read {show_bytes(moved['bytes'] + moved['row_bytes'])} of weights in {moved['loads']} loads; "
-            f"waited {moved['stall_seconds']:.1f} s for them"
+            f"read {show_bytes(moved['bytes'])} of weights in {moved['loads']} loads "
+            f"and {show_bytes(moved['row_bytes'])} of embedding rows; waited {moved['stall_seconds']:.1f} s for them"
         )
     worst = max(peaks, key=peaks.__getitem__)
     if memory is not None and peaks[worst] > memory:

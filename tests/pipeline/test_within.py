@@ -193,7 +193,7 @@ def test_the_command_reports_what_it_took(case, tmp_path, capsys):
     ]
     assert main(command) == 0
     shown = capsys.readouterr().out
-    for words in ("plan for 4 GiB", "memory at most: matching ", "verifying", "loads; waited"):
+    for words in ("plan for 4 GiB", "memory at most: matching ", "verifying", "of embedding rows; waited"):
         assert words in shown, words
     costs = json.loads((tmp_path / "out" / "report.json").read_text())["costs"]
     assert costs["plan"]["budget"] == ENOUGH and costs["traffic"]["loads"] >= 0

@@ -207,7 +207,8 @@ def main() -> int:
             some = measure(width, count, repeats=1 if many else 2, only=QUICKEST if many else QUICK)
         else:
             only = LARGE if work > 2**22 else ()
-            some = measure(width, count, repeats=5 if work <= 2**20 else 2, only=only)
+            turns = 11 if work <= 2**18 else 5 if work <= 2**20 else 2  # short steps vary by 5 %
+            some = measure(width, count, turns, only)
         for r in some:
             print(
                 f"d {r['d']:5} T {r['tokens']:6}  {r['variant']:20} {r['picked']:7} {r['ms']:10.1f} ms "

@@ -1,6 +1,7 @@
 """The floor's chunked cross-entropy against torch's own, values and gradients."""
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ import torch.nn.functional as F
 if importlib.util.find_spec("benchmarks") is None:
     pytest.skip("benchmarks are not part of an installed package", allow_module_level=True)
 
-from benchmarks.floor import cross_entropy
+from benchmarks.floor import cross_entropy, task_loss
+from lmc_fast.checkpoints import Model
+from lmc_fast.engine.model import logits
 
 
 def problem(dtype=torch.float64, bias=True, tokens=37, width=11, vocab=53):
@@ -30,6 +33,19 @@ def test_cross_entropy_and_gradients(rows, bias, poisoned):
         torch.autograd.grad(3 * ours, leaves), torch.autograd.grad(3 * expected, leaves), strict=True
     ):
         assert torch.allclose(mine, theirs, atol=1e-14)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_the_loss_of_a_model_and_the_gradient_of_its_head(softcap, make_checkpoint):
+    weights = Model(make_checkpoint("neox", 1)).load(torch.float64)
+    weights.spec = replace(weights.spec, head_softcap=softcap)
+    head = weights.ends["head"].requires_grad_()
+    tokens = torch.randint(weights.spec.vocab, (3, 9), generator=torch.Generator().manual_seed(2))
+    loss = task_loss(weights, tokens)
+    expected = F.cross_entropy(logits(weights, tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    assert torch.allclose(loss, expected, rtol=1e-12)
+    ours, theirs = (torch.autograd.grad(t, head)[0] for t in (loss, expected))
+    assert torch.allclose(ours, theirs, atol=1e-14)
 
 
 def test_only_what_is_asked_for_gets_a_gradient():

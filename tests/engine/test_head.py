@@ -61,6 +61,13 @@ def test_loss_and_gradients(softcap, chunk, sizes, objective):
         assert (got - wanted).abs().max() < 1e-10
 
 
+def test_divergence_from_itself_is_zero():
+    xs, ws, bias, *_ = case(0.0)
+    h = HeadLoss(Reading(xs[:1], [1.0]), None, [(1.0, Reading(xs[:1], [1.0]))], learn=True)
+    h.whole(Part(ws[:1], bias), [Part(ws[:1], bias)])
+    assert abs(h.loss) < 1e-13 and h.gradients[0].abs().max() < 1e-14
+
+
 @pytest.mark.parametrize("sizes", [[VOCAB], [6, 7], [1, 5, 7]])
 def test_one_scan_gives_loss_and_guesses(sizes):
     xs, ws, bias, _, target, _ = case(0.0)

@@ -78,6 +78,13 @@ def test_references_are_torchs_losses(softcap):
         torch.testing.assert_close(slope, torch.autograd.grad(expected, x)[0])
 
 
+def test_reference_gradients_are_autograds():
+    x = (3 * values(4)(5, 9)).requires_grad_()
+    target = labels(5, 9)
+    loss = F.cross_entropy(4 * torch.tanh(x / 4), target, reduction="sum")
+    torch.testing.assert_close(reference(x, target, softcap=4.0)[1], torch.autograd.grad(loss, x)[0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_head_in_runs_of_columns(dtype):
     draw = values(5)

@@ -7,7 +7,9 @@ import sys
 
 import torch
 
+from ..engine.dispatch import forced_path
 from ..errors import LmcError
+from ..native import backends
 from .arguments import parser
 from .console import BAD_INPUT, INTERRUPTED, Console
 
@@ -23,6 +25,15 @@ def _require_device(name: str) -> None:
         raise LmcError(f"device {name} is not usable: {error}") from error
 
 
+def _require_settings() -> None:
+    """Environment variables that would be found to be nonsense only after a while, or never on this machine."""
+    try:
+        forced_path()
+        backends()
+    except ValueError as error:
+        raise LmcError(str(error)) from error
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. 0: done; 1: verify found a difference; 2: bad input, in one sentence; 130: interrupted."""
     args = parser().parse_args(argv)
@@ -32,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
         transformers.logging.set_verbosity_error()
         _require_device(args.device)
+        _require_settings()
         return args.function(args, Console(args))
     except LmcError as error:
         print(f"lmc-fast: error: {error}", file=sys.stderr)

@@ -44,10 +44,8 @@ def choose(tokens: int, width: int, dtype: torch.dtype, device: torch.device, ke
 
     LMC_FAST_PATH overrides. Raises ValueError if that names no path.
     """
-    forced = os.environ.get("LMC_FAST_PATH")
+    forced = forced_path()
     if forced:
-        if forced not in PATHS:
-            raise ValueError(f"LMC_FAST_PATH is {forced!r}; it takes one of {', '.join(PATHS)}")
         return Choice(forced, "set by LMC_FAST_PATH")
     ratio, counted = tokens / width, COUNTED[keep]
     if counted / CLOSE < ratio < counted * CLOSE and width <= WIDEST.get(device.type, width):
@@ -56,6 +54,14 @@ def choose(tokens: int, width: int, dtype: torch.dtype, device: torch.device, ke
         crossover, how = counted, "counted"
     path = activation_path(width, dtype, device) if ratio < crossover else "weight"
     return Choice(path, f"{ratio:.2f} tokens per width, crossover {how} at {crossover:.2f}")
+
+
+def forced_path() -> str | None:
+    """What LMC_FAST_PATH asks for. Raises ValueError if that names no path."""
+    forced = os.environ.get("LMC_FAST_PATH")
+    if forced and forced not in PATHS:
+        raise ValueError(f"LMC_FAST_PATH is {forced!r}; it takes one of {', '.join(PATHS)}")
+    return forced
 
 
 @cache

@@ -329,3 +329,11 @@ def _without_costs(report: bytes) -> dict:
     found = json.loads(report)
     assert found.pop("costs")["stages"]
     return found
+
+
+@pytest.mark.parametrize("name", ["LMC_FAST_PATH", "LMC_FAST_KERNELS", "LMC_FAST_GPU_SOLVERS"])
+def test_a_setting_that_is_nonsense(name, pair, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv(name, "sideways")
+    out = tmp_path / "out"
+    refused(capsys, "align", *pair, "--data", text, "--out", out, *FAST, words=[name, "sideways"])
+    assert not list(tmp_path.glob("out*"))

@@ -28,13 +28,13 @@ from benchmarks.common import (
     write_csv,
     write_json,
 )
-from lmc_fast.native import GPU_SOLVERS, backends
+from lmc_fast.backends import GPU_SOLVERS, backends
 from lmc_fast.solvers import cayley, expm
 
 SOURCES = (
     "csrc",
     "lmc_fast/solvers",
-    "lmc_fast/native.py",
+    "lmc_fast/backends.py",
     "setup.py",
     "benchmarks/solvers.py",
     "benchmarks/common.py",

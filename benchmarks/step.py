@@ -7,7 +7,7 @@ of four blocks and that family's real vocabulary. All learn on cross-entropy:
     reference        both endpoints transformed whole and interpolated, through autograd
     reference-gauge  the same with the relative transform on one endpoint
     fused, concat, weight (+ recompute)   ours by one path: graphs kept, or blocks computed again in backward
-    ours (+ recompute)                    ours, path by engine.dispatch
+    ours (+ recompute)                    ours, path by kernels.dispatch
     one-sided                             ours, for one endpoint's transform alone
 
     python -m benchmarks.step
@@ -30,15 +30,15 @@ from benchmarks.common import RESULTS, Row, interleave, options, provenance, rea
 from benchmarks.floor import task_loss
 from lmc_fast.architectures import FAMILIES, Spec
 from lmc_fast.checkpoints import Weights, lerp
-from lmc_fast.engine.dispatch import choose
 from lmc_fast.engine.passes import Item
 from lmc_fast.engine.source import Resident, paired
-from lmc_fast.engine.step import learn
+from lmc_fast.kernels.dispatch import choose
+from lmc_fast.learning.step import learn
 from lmc_fast.symmetry import canonicalize
 from lmc_fast.symmetry.charts import Chart
 
 LAYERS, VOCABULARY, SEQUENCE, POSITION = 4, 50304, 256, 0.45
-SOURCES = ("lmc_fast/engine", "lmc_fast/kernels", "lmc_fast/symmetry", "benchmarks")
+SOURCES = ("lmc_fast/engine", "lmc_fast/learning", "lmc_fast/kernels", "lmc_fast/symmetry", "benchmarks")
 
 
 def spec_of(width: int) -> Spec:

@@ -28,19 +28,19 @@ from benchmarks.common import RESULTS, Row, interleave, options, provenance, rea
 from benchmarks.step import random_weights, spec_of
 from benchmarks.synthetic import SHAPES, config_of, write_pair
 from lmc_fast.architectures import FAMILIES, Spec
+from lmc_fast.budget.demand import FP32, Demand, Job
+from lmc_fast.budget.devices import here, profile
+from lmc_fast.budget.meter import counted_bytes, peak_bytes, return_freed_memory
+from lmc_fast.budget.planner import Plan, plan
+from lmc_fast.budget.sizes import parse_bytes
 from lmc_fast.checkpoints import Model
 from lmc_fast.engine.passes import Item
 from lmc_fast.engine.source import Resident, paired
-from lmc_fast.engine.step import learn
+from lmc_fast.learning.step import learn
 from lmc_fast.matching.closed_form import Evidence
 from lmc_fast.pipeline.align import match_endpoints
-from lmc_fast.streaming.demand import FP32, Demand, Job
-from lmc_fast.streaming.devices import here, profile
-from lmc_fast.streaming.meter import counted_bytes, peak_bytes, return_freed_memory
 from lmc_fast.streaming.packing import Piece, pieces
-from lmc_fast.streaming.planner import Plan, plan
 from lmc_fast.streaming.ring import Streamed
-from lmc_fast.streaming.sizes import parse_bytes
 from lmc_fast.streaming.store import Store
 from lmc_fast.symmetry import canonicalize
 from lmc_fast.symmetry.charts import Chart

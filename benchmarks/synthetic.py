@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import GPTNeoXConfig
 
 from lmc_fast.architectures import FAMILIES, Spec
-from lmc_fast.architectures.spec import Entry
+from lmc_fast.architectures.family import Entry
 from lmc_fast.checkpoints.writer import Stored, write_checkpoint
 from lmc_fast.symmetry.canonical import Survey, canonical_block, canonical_ends
 from lmc_fast.symmetry.charts import Chart

@@ -1,21 +1,20 @@
 """lmc_fast: align two transformers so that a plain average of their weights is a good model."""
 
 from .alignment import Alignment
+from .backends import Backends, backends
 from .data import read_data, read_tokens
 from .errors import LmcError
 from .evaluation import Curve, Difference
 from .examples import Examples
 from .images import read_images
 from .kernels.interp_linear import interp_linear
-from .matching.learned import Schedule
-from .native import Backends, backends
+from .learning.learner import Schedule
 from .pair import Pair, open_pair
 from .pipeline.align import align
 from .pipeline.evaluate import barrier, verify
 from .pipeline.export import export, merge
 from .solvers import cayley, expm, polar
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "Alignment",
@@ -26,6 +25,7 @@ __all__ = [
     "LmcError",
     "Pair",
     "Schedule",
+    "__version__",
     "align",
     "backends",
     "barrier",

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmc_fast.engine.attention import rotate
-from lmc_fast.kernels import dual_gemm, head_maps, runtime, softmax_loss, transient
+from lmc_fast.kernels import dual_gemm, head_maps, interpolate_weight, runtime, softmax_loss
 from lmc_fast.kernels.activations import ACTIVATIONS
-from lmc_fast.kernels.interp_linear import apply_left, interp_linear
+from lmc_fast.kernels.interp_linear import interp_linear
+from lmc_fast.kernels.paths import apply_left
 
 LAMBDA = 0.45
 MIX = (1 - LAMBDA, LAMBDA)
@@ -157,14 +158,14 @@ def transient_matrix(m: Model, tokens: int, draw: Draw) -> Contest:
     }
 
     def reference(i: Inputs) -> Tensor:
-        return transient.reference(i["a"], i["b"], i["rotation"], MIX, scale=i["scale"])
+        return interpolate_weight.reference(i["a"], i["b"], i["rotation"], MIX, scale=i["scale"])
 
     def scaled_copy(i: Inputs) -> Tensor:
         return torch.addmm(i["a"], i["b"] * i["scale"][:, None], i["rotation"].mT, beta=MIX[0], alpha=MIX[1])
 
     return Contest(
         inputs,
-        lambda i: transient.interpolate(i["a"], i["b"], i["rotation"], MIX, scale=i["scale"]),
+        lambda i: interpolate_weight.interpolate(i["a"], i["b"], i["rotation"], MIX, scale=i["scale"]),
         {"scaled copy": scaled_copy, "reference": reference},
         reference,
         ("rotation", "scale"),

@@ -18,8 +18,9 @@ from benchmarks.gpu.contests import CHECKED, LAMBDA, MODELS, ONCE, OPERATIONS, C
 from benchmarks.gpu.device import release, runnable, timed
 from benchmarks.gpu.rows import Case, Unmeasured, spread
 from benchmarks.gpu.slices import Place
-from lmc_fast.engine.dispatch import choose
-from lmc_fast.kernels.interp_linear import PATHS, interp_linear, interpolated, side_by_side
+from lmc_fast.kernels.dispatch import choose
+from lmc_fast.kernels.interp_linear import interp_linear
+from lmc_fast.kernels.paths import PATHS, interpolated, side_by_side
 
 WORTH = 0.9
 ERROR_LIMIT = 2.0  # times the error of the best torch formulation, plus two units in the last place

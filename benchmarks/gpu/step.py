@@ -2,7 +2,7 @@
 
     floor                 forward, backward, gradients of all weights of one model
     fused, concat, weight ours by one path, every block's graph kept (+ recompute: computed again in backward)
-    ours                  ours, path by engine.dispatch
+    ours                  ours, path by kernels.dispatch
     ours, no kernels      ours with LMC_FAST_KERNELS=0: torch operations only; "ours, no dual_gemm": without that one
     ours, divergence      the default objective: both endpoints' predictions are computed too
     rotation alone        the part of ours that does not grow with tokens and layers: the rotation and its gradient
@@ -26,8 +26,8 @@ from benchmarks.gpu.rows import Case, spread
 from benchmarks.gpu.slices import Place
 from lmc_fast.engine.passes import Item, choose_path
 from lmc_fast.engine.source import Resident, paired
-from lmc_fast.engine.step import learn
-from lmc_fast.kernels.switch import OPERATIONS, SWITCH
+from lmc_fast.kernels.enabled import OPERATIONS, SWITCH
+from lmc_fast.learning.step import learn
 
 POSITION = 0.45
 WITHOUT_DUAL_GEMM = ",".join(name for name in OPERATIONS if name != "dual_gemm")

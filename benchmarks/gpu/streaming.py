@@ -26,17 +26,17 @@ from benchmarks.gpu.models import random_chart, random_pair, random_tokens, spec
 from benchmarks.gpu.rows import Case, Unmeasured, spread
 from benchmarks.gpu.slices import Place
 from lmc_fast.architectures import Spec
+from lmc_fast.budget.demand import Job
+from lmc_fast.budget.devices import here
+from lmc_fast.budget.meter import available_memory
+from lmc_fast.budget.planner import Plan, plan
 from lmc_fast.checkpoints import Weights
 from lmc_fast.engine.passes import Item
 from lmc_fast.engine.source import Resident, paired
-from lmc_fast.engine.step import learn
-from lmc_fast.pipeline.within import path_of
-from lmc_fast.streaming.demand import Job
-from lmc_fast.streaming.devices import here
+from lmc_fast.learning.step import learn
+from lmc_fast.pipeline.budgeted import path_of
 from lmc_fast.streaming.layout import block_bytes
-from lmc_fast.streaming.meter import available_memory
 from lmc_fast.streaming.packing import Piece
-from lmc_fast.streaming.planner import Plan, plan
 from lmc_fast.streaming.ring import Streamed
 from lmc_fast.streaming.store import Store
 

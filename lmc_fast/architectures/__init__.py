@@ -1,6 +1,7 @@
 """Model families as tables: what a checkpoint computes and where its weights lie."""
 
 from . import falcon, gemma, gpt2, gpt_neox, gptj, llama, moe, olmo, opt, phi, stablelm, text, vision
+from .family import Entry, Family
 from .spec import (
     ATTN_READERS,
     BLOCK_NORMS,
@@ -10,8 +11,6 @@ from .spec import (
     END_WRITERS,
     FFN_READERS,
     POST_NORMS,
-    Entry,
-    Family,
     ImageInput,
     Spec,
 )

@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import LmcError
+from .family import Entry, linear
 from .layouts import Layout, Plain
 from .rope import inverse_frequencies
-from .spec import Entry, Spec, linear
+from .spec import Spec
 
 LAYER = "model.layers.{i}."
 ROPE_BUFFERS = (r"rotary_emb\.inv_freq$",)

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import LmcError
+from .family import Entry, Family
 from .layouts import InterleavedGroups, Plain
 from .rope import inverse_frequencies
-from .spec import Entry, Family, Spec
+from .spec import Spec
 
 _LINEAR = frozenset({"q", "k", "v", "o", "up", "down"})
 

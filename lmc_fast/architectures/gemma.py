@@ -17,9 +17,10 @@ from .decoder import (
     stored_as,
     windows,
 )
+from .family import Family
 from .layouts import LessOne
 from .rope import inverse_frequencies
-from .spec import Family, Spec
+from .spec import Spec
 
 
 def _gemma(config: Any, **features: Any) -> Spec:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import LmcError
-from .spec import Conv1D, Entry, Family, Spec
+from .family import Entry, Family
+from .layouts import Conv1D
+from .spec import Spec
 
 
 def _spec(config: Any) -> Spec:

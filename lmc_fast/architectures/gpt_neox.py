@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from .family import Entry, Family
+from .layouts import InterleavedHeads
 from .rope import inverse_frequencies
-from .spec import Entry, Family, InterleavedHeads, Spec
+from .spec import Spec
 
 
 def _spec(config: Any) -> Spec:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from .family import Entry, Family, linear
 from .layouts import InterleavedPairs
 from .rope import default_frequencies
-from .spec import Entry, Family, Spec, linear
+from .spec import Spec
 
 
 def _spec(config: Any) -> Spec:

@@ -16,7 +16,8 @@ from .decoder import (
     embeddings,
     windows,
 )
-from .spec import Entry, Family, Spec, linear
+from .family import Entry, Family, linear
+from .spec import Spec
 
 
 def _mixtral(config: Any) -> Spec:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from .decoder import ATTENTION, GATED, QK_NORMS, ROPE_BUFFERS, block_norms, decoder_spec, embeddings
-from .spec import Family, Spec
+from .family import Family
+from .spec import Spec
 
 
 def _olmo(config: Any) -> Spec:

@@ -6,8 +6,9 @@ from typing import Any
 
 from ..errors import LmcError
 from .decoder import LAYER, PRE_NORMS, ROPE_BUFFERS, block_norms, decoder_spec, embeddings, windows
+from .family import Entry, Family, linear
 from .layouts import Stacked
-from .spec import Entry, Family, Spec, linear
+from .spec import Spec
 
 
 def _phi(config: Any) -> Spec:

@@ -6,7 +6,8 @@ from typing import Any
 
 from ..errors import LmcError
 from .decoder import ATTENTION, GATED, PRE_NORMS, ROPE_BUFFERS, block_norms, decoder_spec, embeddings
-from .spec import Family, Spec
+from .family import Family
+from .spec import Spec
 
 
 def _spec(config: Any) -> Spec:

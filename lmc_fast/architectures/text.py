@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import LmcError
-from .spec import Entry, Family, Spec, linear
+from .family import Entry, Family, linear
+from .spec import Spec
 from .vision import clip_block
 
 _LINEAR = frozenset({"q", "k", "v", "o", "up", "down"})

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import LmcError
+from .family import Entry, Family, linear
 from .layouts import PatchConvolution, Plain, Shaped, Stacked
-from .spec import Entry, Family, ImageInput, Spec, linear
+from .spec import ImageInput, Spec
 
 _LINEAR = ("q", "k", "v", "o", "up", "down")
 

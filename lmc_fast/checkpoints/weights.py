@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..architectures import FAMILIES, Family, Spec
+from ..architectures.family import Entry
 from ..architectures.layouts import OfExpert, Plain
-from ..architectures.spec import Entry
 from ..errors import LmcError
 from .lazy import TABLES, LazyBlocks, Slots, Table
 from .reader import Checkpoint

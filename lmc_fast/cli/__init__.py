@@ -7,9 +7,9 @@ import sys
 
 import torch
 
-from ..engine.dispatch import forced_path
+from ..backends import backends
 from ..errors import LmcError
-from ..native import backends
+from ..kernels.dispatch import forced_path
 from .arguments import parser
 from .console import BAD_INPUT, INTERRUPTED, Console
 

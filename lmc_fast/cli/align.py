@@ -10,24 +10,24 @@ from typing import Any
 
 import torch
 
-from .. import __version__
 from ..alignment import Alignment
+from ..budget.meter import Meter
+from ..budget.sizes import parse_bytes, show_bytes
 from ..checkpoints import check_target
 from ..data import block_length, read_data, split_validation
-from ..engine import parallel
 from ..errors import LmcError
 from ..evaluation import Curve
-from ..evaluation.barrier import DEFINITION
-from ..evaluation.plots import plot_curves, plot_learning
+from ..evaluation.curve import DEFINITION, plot_curves
+from ..evaluation.plots import plot_learning
 from ..examples import Data
-from ..matching.learned import History, Schedule
+from ..learning import parallel
+from ..learning.learner import History, Schedule
 from ..pair import Pair, open_pair
 from ..pipeline.align import Progress, align
 from ..pipeline.evaluate import barrier, verify
 from ..pipeline.export import export_into
 from ..pipeline.run_directory import RunDirectory
-from ..streaming.meter import Meter
-from ..streaming.sizes import parse_bytes, show_bytes
+from ..version import __version__
 from .console import Console, unit_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from .. import __version__
-from ..matching.learned import OBJECTIVES, Schedule
+from ..budget.devices import PROFILES
+from ..learning.learner import OBJECTIVES, Schedule
 from ..pipeline.align import METHODS
-from ..streaming.devices import PROFILES
+from ..version import __version__
 from .align import DTYPES, align_command
 from .commands import barrier_command, inspect_command, merge_command, plan_command, verify_command
 

@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from ..alignment import Alignment
+from ..budget.demand import Job
+from ..budget.devices import profile
+from ..budget.meter import budget_warning
+from ..budget.planner import plan
+from ..budget.sizes import parse_bytes, show_bytes
 from ..checkpoints import Model
 from ..data import block_length, read_data
 from ..errors import LmcError
-from ..evaluation.barrier import DEFINITION
-from ..matching.learned import Schedule
+from ..evaluation.curve import DEFINITION
+from ..learning.learner import Schedule
 from ..pair import Pair, mismatch, open_pair
 from ..pipeline.evaluate import barrier, verify
 from ..pipeline.export import merge
-from ..streaming.demand import Job
-from ..streaming.devices import profile
-from ..streaming.meter import budget_warning
-from ..streaming.planner import plan
-from ..streaming.sizes import parse_bytes, show_bytes
 from ..symmetry import legal_groups
 from .console import BAD_INPUT, DIFFERENT, Console, unit_of
 

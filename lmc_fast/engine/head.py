@@ -3,8 +3,8 @@
 One run of vocabulary needs one pass (`whole`). Several need two: `scan` each for the normalisers (which is all that a
 cross-entropy without gradients needs), then `add` each for the divergence and the gradients.
 
-Where kernels.switch has "softmax_loss" on, a chunk's logits stay in the models' dtype, and one launch puts the slope in
-their place.
+Where kernels.enabled has "softmax_loss" on, a chunk's logits stay in the models' dtype, and one launch puts the slope
+in their place.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..kernels.switch import engaged
+from ..kernels.enabled import engaged
 
 CHUNK_ELEMENTS = 1 << 24  # logits held at a time: 64 MiB in float32
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..examples import Data
+from ..kernels.dispatch import Choice, choose
 from ..symmetry.charts import Chart
 from ..symmetry.transform import BlockTransform, turn_rows
 from .attention import Positions
-from .dispatch import Choice, choose
 from .head import Part, Reading
 from .model import answers, read_part, require_task
 from .slots import LineSlots, Slots

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..architectures import BLOCK_READERS, Spec
-from ..kernels.interp_linear import Rope, apply_right, interp_linear, interpolated, mapped_heads
+from ..kernels.interp_linear import interp_linear
+from ..kernels.paths import Rope, apply_right, interpolated, mapped_heads
 from ..symmetry.transform import BlockTransform, head_maps, map_inside, turn, turn_end
 
 Slots = Mapping[str, Tensor]

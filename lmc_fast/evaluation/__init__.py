@@ -1,6 +1,7 @@
 """Measuring: loss along the line, sameness of function, pictures."""
 
-from .barrier import Curve, curve_between
+from .barrier import curve_between
+from .curve import Curve
 from .function import Difference, difference
 
 __all__ = ["Curve", "Difference", "curve_between", "difference"]

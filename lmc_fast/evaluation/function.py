@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..checkpoints import Weights
 from ..engine.head import capped
+from ..engine.layerwise import head_inputs
 from ..engine.model import answers
-from ..engine.walk import head_inputs
 from ..examples import Data
 
 # Mean KL (nats per token) below which two checkpoints count as one function, by the coarser storage dtype: rounding

@@ -1,15 +1,14 @@
-"""Pictures: loss along the line, and learning curves."""
+"""Pictures: an empty figure, and learning curves."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from ..matching.learned import History
-from .barrier import Curve
+from ..learning.learner import History
 
 
-def _figure() -> tuple[Any, Any]:
+def new_figure() -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -21,27 +20,16 @@ def _figure() -> tuple[Any, Any]:
     return figure, axes
 
 
-def _save(figure: Any, file: Path) -> None:
+def save_figure(figure: Any, file: Path) -> None:
     from matplotlib import pyplot
 
     figure.savefig(file, dpi=144)
     pyplot.close(figure)
 
 
-def plot_curves(curves: list[Curve], file: Path) -> None:
-    """Loss against lambda, one line per curve, its barrier in the legend."""
-    figure, axes = _figure()
-    for curve in curves:
-        axes.plot(curve.lambdas, curve.losses, marker="o", markersize=4, label=f"{curve.name}: {curve.barrier:.3f}")
-    axes.set_xlabel("λ  (0: endpoint A, 1: endpoint B)")
-    axes.set_ylabel("held-out loss (nats per token)")
-    axes.legend(title="barrier (nats)", frameon=False)
-    _save(figure, file)
-
-
 def plot_learning(history: History, file: Path) -> None:
     """Training loss (running mean) and validation excess against steps."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     width = max(1, len(history.loss) // 50)
     means = [
         sum(history.loss[i : i + width]) / len(history.loss[i : i + width]) for i in range(0, len(history.loss), width)
@@ -62,4 +50,4 @@ def plot_learning(history: History, file: Path) -> None:
         more_lines, more_labels = twin.get_legend_handles_labels()
         lines, labels = lines + more_lines, labels + more_labels
     axes.legend(lines, labels, frameon=False)
-    _save(figure, file)
+    save_figure(figure, file)

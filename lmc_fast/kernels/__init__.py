@@ -3,11 +3,11 @@
     interp_linear   one layer in any of three ways, in torch operations
     dual_gemm       dual_linear(x, a, z, b, lam, ...)           two products, one accumulator, one launch
     head_maps       head_maps(ya, yb, lam, maps, ...)           mix, map heads, bias, RoPE
-    transient       interpolate(a, b, rotation, lam, ...)       one matrix α A + β diag(s) (B Rᵀ)[p]
+    interpolate_weight  interpolate(a, b, rotation, lam, ...)       one matrix α A + β diag(s) (B Rᵀ)[p]
     softmax_loss    cross_entropy_(logits, target, ...), divergence_(logits, teachers, ...)
 
 All but the first are Triton kernels with a `reference` in plain torch, which runs where Triton does not. The engine
-uses them on NVIDIA GPUs, unless the environment variable LMC_FAST_KERNELS turns them off (switch.py).
+uses them on NVIDIA GPUs, unless the environment variable LMC_FAST_KERNELS turns them off (enabled.py).
 Importing this package does not import Triton, nor does anything on a CPU; importing an operation's module does, where
 Triton is installed. docs/kernels.md counts what each operation moves.
 """

@@ -14,7 +14,7 @@ from ..checkpoints.lazy import Slots, Table, row_runs
 from ..checkpoints.reader import TensorFile
 from ..checkpoints.weights import Weights
 from ..checkpoints.writer import Stored, disk_errors, write_file
-from ..engine.walk import Walk
+from ..engine.layerwise import Walk
 from ..examples import Data, inputs_of
 from .stream import work_dtype
 

@@ -14,23 +14,23 @@ import torch
 from torch import Tensor
 
 from ..alignment import Alignment
+from ..budget.meter import Meter, counted_bytes, return_freed_memory
+from ..budget.planner import Way
 from ..checkpoints import Model, Weights
-from ..engine import parallel
 from ..engine.source import Resident, paired
 from ..errors import LmcError
 from ..examples import Data, inputs_of
+from ..learning import parallel
+from ..learning.learner import History, Learner, NonFiniteLoss, Schedule
 from ..matching.activations import gather_statistics
 from ..matching.balance import balance
 from ..matching.closed_form import MAX_ROUNDS, Evidence, match
-from ..matching.learned import History, Learner, NonFiniteLoss, Schedule
 from ..pair import Pair
-from ..streaming.meter import Meter, counted_bytes, return_freed_memory
-from ..streaming.planner import Way
 from ..streaming.ring import Streamed
 from ..symmetry import canonicalize
 from ..symmetry.storage import load_tensors, pack, save_tensors, unpack
 from ..symmetry.transform import Transform
-from .within import disk_bytes, effort_of, on_disk, path_of, plan_learning, require_room, tokens_to_gather
+from .budgeted import disk_bytes, effort_of, on_disk, path_of, plan_learning, require_room, tokens_to_gather
 
 METHODS = ("dual", "one-sided", "activation", "weight")
 STATISTICS_TOKENS = 32_768  # enough for cross-covariances; more changes the matching little

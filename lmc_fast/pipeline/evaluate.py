@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 
 from ..alignment import Alignment
+from ..budget import planner
+from ..budget.meter import counted_bytes, return_freed_memory
 from ..checkpoints import Model
 from ..errors import LmcError
 from ..evaluation import Curve, Difference, curve_between, difference
 from ..evaluation.function import tolerance
 from ..examples import Data, Examples, inputs_of
 from ..pair import Pair
-from ..streaming import planner
-from ..streaming.meter import counted_bytes, return_freed_memory
 from ..symmetry import canonicalize
 
 Device = torch.device | str

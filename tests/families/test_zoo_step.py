@@ -12,8 +12,8 @@ from lmc_fast.engine.head import capped
 from lmc_fast.engine.model import answers, prediction_rows
 from lmc_fast.engine.passes import Item
 from lmc_fast.engine.source import Resident, paired
-from lmc_fast.engine.step import learn
 from lmc_fast.examples import Examples
+from lmc_fast.learning.step import learn
 from lmc_fast.symmetry import canonicalize
 from lmc_fast.symmetry.charts import Chart
 

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 from kernels.offline import SHARED_LIMIT, compiled
 
-from lmc_fast.kernels import dual_gemm, head_maps, runtime, softmax_loss, transient
+from lmc_fast.kernels import dual_gemm, head_maps, interpolate_weight, runtime, softmax_loss
 
 pytestmark = pytest.mark.skipif(runtime.INTERPRETED, reason="the interpreter has no compiler")
 ARCHITECTURES = [80, 90]
@@ -97,10 +97,13 @@ def test_transient(capability, transposed):
     del scale["scale"]
     for tile in runtime.tiles(capability // 10, largest=SMALLER)[:1]:
         meta = {"PRECISION": "tf32"}
-        r = report(transient.forward_kernel, capability, forward, tile, **meta, **ones, **{f"out_{near}": 1})
+        r = report(interpolate_weight.forward_kernel, capability, forward, tile, **meta, **ones, **{f"out_{near}": 1})
         check_product(r, capability)
         ones_of_gradient = {f"b_{near}": 1, f"g_{near}": 1} | meta
-        for kernel, given in ((transient.rotation_kernel, reduction), (transient.scale_kernel, scale)):
+        for kernel, given in (
+            (interpolate_weight.rotation_kernel, reduction),
+            (interpolate_weight.scale_kernel, scale),
+        ):
             check_product(report(kernel, capability, given, tile, **ones_of_gradient), capability)
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lmc_fast.kernels.interp_linear import PATHS, interp_linear, interpolated, side_by_side
+from lmc_fast.kernels.interp_linear import interp_linear
+from lmc_fast.kernels.paths import PATHS, interpolated, side_by_side
 
 T, HEADS, E = 7, 6, 4
 N = K = HEADS * E

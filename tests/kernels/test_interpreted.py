@@ -32,7 +32,7 @@ def test_without_triton():
 import os, sys, warnings
 import lmc_fast, lmc_fast.kernels, torch
 from lmc_fast.engine.head import HeadLoss, Part, Reading
-from lmc_fast.kernels.switch import engaged
+from lmc_fast.kernels.enabled import engaged
 
 def use_the_engine():
     x = torch.eye(4)
@@ -51,12 +51,13 @@ with warnings.catch_warnings(record=True) as seen:
     assert torch.equal(use_the_engine(), plain)
 (warning,) = seen
 assert warning.category is RuntimeWarning and "Triton is not installed" in str(warning.message), warning
-from lmc_fast.kernels import dual_gemm, head_maps, runtime, softmax_loss, transient
+from lmc_fast.kernels import dual_gemm, head_maps, runtime, softmax_loss
+from lmc_fast.kernels import interpolate_weight
 x = torch.eye(4)
 assert not runtime.usable(x)
 assert torch.equal(dual_gemm.dual_linear(x, x, x, x, torch.tensor(0.5)), x)
 assert torch.equal(head_maps.head_maps(x, x, (0.5, 0.5), heads=2), x)
-assert torch.equal(transient.interpolate(x, x, x, torch.tensor(0.5)), x)
+assert torch.equal(interpolate_weight.interpolate(x, x, x, torch.tensor(0.5)), x)
 assert softmax_loss.cross_entropy_(x, torch.arange(4)).shape == (4,)
 """
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "LMC_FAST_KERNELS")}

@@ -17,9 +17,9 @@ from lmc_fast.engine.evaluate import evaluate
 from lmc_fast.engine.head import HeadLoss, Part, Reading
 from lmc_fast.engine.passes import Item
 from lmc_fast.engine.source import Resident, paired
-from lmc_fast.engine.step import learn
-from lmc_fast.kernels import dual_gemm, head_maps, runtime, softmax_loss, switch, transient
-from lmc_fast.kernels.interp_linear import interpolated
+from lmc_fast.kernels import dual_gemm, enabled, head_maps, interpolate_weight, runtime, softmax_loss
+from lmc_fast.kernels.paths import interpolated
+from lmc_fast.learning.step import learn
 from lmc_fast.symmetry import canonicalize
 from lmc_fast.symmetry.charts import Chart
 
@@ -27,7 +27,7 @@ LAUNCHERS = {
     "dual_gemm": (dual_gemm, "forward"),
     "head_maps": (head_maps, "forward"),
     "softmax_loss": (softmax_loss, "on"),
-    "transient": (transient, "forward"),
+    "interpolate_weight": (interpolate_weight, "forward"),
 }
 FLOOR = 8 * torch.finfo(torch.float32).eps
 
@@ -89,8 +89,8 @@ EXPECTED = {  # what runs by path, beside the loss
     ("neox", "weight"): set(),
     ("llama", "fused"): {"dual_gemm", "head_maps"},
     ("llama", "concat"): {"head_maps"},
-    ("llama", "weight"): {"transient"},
-    ("neox-sequential", "weight"): {"transient"},
+    ("llama", "weight"): {"interpolate_weight"},
+    ("neox-sequential", "weight"): {"interpolate_weight"},
 }
 
 
@@ -104,7 +104,7 @@ def test_gradients(name, path, divergence, keep, case_of, launched, monkeypatch)
         expected.add("dual_gemm")  # the forward pass without gradients: scaled units, whose gradient would cost more
     ours = gradients(case_of, name, torch.float32, **options)
     assert {n for n, count in launched.items() if count} == expected
-    monkeypatch.setenv(switch.SWITCH, "0")
+    monkeypatch.setenv(enabled.SWITCH, "0")
     seen = dict(launched)
     plain = gradients(case_of, name, torch.float32, **options)
     truth = gradients(case_of, name, torch.float64, **options)
@@ -126,7 +126,7 @@ def test_evaluation(path, case_of, launched, monkeypatch):
 
     ours = scores(torch.float32)
     assert launched["softmax_loss"]
-    monkeypatch.setenv(switch.SWITCH, "0")
+    monkeypatch.setenv(enabled.SWITCH, "0")
     plain, exact = scores(torch.float32), scores(torch.float64)
     assert_near(*(torch.tensor([s.loss for s in some], dtype=torch.float64) for some in (ours, plain, exact)))
     assert [s.accuracy for s in ours] == [s.accuracy for s in exact]
@@ -155,7 +155,7 @@ def test_head_in_chunks_and_runs(softcap, sizes, teachers, learns, launched, mon
 
     ours, head = found(torch.float32)
     assert launched["softmax_loss"] and len(ours) == (3 if learns else 1)
-    monkeypatch.setenv(switch.SWITCH, "0")
+    monkeypatch.setenv(enabled.SWITCH, "0")
     (plain, _), (exact, same) = found(torch.float32), found(torch.float64)
     for some in zip(ours, plain, exact, strict=True):
         assert_near(*some)
@@ -166,10 +166,10 @@ def test_head_in_chunks_and_runs(softcap, sizes, teachers, learns, launched, mon
 @pytest.fixture
 def fresh():
     """As if no device had been tried, and nothing warned about."""
-    for known in (switch.obstacle, switch.fall_back):
+    for known in (enabled.obstacle, enabled.fall_back):
         known.cache_clear()
     yield
-    for known in (switch.obstacle, switch.fall_back):
+    for known in (enabled.obstacle, enabled.fall_back):
         known.cache_clear()
 
 
@@ -183,7 +183,7 @@ def test_kernels_that_fail_warn_once_and_torch_takes_over(fresh, case_of, launch
         with pytest.warns(RuntimeWarning, match=r"RuntimeError: no C compiler\).*LMC_FAST_KERNELS=0") as seen:
             ours = gradients(case_of, "neox", torch.float32, **options)
     assert len(seen) == 1 and not any(launched.values())
-    monkeypatch.setenv(switch.SWITCH, "0")
+    monkeypatch.setenv(enabled.SWITCH, "0")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plain = gradients(case_of, "neox", torch.float32, **options)
@@ -193,19 +193,19 @@ def test_kernels_that_fail_warn_once_and_torch_takes_over(fresh, case_of, launch
 
 def test_switch(fresh, monkeypatch):
     x = torch.ones(2, device=DEVICE)
-    assert all(switch.engaged(name, x) for name in switch.OPERATIONS)
-    assert not switch.engaged("softmax_loss", x.double())
-    monkeypatch.setenv(switch.SWITCH, "transient, dual_gemm")
-    assert [name for name in switch.OPERATIONS if switch.engaged(name, x)] == ["transient", "dual_gemm"]
-    monkeypatch.setenv(switch.SWITCH, "transient,fast")
+    assert all(enabled.engaged(name, x) for name in enabled.OPERATIONS)
+    assert not enabled.engaged("softmax_loss", x.double())
+    monkeypatch.setenv(enabled.SWITCH, "interpolate_weight, dual_gemm")
+    assert [name for name in enabled.OPERATIONS if enabled.engaged(name, x)] == ["interpolate_weight", "dual_gemm"]
+    monkeypatch.setenv(enabled.SWITCH, "interpolate_weight,fast")
     with pytest.raises(ValueError, match='names "fast"; it takes 0, 1, or'):
-        switch.engaged("transient", x)
+        enabled.engaged("interpolate_weight", x)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="GPUs round bfloat16 rightly")
 def test_bfloat16_is_not_interpreted(fresh):
     with pytest.warns(RuntimeWarning, match="bfloat16"):
-        assert not switch.engaged("transient", torch.ones(2, dtype=torch.bfloat16))
+        assert not enabled.engaged("interpolate_weight", torch.ones(2, dtype=torch.bfloat16))
 
 
 def test_nothing_scaled_is_kept_for_backward():

@@ -4,8 +4,9 @@ import pytest
 import torch
 from kernels.checks import DEVICE, assert_as_good, values
 
-from lmc_fast.kernels import dual_gemm, head_maps, switch, transient
-from lmc_fast.kernels.interp_linear import interp_linear, interpolated
+from lmc_fast.kernels import dual_gemm, enabled, head_maps, interpolate_weight
+from lmc_fast.kernels.interp_linear import interp_linear
+from lmc_fast.kernels.paths import interpolated
 
 WIDTH = 24
 KINDS = ("none", "dense", "blocks", "scale", "permutation")
@@ -21,7 +22,7 @@ def factor(kind, draw):
 @pytest.fixture
 def launched(monkeypatch):
     seen = []
-    for module in (dual_gemm, head_maps, transient):
+    for module in (dual_gemm, head_maps, interpolate_weight):
         real = module.forward
 
         def counting(*args, real=real, module=module, **kwargs):
@@ -53,7 +54,7 @@ def outcomes(dtype, left, right, learned, function):
 
 def check(monkeypatch, *case):
     ours = outcomes(torch.float32, *case)
-    monkeypatch.setenv(switch.SWITCH, "0")
+    monkeypatch.setenv(enabled.SWITCH, "0")
     for some in zip(ours, outcomes(torch.float32, *case), outcomes(torch.float64, *case), strict=True):
         assert_as_good(*some, size=WIDTH**0.5)
 
@@ -85,7 +86,7 @@ def test_two_products_without_gradients(left, right, monkeypatch, launched):
         return interp_linear(x.to(dtype), a.to(dtype), b.to(dtype), 0.3, path="fused", **cast)
 
     ours = layer(torch.float32)
-    monkeypatch.setenv(switch.SWITCH, "0")
+    monkeypatch.setenv(enabled.SWITCH, "0")
     assert_as_good(ours, layer(torch.float32), layer(torch.float64))
     assert launched == ([] if left == "dense" else ["dual_gemm"])
 
@@ -99,7 +100,7 @@ def test_matrix(left, right, learned, monkeypatch, launched):
     check(monkeypatch, left, right, learned, matrix)
     kernel = {left, right} <= {"dense", "scale", "permutation"} and left != right
     kernel |= "none" in (left, right) and learned  # with a fixed lambda that is one GEMM of torch
-    assert launched == ["transient"] * kernel
+    assert launched == ["interpolate_weight"] * kernel
 
 
 @pytest.mark.parametrize("left", ["dense", "scale"])
@@ -110,4 +111,4 @@ def test_layer_by_a_transient_matrix(left, monkeypatch, launched):
 
     rest = ("left", "right", "bias")
     check(monkeypatch, left, "scale" if left == "dense" else "dense", False, layer)
-    assert launched == ["transient"] * 2  # in forward and again in backward
+    assert launched == ["interpolate_weight"] * 2  # in forward and again in backward

@@ -7,7 +7,7 @@ from lmc_fast.checkpoints import Model
 from lmc_fast.engine.evaluate import evaluate
 from lmc_fast.engine.passes import Item
 from lmc_fast.engine.source import Resident, paired
-from lmc_fast.engine.step import learn
+from lmc_fast.learning.step import learn
 from lmc_fast.streaming.packing import pieces
 from lmc_fast.streaming.ring import Streamed
 from lmc_fast.streaming.store import Store

@@ -15,7 +15,7 @@ from zoo import write
 from lmc_fast.architectures import FAMILIES
 from lmc_fast.checkpoints import Model
 from lmc_fast.errors import LmcError
-from lmc_fast.kernels.interp_linear import side_by_side
+from lmc_fast.kernels.paths import side_by_side
 from lmc_fast.streaming import packing
 from lmc_fast.streaming import store as store_module
 from lmc_fast.streaming.layout import _ENDS, ALIGNMENT, head_rows, slot_shapes, unit_bytes

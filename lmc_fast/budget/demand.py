@@ -10,9 +10,9 @@ from ..architectures import Spec
 from ..checkpoints.lazy import CHUNK_ELEMENTS, TABLES
 from ..matching.activations import GATHERED
 from ..matching.stream import work_dtype
+from ..streaming.layout import arrange, block_bytes, head_rows, slot_shapes, unit_bytes
 from ..symmetry.charts import Chart
 from ..symmetry.groups import rotates
-from .layout import arrange, block_bytes, head_rows, slot_shapes, unit_bytes
 
 ACTIVATION, WEIGHT = "activation", "weight"  # rotate the stream, or transform one matrix at a time
 FP32 = 4  # bytes of the transform's parameters and of logits

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lmc_fast.engine.boundaries import Boundaries
+from lmc_fast.learning.activation_checkpoints import ActivationCheckpoints
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
@@ -12,7 +12,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("counts", [(1,), (3, 3), (2, 1, 4)])
 def test_order(counts, offload, device):
-    boundaries = Boundaries(offload)
+    boundaries = ActivationCheckpoints(offload)
     blocks = [[torch.randn(5, 3, device=device) for _ in range(count)] for count in counts]
     for block in blocks:
         boundaries.next_block()

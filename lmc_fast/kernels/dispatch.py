@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.interp_linear import PATHS, interp_linear, interpolated
+from .paths import PATHS, interpolated, product
 
 COUNTED = {True: 1.5, False: 0.9}  # crossover in tokens per width, by whether graphs are kept
 CLOSE = 2.5
@@ -120,13 +120,13 @@ class _Case:
 
     def product(self, tokens: int, path: str) -> None:
         x = self._input(tokens)
-        y = interp_linear(x, self.a, self.b, 0.4, right=self.rotation, path=path)
+        y = product(x, self.a, self.b, 0.4, right=self.rotation, path=path)
         torch.autograd.grad(y, [x, self.rotation], y.detach())
 
     def on_activations(self, tokens: int, keep: bool) -> None:
         if not keep:
             with torch.no_grad():
-                interp_linear(self._input(tokens), self.a, self.b, 0.4, right=self.rotation, path="fused")
+                product(self._input(tokens), self.a, self.b, 0.4, right=self.rotation, path="fused")
         self.product(tokens, "fused")
 
     def on_weights(self, tokens: int, keep: bool) -> None:

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .kernels.switch import wanted
+from .kernels.enabled import wanted
 
 TRITON_LARGEST = 64
 """The largest n whose matrices the Triton solvers take: 128 x 128 does not fit in a program's registers."""

@@ -9,16 +9,16 @@ import torch
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig
 
 from lmc_fast.architectures import FAMILIES
+from lmc_fast.budget.demand import ACTIVATION, WEIGHT, Demand, Job
+from lmc_fast.budget.devices import PROFILES, Device, profile
+from lmc_fast.budget.planner import TooSmall, plan, portions, residency
+from lmc_fast.budget.sizes import parse_bytes, show_bytes
 from lmc_fast.engine.attention import Positions
 from lmc_fast.engine.block import block
 from lmc_fast.engine.passes import visit_order
 from lmc_fast.errors import LmcError
-from lmc_fast.streaming.demand import ACTIVATION, WEIGHT, Demand, Job
-from lmc_fast.streaming.devices import PROFILES, Device, profile
 from lmc_fast.streaming.layout import slot_shapes, unit_bytes
-from lmc_fast.streaming.planner import TooSmall, plan, portions, residency
 from lmc_fast.streaming.schedule import steady_loads
-from lmc_fast.streaming.sizes import parse_bytes, show_bytes
 
 SLOW = Device("slow disk", "cpu", torch.float32, 1 << 40, 1e12, 1e9, "disk", base=300 << 20)
 NARROW = {"num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 1024, "hidden_size": 256}

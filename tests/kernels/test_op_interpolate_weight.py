@@ -2,7 +2,7 @@ import pytest
 import torch
 from kernels.checks import DEVICE, DTYPES, compare, values
 
-from lmc_fast.kernels.transient import interpolate, reference
+from lmc_fast.kernels.interpolate_weight import interpolate, reference
 
 pytestmark = pytest.mark.usefixtures("guarded")
 

@@ -91,7 +91,7 @@ def _flops(device: torch.device, dtype: torch.dtype, size: int, seconds: float =
 
 def _link(device: torch.device) -> float:
     """Bytes per second of copies from pinned memory."""
-    from .transport import Pinned
+    from ..streaming.transport import Pinned
 
     size = 256 << 20
     pinned, there = Pinned(size), torch.empty(size, dtype=torch.uint8, device=device)

@@ -12,19 +12,19 @@ from pathlib import Path
 import torch
 
 from ..architectures import Spec
+from ..budget.demand import ACTIVATION, FP32, Demand, Job
+from ..budget.devices import here
+from ..budget.meter import available_memory
+from ..budget.planner import Plan, TooSmall, Way, plan
+from ..budget.sizes import show_bytes
 from ..checkpoints import Weights
-from ..engine import parallel
-from ..engine.dispatch import activation_path
 from ..errors import LmcError
+from ..kernels.dispatch import activation_path
+from ..learning import parallel
+from ..learning.learner import Effort, Schedule
 from ..matching.activations import GATHERED
 from ..matching.closed_form import Evidence
-from ..matching.learned import Effort, Schedule
-from ..streaming.demand import ACTIVATION, FP32, Demand, Job
-from ..streaming.devices import here
-from ..streaming.meter import available_memory
-from ..streaming.planner import Plan, TooSmall, Way, plan
 from ..streaming.ring import Streamed
-from ..streaming.sizes import show_bytes
 from ..streaming.store import Store
 from ..symmetry import Transform
 from ..symmetry.storage import pack

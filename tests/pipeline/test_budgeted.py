@@ -14,20 +14,20 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import lmc_fast as lmc
 from lmc_fast.architectures import FAMILIES
+from lmc_fast.budget import demand
+from lmc_fast.budget.demand import Demand, Job
+from lmc_fast.budget.devices import PROFILES
+from lmc_fast.budget.meter import Meter
+from lmc_fast.budget.planner import TooSmall
 from lmc_fast.checkpoints import lazy
 from lmc_fast.cli import main
 from lmc_fast.data import block_length, read_data, split_validation
 from lmc_fast.errors import LmcError
+from lmc_fast.learning.learner import Schedule
 from lmc_fast.matching import activations
 from lmc_fast.matching.closed_form import Evidence
-from lmc_fast.matching.learned import Schedule
-from lmc_fast.pipeline import within
+from lmc_fast.pipeline import budgeted
 from lmc_fast.pipeline.align import align, match_endpoints
-from lmc_fast.streaming import demand
-from lmc_fast.streaming.demand import Demand, Job
-from lmc_fast.streaming.devices import PROFILES
-from lmc_fast.streaming.meter import Meter
-from lmc_fast.streaming.planner import TooSmall
 from lmc_fast.streaming.store import Store
 from lmc_fast.symmetry import canonicalize
 
@@ -75,21 +75,21 @@ def test_too_little_is_refused_before_anything_is_read(case, tmp_path, capsys, m
 def test_what_matching_takes_is_refused_before_it_begins(monkeypatch):
     spec = FAMILIES["gpt_neox"].spec(GPTNeoXConfig(hidden_size=64, num_attention_heads=4, intermediate_size=256))
     device, schedule = torch.device("cpu"), Schedule(batch=2)
-    monkeypatch.setattr(within, "here", lambda _: PROFILES["t4"])
+    monkeypatch.setattr(budgeted, "here", lambda _: PROFILES["t4"])
     needed = Demand(spec, Job(2 * 16, 16), 2).matching_bytes()
-    found = within.plan_learning(spec, schedule, 16, device, needed)
+    found = budgeted.plan_learning(spec, schedule, 16, device, needed)
     assert found.total < found.matching_bytes == needed
     with pytest.raises(TooSmall) as refused:
-        within.plan_learning(spec, schedule, 16, device, needed - 1)
+        budgeted.plan_learning(spec, schedule, 16, device, needed - 1)
     assert refused.value.smallest == needed
     way = found.way  # a run that goes on has matched already
-    assert within.plan_learning(spec, schedule, 16, device, needed - 1, way).way == way
+    assert budgeted.plan_learning(spec, schedule, 16, device, needed - 1, way).way == way
 
 
 def test_a_disk_without_room_for_the_store(case, monkeypatch):
     pair, tokens, _ = case()
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(within.shutil, "disk_usage", lambda _: usage(500, 0, 500))
+    monkeypatch.setattr(budgeted.shutil, "disk_usage", lambda _: usage(500, 0, 500))
     with pytest.raises(LmcError, match="500 bytes free"):
         align(pair, tokens, memory=ENOUGH, **FAST)
 
@@ -110,18 +110,18 @@ def test_statistics_need_what_is_planned(case, monkeypatch, tmp_path):
     a, b = (canonicalize(model.open_weights()) for model in (pair.a, pair.b))
     match_endpoints(a, b, tokens, Evidence(1, 0.3), keep=tmp_path)
     written = sum(f.stat().st_size for f in tmp_path.glob("statistics-*"))
-    planned = within.disk_bytes(pair.spec, Evidence(1, 0.3), None)
+    planned = budgeted.disk_bytes(pair.spec, Evidence(1, 0.3), None)
     assert planned <= written <= planned + 2000 * pair.spec.layers  # headers
-    assert within.disk_bytes(pair.spec, Evidence(1, 0), None) == 0
+    assert budgeted.disk_bytes(pair.spec, Evidence(1, 0), None) == 0
 
 
 def test_statistics_are_taken_from_what_fits():
     spec = FAMILIES["gpt_neox"].spec(GPTNeoXConfig(hidden_size=64, num_attention_heads=4, intermediate_size=256))
     needs = Demand(spec, Job(128, 128), 4, 1000).matching_bytes
-    assert within.tokens_to_gather(spec, 128, 1000, needs(1 << 20), 1 << 22) == 1 << 20
-    assert within.tokens_to_gather(spec, 128, 1000, needs(), 100) == 100
+    assert budgeted.tokens_to_gather(spec, 128, 1000, needs(1 << 20), 1 << 22) == 1 << 20
+    assert budgeted.tokens_to_gather(spec, 128, 1000, needs(), 100) == 100
     with pytest.raises(LmcError, match="smallest budget"):
-        within.tokens_to_gather(spec, 128, 1000, needs() - 1, 1 << 15)
+        budgeted.tokens_to_gather(spec, 128, 1000, needs() - 1, 1 << 15)
 
 
 def test_matching_a_narrow_model_of_many_tokens_needs_what_is_planned(tmp_path, monkeypatch):
@@ -172,7 +172,7 @@ def test_a_read_error_while_learning_names_the_file_and_keeps_the_state(case, st
     with pytest.raises(LmcError, match=r"block-00001\.bin is corrupt"):
         align(pair, tokens, memory=ENOUGH, state_file=state, **FAST)
     monkeypatch.undo()
-    within.shutil.rmtree(state.parent / "store")
+    budgeted.shutil.rmtree(state.parent / "store")
     assert len(align(pair, tokens, memory=ENOUGH, state_file=state, **FAST).info["history"]["loss"]) == FAST["steps"]
 
 

@@ -17,15 +17,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..engine import parallel
 from ..engine.evaluate import line_scores
 from ..engine.head import CHUNK_ELEMENTS, accurate
 from ..engine.passes import Item, choose_path
 from ..engine.source import Source
-from ..engine.step import learn
 from ..examples import Data
 from ..symmetry.charts import Chart
+from . import parallel
 from .muon import muon_step
+from .step import learn
 
 OBJECTIVES = ("endpoints", "text")
 _log = logging.getLogger("lmc_fast")

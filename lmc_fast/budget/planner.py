@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 from ..architectures import Spec
 from ..engine.passes import visit_order
 from ..errors import LmcError
+from ..streaming.layout import ALIGNMENT
+from ..streaming.schedule import steady_loads
 from ..symmetry.groups import rotates
 from .demand import ACTIVATION, FP32, LOGITS, SLACK, WEIGHT, Demand, Item, Job
 from .devices import Device
-from .layout import ALIGNMENT
-from .schedule import steady_loads
 from .sizes import show_bytes
 
 SLOTS = 2  # one to compute with, one to load: what is left is better spent on resident blocks

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..engine.block import block
+from ..engine.head import CHUNK_ELEMENTS, HeadLoss, Part, Reading
+from ..engine.model import answers, asked, embed, read_out, read_part
+from ..engine.passes import Item, Pass, pull_back, visit_order
+from ..engine.slots import LineSlots, Slots
+from ..engine.source import Source
 from ..symmetry.charts import Chart
-from .block import block
-from .boundaries import Boundaries
-from .head import CHUNK_ELEMENTS, HeadLoss, Part, Reading
-from .maps import KeptBlock, MovingMaps
-from .model import answers, asked, embed, read_out, read_part
-from .passes import Item, Pass, pull_back, visit_order
-from .slots import LineSlots, Slots
-from .source import Source
+from .activation_checkpoints import ActivationCheckpoints
+from .maps import MovingMaps
 
 
 class Learning(Pass):
@@ -39,7 +39,7 @@ class Learning(Pass):
         self.divergence, self.keep = divergence, keep
         self.gradients = {name: torch.zeros_like(t) for name, t in chart.tensors.items()}
         self.teachers: list[list[Tensor]] = []  # streams of A and B, per item
-        self.boundaries = Boundaries(offload)
+        self.boundaries = ActivationCheckpoints(offload)
         self.kept: dict[int, KeptBlock] = {}
 
     @torch.no_grad()
@@ -69,6 +69,10 @@ class Learning(Pass):
             leaf = self.chart.tensors["rotation"]
             self.gradients["rotation"] = torch.autograd.grad(self.rotation_made, leaf, self.turn_gradient)[0]
         return loss
+
+    def moving(self, i: int) -> MovingMaps:
+        assert self.chart is not None
+        return MovingMaps(self.chart, i, self.source.sample.dtype, self.gradients)
 
     def _teach(self, i: int, a: Slots, b: Slots) -> None:
         for pair in self.teachers:
@@ -152,7 +156,7 @@ class Learning(Pass):
     def _backward(self, i: int, a: Slots, b: Slots, slopes: list[Tensor | None]) -> list[Tensor | None]:
         if self.keep:
             return self.kept.pop(i).backward(slopes)
-        moving = MovingMaps(self, i)
+        moving = self.moving(i)
         out: list[Tensor | None] = list(slopes)
         for position, group in self.groups():
             line = self.line(a, b, position, moving.leaves)
@@ -173,6 +177,35 @@ class Learning(Pass):
         return out
 
 
+class KeptBlock:
+    """A block whose graphs are kept from forward to backward, where memory allows: nothing is computed twice."""
+
+    def __init__(self, owner: Learning, i: int):
+        self.owner, self.i, self.moving = owner, i, owner.moving(i)
+        self.graphs: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, a: Slots, b: Slots, position: float, x: Tensor) -> Tensor:
+        owner = self.owner
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            line = owner.line(a, b, position, self.moving.leaves, once=True)
+            y = block(owner.spec, line, x, owner.positions(x), self.i)
+        self.graphs.append((x, y))
+        return y.detach()
+
+    def backward(self, slopes: list[Tensor | None]) -> list[Tensor | None]:
+        out: list[Tensor | None] = []
+        turns = self.owner.turns
+        for slope in slopes:
+            x, y = self.graphs.pop(0)
+            dx, *rest = pull_back([y], [slope], [x, *turns, *self.moving.tensors])
+            out.append(dx)
+            self.owner.add_turn([rest.pop(0) for _ in turns])
+            self.moving.add(rest)
+        self.moving.finish()
+        return out
+
+
 def learn(
     source: Source,
     items: Sequence[Item],
@@ -188,8 +221,8 @@ def learn(
 
     divergence: from (1-λ) p_A + λ p_B, the endpoints' own predictions; else cross-entropy with the text. keep: hold
     every block's graph until backward instead of computing it again; the source must then be `Resident`.
-    path: one of kernels.interp_linear.PATHS; None: engine.dispatch chooses. logits: how many are held at a time.
-    offload: see Boundaries.
+    path: one of kernels.interp_linear.PATHS; None: kernels.dispatch chooses. logits: how many are held at a time.
+    offload: see ActivationCheckpoints.
     """
     job = Learning(source, items, chart, path, logits, divergence=divergence, keep=keep, offload=offload)
     return job.run(), job.gradients

@@ -10,10 +10,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from lmc_fast.checkpoints import Model
-from lmc_fast.engine import parallel
 from lmc_fast.engine.source import Resident
 from lmc_fast.errors import LmcError
-from lmc_fast.matching.learned import Effort, Learner, Schedule
+from lmc_fast.learning import parallel
+from lmc_fast.learning.learner import Effort, Learner, Schedule
 from lmc_fast.symmetry import canonicalize
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from lmc_fast.engine import dispatch
+from lmc_fast.kernels import dispatch
 
 HERE = (torch.float32, torch.device("cpu"))
 

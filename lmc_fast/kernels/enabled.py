@@ -12,7 +12,7 @@ from torch import Tensor
 
 SWITCH = "LMC_FAST_KERNELS"
 """Environment variable: "1" (the default) for all OPERATIONS, "0" for none, or some of them, separated by commas."""
-OPERATIONS = ("softmax_loss", "transient", "dual_gemm", "head_maps")
+OPERATIONS = ("softmax_loss", "interpolate_weight", "dual_gemm", "head_maps")
 
 
 def engaged(operation: str, *tensors: Tensor | None) -> bool:

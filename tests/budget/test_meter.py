@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lmc_fast.streaming import meter as meter_module
-from lmc_fast.streaming.meter import (
+from lmc_fast.budget import meter as meter_module
+from lmc_fast.budget.meter import (
     FIRST_USE,
     Meter,
     available_memory,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Boundaries:
+class ActivationCheckpoints:
     """`put` streams block by block in forward; `take` them in backward: last block first, in a block in the same order.
 
     offload: CUDA streams are copied to pinned main memory, and back one stream ahead of their use, on a stream of

@@ -1,0 +1,67 @@
+"""A model family: how its config becomes a Spec, and the table of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import empty
+
+from .layouts import Layout, OfExpert, Plain
+from .spec import Spec
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a checkpoint: its name on disk ({i} the block's index, {j} the expert's) and the slots it holds."""
+
+    name: str
+    slots: tuple[str, ...]
+    layout: Layout = field(default_factory=Plain)
+    optional: bool = False  # some checkpoints leave it out
+    when: Callable[[Spec], bool] | None = None  # holds where a slot has this name and not another
+
+    def present(self, spec: Spec) -> bool:
+        return spec.shape(self.slots[0]) is not None and (self.when is None or self.when(spec))
+
+    def shape(self, spec: Spec) -> tuple[int, ...]:
+        """Shape on disk."""
+        shapes = [spec.shape(slot) for slot in self.slots]
+        assert None not in shapes, self
+        return tuple(self.layout.join([empty(s, device="meta") for s in shapes if s], spec).shape)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family: how its config becomes a Spec, and the table of its tensors."""
+
+    name: str  # config.json's model_type
+    spec: Callable[[Any], Spec]  # from a transformers config; raises LmcError for options we do not compute
+    ends: tuple[Entry, ...]
+    block: tuple[Entry, ...]
+    prefix: str  # in front of every name but the head's; some hub checkpoints leave it out
+    buffers: tuple[str, ...] = ()  # regular expressions of stored tensors that carry no weights
+    architectures: tuple[str, ...] = ("ForCausalLM", "LMHeadModel", "Model")  # class names end in one of these
+    older_names: tuple[tuple[str, str], ...] = ()  # (now, before): parts of names that old checkpoints spell otherwise
+
+    def entries(self, spec: Spec, tied: bool = False) -> list[tuple[str, Entry, int | None]]:
+        """(name on disk, entry, block index or None) of every tensor that a checkpoint of this spec must hold."""
+        rows: list[tuple[str, Entry, int | None]] = [
+            (e.name, e, None) for e in self.ends if e.present(spec) and not (tied and e.slots == ("head",))
+        ]
+        for i in range(spec.layers):
+            for e in self.block:
+                if not e.present(spec):
+                    continue
+                if "{j}" in e.name:
+                    experts = (replace(e, layout=OfExpert(j)) for j in range(spec.experts))
+                    rows += [(x.name.format(i=i, j=j), x, i) for j, x in enumerate(experts)]
+                else:
+                    rows.append((e.name.format(i=i), e, i))
+        return rows
+
+
+def linear(name: str, slot: str) -> tuple[Entry, Entry]:
+    """The weight and, where the spec has it, the bias of one linear layer."""
+    return Entry(f"{name}.weight", (slot,)), Entry(f"{name}.bias", (f"{slot}_bias",))

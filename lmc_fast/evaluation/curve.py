@@ -1,0 +1,58 @@
+"""Losses along a line: barrier, file, picture."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .plots import new_figure, save_figure
+
+DEFINITION = "barrier = max over the grid of L(lambda) - [(1 - lambda) L(A) + lambda L(B)], L in nats per token"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Losses (nats per token) on a grid of lambda from 0 (A) to 1 (B)."""
+
+    lambdas: list[float]
+    losses: list[float]
+    name: str = "line"
+    accuracies: list[float] | None = None  # top-1, of image classifiers
+
+    @property
+    def excess(self) -> list[float]:
+        """Loss above the straight line between the endpoints' losses, at each lambda."""
+        first, last = self.losses[0], self.losses[-1]
+        return [x - ((1 - t) * first + t * last) for t, x in zip(self.lambdas, self.losses, strict=True)]
+
+    @property
+    def barrier(self) -> float:
+        """max of `excess`: 0 if no point lies above the line (the endpoints lie on it)."""
+        return max(self.excess)
+
+    @property
+    def at(self) -> float:
+        """The lambda of the barrier."""
+        return self.lambdas[self.excess.index(self.barrier)]
+
+    def to_json(self) -> dict:
+        return asdict(self) | {"barrier": self.barrier, "at": self.at}
+
+    def save(self, file: str | Path) -> None:
+        Path(file).write_text(json.dumps(self.to_json() | {"definition": DEFINITION}, indent=2) + "\n")
+
+    def plot(self, file: str | Path) -> None:
+        """Draws the curve to an image file."""
+        plot_curves([self], Path(file))
+
+
+def plot_curves(curves: list[Curve], file: Path) -> None:
+    """Loss against lambda, one line per curve, its barrier in the legend."""
+    figure, axes = new_figure()
+    for curve in curves:
+        axes.plot(curve.lambdas, curve.losses, marker="o", markersize=4, label=f"{curve.name}: {curve.barrier:.3f}")
+    axes.set_xlabel("λ  (0: endpoint A, 1: endpoint B)")
+    axes.set_ylabel("held-out loss (nats per token)")
+    axes.legend(title="barrier (nats)", frameon=False)
+    save_figure(figure, file)

@@ -43,7 +43,15 @@ class Family:
     prefix: str  # in front of every name but the head's; some hub checkpoints leave it out
     buffers: tuple[str, ...] = ()  # regular expressions of stored tensors that carry no weights
     architectures: tuple[str, ...] = ("ForCausalLM", "LMHeadModel", "Model")  # class names end in one of these
-    older_names: tuple[tuple[str, str], ...] = ()  # (now, before): parts of names that old checkpoints spell otherwise
+    other_names: tuple[tuple[str, str], ...] = ()  # (here, there): parts of names that some checkpoints spell otherwise
+
+    def ties(self, spec: Spec) -> list[tuple[Entry, Entry]]:
+        """(copy, original) of the ends that tie_word_embeddings makes one: the head, a bias that is stored twice."""
+        present = [e for e in self.ends if e.present(replace(spec, tied=False))]
+        table = {e.slots: e for e in reversed(present)}  # the first of each
+        copies = [(e, table[e.slots]) for e in present if table[e.slots] is not e]
+        head, embed = table.get(("head",)), table.get(("embed",))
+        return [(head, embed), *copies] if head and embed else copies
 
     def entries(self, spec: Spec, tied: bool = False) -> list[tuple[str, Entry, int | None]]:
         """(name on disk, entry, block index or None) of every tensor that a checkpoint of this spec must hold."""

@@ -62,5 +62,6 @@ FAMILY = Family(
         Entry(_LAYER + "mlp.dense_4h_to_h.weight", ("down",)),
         Entry(_LAYER + "mlp.dense_4h_to_h.bias", ("down_bias",)),
     ),
+    other_names=(("embed_out.", "lm_head."),),
     buffers=(r"attention\.(bias|masked_bias|rotary_emb\.inv_freq)$",),
 )

@@ -126,7 +126,7 @@ _ROBERTA_HEAD = (
     Entry("lm_head.decoder.bias", ("head_bias",), when=_untied),
 )
 _MASKED = ("ForMaskedLM", "ForPreTraining")
-_COPIES = (r"embeddings\.position_ids$", r"\.decoder\.bias$")  # the second repeats head_bias
+_BUFFERS = (r"embeddings\.position_ids$",)
 
 FAMILIES = (
     Family(
@@ -135,9 +135,8 @@ FAMILIES = (
         prefix="bert.",
         ends=_ends("bert", _BERT_HEAD),
         block=_block("bert"),
-        buffers=_COPIES,
+        buffers=_BUFFERS,
         architectures=_MASKED,
-        older_names=(("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")),
     ),
     Family(
         name="roberta",
@@ -145,7 +144,7 @@ FAMILIES = (
         prefix="roberta.",
         ends=_ends("roberta", _ROBERTA_HEAD),
         block=_block("roberta"),
-        buffers=_COPIES,
+        buffers=_BUFFERS,
         architectures=_MASKED,
     ),
     Family(
@@ -159,7 +158,7 @@ FAMILIES = (
             Entry("text_projection.weight", ("head",)),
         ),
         block=clip_block("text_model"),
-        buffers=(r"embeddings\.position_ids$",),
+        buffers=_BUFFERS,
         architectures=("CLIPTextModelWithProjection",),
     ),
 )

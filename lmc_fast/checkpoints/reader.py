@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import LmcError
 
+_SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 _HUB_FILES = ["*.safetensors", _INDEX, "*.json", "*.txt", "*.model", "*.jinja"]
@@ -67,7 +68,7 @@ class TensorFile:
 
     def __init__(self, file: Path):
         self.file = file
-        if not file.exists():
+        if not file.is_file():
             raise LmcError(f"{file} is missing; download the checkpoint again")
         try:
             with safe_open(file, framework="pt"):  # checks offsets, sizes and the file's length
@@ -83,6 +84,9 @@ class TensorFile:
     @property
     def names(self) -> list[str]:
         return list(self._entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
 
     def kind(self, name: str) -> str:
         """The dtype as the format calls it."""
@@ -147,11 +151,13 @@ class Checkpoint:
                 f"{path} is quantised ({method or 'unknown method'}); alignment needs float weights: use the original "
                 "checkpoint, or save a dequantised copy with transformers first"
             )
-        self._file_of = self._locate()
-        self._files = {name: TensorFile(self.path / name) for name in sorted(set(self._file_of.values()))}
-        for tensor, file in self._file_of.items():
-            if tensor not in self._files[file].names:
-                raise LmcError(f"{self.path / file} lacks tensor {tensor} that {_INDEX} promises; download it again")
+        files, promised = self._locate()
+        self._files = {name: TensorFile(self.path / name) for name in files}
+        # as transformers does: every tensor of every file counts, wherever the index sends it; the last file wins
+        self._file_of = {tensor: name for name in files for tensor in self._files[name].names}
+        lost = sorted(promised - self._file_of.keys())
+        if lost:
+            raise LmcError(f"{self.path} lacks tensor {lost[0]} that {_INDEX} promises; download it again")
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -194,10 +200,20 @@ class Checkpoint:
     def _home(self, name: str) -> TensorFile:
         return self._files[self._file_of[name]]
 
-    def _locate(self) -> dict[str, str]:
-        """Tensor name -> file name, both checked."""
-        index = self.path / _INDEX
-        if index.exists():
+    def _locate(self) -> tuple[list[str], set[str]]:
+        """(names of the files to read, in order; tensors that an index promises), as transformers chooses them.
+
+        A file that config.json's transformers_weights names comes first, then a single file, then an index.
+        """
+        chosen = self.config.get("transformers_weights") or _SINGLE
+        if not isinstance(chosen, str) or Path(chosen).name != chosen or not chosen.endswith((".safetensors", _INDEX)):
+            raise LmcError(
+                f"{self.path / 'config.json'}: transformers_weights is {chosen!r}, which is no safetensors file there"
+            )
+        if chosen.endswith(".safetensors") and ((self.path / chosen).is_file() or chosen != _SINGLE):
+            return [chosen], set()
+        index = self.path / (_INDEX if chosen == _SINGLE else chosen)
+        if index.is_file():
             weight_map = self._read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise LmcError(f"{index} has no weight_map; download it again")
@@ -206,12 +222,10 @@ class Checkpoint:
                     raise LmcError(f"{index} sends tensor {tensor} to '{file}', outside the directory; refused")
                 if not file.endswith(".safetensors"):
                     raise LmcError(f"{index} names '{file}', which is not safetensors; refused")
-            return dict(weight_map)
-        if (self.path / "model.safetensors").exists():
-            return dict.fromkeys(TensorFile(self.path / "model.safetensors").names, "model.safetensors")
+            return sorted(set(weight_map.values())), set(weight_map)
         if any(self.path.glob("*.bin")) or any(self.path.glob("*.pt*")):
             raise LmcError(f"{self.path} has only pickled weights, which are not loaded; convert to safetensors first")
-        raise LmcError(f"{self.path} has no model.safetensors and no {_INDEX}")
+        raise LmcError(f"{self.path} has no {_SINGLE} and no {_INDEX}")
 
     def _read_json(self, file: Path) -> dict[str, Any]:
         if not file.exists():

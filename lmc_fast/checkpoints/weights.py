@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,11 @@ import torch
 from torch import Tensor
 
 from ..architectures import FAMILIES, Family, Spec
-from ..architectures.family import Entry
 from ..architectures.layouts import OfExpert, Plain
 from ..errors import LmcError
+from .coverage import cover
 from .lazy import TABLES, LazyBlocks, Slots, Table
 from .reader import Checkpoint
-from .writer import Stored, write_checkpoint
 
 
 @dataclass
@@ -108,8 +106,8 @@ class Model:
 
     def __init__(self, path: str | Path):
         self.checkpoint = Checkpoint(path)
-        self.family, self.spec = read_spec(self.checkpoint)
-        self._disk_name = self._check_coverage()
+        self.family, self.config = read_config(self.checkpoint)
+        self.coverage, self.spec = cover(self.checkpoint, self.family, self.family.spec(self.config))
 
     @property
     def path(self) -> Path:
@@ -117,8 +115,22 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that most of the checkpoint is stored in: that of its embedding table."""
-        return self.checkpoint.dtype(self._disk_name[self.family.ends[0].name])
+        """The dtype that most of the checkpoint's numbers are stored in."""
+        sizes: dict[torch.dtype, int] = {}
+        for name in self.coverage.own.values():
+            dtype = self.checkpoint.dtype(name)
+            sizes[dtype] = sizes.get(dtype, 0) + math.prod(self.checkpoint.shape(name))
+        return max(sizes, key=sizes.__getitem__)
+
+    @property
+    def coarsest_dtype(self) -> torch.dtype:
+        """The dtype of its tensors that rounds most."""
+        return max({self.checkpoint.dtype(n) for n in self.coverage.own.values()}, key=lambda d: torch.finfo(d).eps)
+
+    @property
+    def loading_dtype(self) -> torch.dtype:
+        """The dtype that transformers loads it in: config.json's, else that of the first tensor."""
+        return getattr(self.config, "dtype", None) or self.checkpoint.dtype(self.checkpoint.names[0])
 
     def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Weights:
         """All weights in normal form. A tied head is materialised, and the result's spec says untied."""
@@ -141,17 +153,17 @@ class Model:
         return Weights(replace(self.spec, tied=False), self._load(None, dtype, device), blocks, tables)
 
     def _table(self, slot: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str) -> Table:
-        stored = "embed" if slot == "head" and self.spec.tied else slot
-        name = next(e.name for e in self.family.ends if e.slots == (stored,) and isinstance(e.layout, Plain))
-        disk = self._disk_name[name]
+        name = next(e.name for e in self.family.ends if e.slots == (slot,) and isinstance(e.layout, Plain))
+        disk = self.coverage.names[name]
         return Table(shape, lambda a, b: self.checkpoint.read_rows(disk, a, b).to(device=device, dtype=dtype))
 
     def _load(self, block: int | None, dtype: torch.dtype, device: torch.device | str) -> Slots:
         slots: Slots = {}
         experts: dict[str, list[Tensor]] = {}
-        for name, entry, index in self.family.entries(self.spec, self.spec.tied):
-            if index == block and name in self._disk_name and entry.slots[0] not in TABLES:
-                tensor = self.checkpoint.read(self._disk_name[name]).to(device=device, dtype=dtype)
+        names = self.coverage.names
+        for name, entry, index in self.family.entries(replace(self.spec, tied=False)):
+            if index == block and name in names and entry.slots[0] not in TABLES:
+                tensor = self.checkpoint.read(names[name]).to(device=device, dtype=dtype)
                 if isinstance(entry.layout, OfExpert):
                     experts.setdefault(entry.slots[0], []).append(tensor)
                 else:
@@ -159,41 +171,12 @@ class Model:
         slots |= {slot: torch.stack(experts.pop(slot)) for slot in list(experts)}
         return _each(slots, Tensor.contiguous)
 
-    def _check_coverage(self) -> dict[str, str]:
-        """Table name -> name on disk. Every expected tensor is there with its shape, and no other."""
-        left = set(self.checkpoint.names)
-        prefix = self.family.prefix
-        bare = not any(name.startswith(prefix) for name in left)
-        found = {}
-        for name, entry, _ in self.family.entries(self.spec, self.spec.tied):
-            disk = name.removeprefix(prefix) if bare else name
-            for now, before in self.family.older_names:
-                if disk not in left:
-                    disk = disk.replace(now, before)
-            if disk not in left and entry.optional:
-                continue
-            if disk not in left:
-                raise LmcError(f"{self.path}: tensor {disk} is missing; the {self.family.name} architecture needs it")
-            shape, expected = self.checkpoint.shape(disk), entry.shape(self.spec)
-            if shape != expected:
-                raise LmcError(f"{self.path}: tensor {disk} has shape {list(shape)}, config.json says {list(expected)}")
-            self.checkpoint.dtype(disk)
-            left.remove(disk)
-            found[name] = disk
-        known = [re.compile(pattern) for pattern in self.family.buffers]
-        left = {n for n in left if not any(p.search(n) for p in known)}
-        if self.spec.tied:
-            left -= {e.name for e in self.family.ends if e.slots == ("head",)}
-        if left:
-            raise LmcError(
-                f"{self.path}: tensor {min(left)} ({len(left)} in all) is not part of the {self.family.name} "
-                "architecture and would be lost; use a plain language-model checkpoint"
-            )
-        return found
 
+def read_config(checkpoint: Checkpoint) -> tuple[Family, Any]:
+    """The family and its configuration as transformers reads it.
 
-def read_spec(checkpoint: Checkpoint) -> tuple[Family, Spec]:
-    """Raises LmcError for an unknown architecture or a config that transformers refuses."""
+    Raises LmcError for an unknown architecture or a config that transformers refuses.
+    """
     from transformers import AutoConfig
 
     kind = checkpoint.config.get("model_type")
@@ -217,58 +200,4 @@ def read_spec(checkpoint: Checkpoint) -> tuple[Family, Spec]:
     except Exception as error:  # transformers validates with many exception types
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise LmcError(f"{checkpoint.path / 'config.json'} is refused by transformers: {reason}") from error
-    return family, family.spec(config)
-
-
-def export(
-    weights: Weights, like: Model, directory: Path, dtype: torch.dtype | None = None, shard_bytes: int | None = None
-) -> None:
-    """Writes `weights` as a stock checkpoint with the config and tokenizer of `like`; dtype: that of `like`."""
-    dtype = dtype or like.dtype
-    config = dict(like.checkpoint.config)
-    if "tie_word_embeddings" in config or like.spec.tied:
-        config["tie_word_embeddings"] = weights.spec.tied
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    config.pop("_name_or_path", None)
-    options: dict[str, Any] = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
-    write_checkpoint(directory, _stored(weights, like.family, dtype), config, like.path, **options)
-
-
-def _stored(weights: Weights, family: Family, dtype: torch.dtype) -> Iterator[Stored]:
-    """The tensors of a checkpoint, each made from its slots when it is written; one block is held at a time."""
-    spec, held = weights.spec, _Held(weights.blocks)
-
-    def checked(name: str, tensor: Tensor) -> Tensor:
-        tensor = tensor.to("cpu", dtype)
-        if not tensor.isfinite().all():
-            raise LmcError(
-                f"tensor {name} overflows in {str(dtype).removeprefix('torch.')}; export with --dtype float32"
-            )
-        return tensor
-
-    def parts(name: str, entry: Entry, index: int | None) -> Iterator[Tensor]:
-        table = weights.table(entry.slots[0]) if index is None and entry.slots[0] in TABLES else None
-        if table is not None:
-            yield from (checked(name, rows) for _, rows in table.chunks())
-        else:
-            slots = weights.ends if index is None else held.block(index)
-            yield checked(name, entry.layout.join([slots[slot] for slot in entry.slots], spec))
-
-    for name, entry, index in family.entries(spec, spec.tied):
-        if entry.optional and index is None and entry.slots[0] not in weights.ends:
-            continue
-        yield Stored(name, dtype, entry.shape(spec), partial(parts, name, entry, index))
-
-
-class _Held:
-    """The block that was asked for last."""
-
-    def __init__(self, blocks: Sequence[Slots]):
-        self.blocks, self.index, self.slots = blocks, -1, Slots()
-
-    def block(self, index: int) -> Slots:
-        if index != self.index:
-            self.slots = {}  # not two of them while the next one is made
-            self.index, self.slots = index, self.blocks[index]
-        return self.slots
+    return family, config

@@ -23,8 +23,13 @@ from ..errors import LmcError
 from .reader import DTYPE_NAMES
 
 SHARD_BYTES = 5_000_000_000
-_COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "LICENSE*")
-_OWN = ("config.json", "model.safetensors.index.json")
+# What belongs to weights that are new: tokenizers, preprocessors, generation, licence. Not what describes other files
+# (indices, adapters, training logs, model cards) or needs Python files beside it.
+_COMPANIONS = (
+    *("tokenizer*", "vocab*", "merges.txt", "*tokens*.json", "*.model", "*.jinja", "chat_template.json"),
+    *("generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*"),
+)
+_ELSEWHERE = ("_name_or_path", "auto_map", "transformers_weights")  # keys of config.json that point at other files
 
 
 @contextmanager
@@ -152,8 +157,20 @@ def write_checkpoint(
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    config = {key: value for key, value in config.items() if key not in _ELSEWHERE}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for pattern in _COMPANIONS:
-        for companion in companions_from.glob(pattern):
-            if companion.is_file() and companion.name not in _OWN:
-                shutil.copyfile(companion, directory / companion.name)
+    for companion in {file for pattern in _COMPANIONS for file in companions_from.glob(pattern) if file.is_file()}:
+        _copy_companion(companion, directory / companion.name)
+
+
+def _copy_companion(file: Path, target: Path) -> None:
+    """A copy, without an `auto_map`: the Python files that it names are not copied."""
+    if file.suffix == ".json":
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            content = None  # not ours to mend
+        if isinstance(content, dict) and content.pop("auto_map", None):
+            target.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            return
+    shutil.copyfile(file, target)

@@ -63,7 +63,7 @@ def verify(a: str | Path, b: str | Path, tokens: Data | None = None, device: Dev
     if tokens is None:
         tokens = _random_inputs(x, y)
     found = difference(x.open_weights(device=device), y.open_weights(device=device), tokens.to(device))
-    return found, found.kl <= tolerance(x.dtype, y.dtype)
+    return found, found.kl <= tolerance(x.coarsest_dtype, y.coarsest_dtype)
 
 
 def _random_inputs(x: Model, y: Model) -> Data:

@@ -81,6 +81,7 @@ def test_pickles_are_never_loaded(copy):
 @pytest.mark.parametrize("file", ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "weights.bin", ""])
 def test_index_entries_outside_the_directory_are_refused(file, copy):
     directory = copy()
+    (directory / "model.safetensors").unlink()  # it would come first
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": file}}))
     refused(directory, "refused")
 
@@ -88,7 +89,8 @@ def test_index_entries_outside_the_directory_are_refused(file, copy):
 def test_index_that_promises_too_much(copy):
     directory = copy()
     index = directory / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"nothing.weight": "model.safetensors"}}))
+    (directory / "model.safetensors").rename(directory / "one.safetensors")
+    index.write_text(json.dumps({"weight_map": {"nothing.weight": "one.safetensors"}}))
     refused(directory, "nothing.weight")
     index.write_text(json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}}))
     refused(directory, "model-00001-of-00002.safetensors", "missing")

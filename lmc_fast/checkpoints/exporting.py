@@ -1,0 +1,75 @@
+"""Weights in normal form back into a stock checkpoint, tensor by tensor as the original stores them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..architectures import Entry
+from ..errors import LmcError
+from .lazy import TABLES, Slots
+from .weights import Model, Weights
+from .writer import Stored, write_checkpoint
+
+
+def export(
+    weights: Weights, like: Model, directory: Path, dtype: torch.dtype | None = None, shard_bytes: int | None = None
+) -> None:
+    """Writes `weights` as a stock checkpoint with the config, tensor names, buffers and tokenizer of `like`.
+
+    dtype: of all tensors; by default each keeps the one that `like` stores it in. Raises LmcError where that overflows.
+    """
+    config = dict(like.checkpoint.config)
+    if "tie_word_embeddings" in config or getattr(like.config, "tie_word_embeddings", False):
+        config["tie_word_embeddings"] = weights.spec.tied
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype or like.loading_dtype).removeprefix("torch.")
+    options: dict[str, Any] = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
+    write_checkpoint(directory, _stored(weights, like, dtype), config, like.path, **options)
+
+
+def _stored(weights: Weights, like: Model, dtype: torch.dtype | None) -> Iterator[Stored]:
+    """The tensors of a checkpoint, each made from its slots when it is written; one block is held at a time."""
+    spec, held, names, checkpoint = weights.spec, _Held(weights.blocks), like.coverage, like.checkpoint
+
+    def parts(disk: str, entry: Entry, index: int | None, wanted: torch.dtype) -> Iterator[Tensor]:
+        table = weights.table(entry.slots[0]) if index is None and entry.slots[0] in TABLES else None
+        if table is not None:
+            yield from (_checked(disk, rows, wanted) for _, rows in table.chunks())
+        else:
+            slots = weights.ends if index is None else held.block(index)
+            yield _checked(disk, entry.layout.join([slots[slot] for slot in entry.slots], spec), wanted)
+
+    for name, entry, index in like.family.entries(spec, spec.tied):
+        if entry.optional and index is None and entry.slots[0] not in weights.ends:
+            continue
+        wanted = dtype or checkpoint.dtype(names.names[name])
+        disk = names.own.get(name, name)
+        yield Stored(disk, wanted, entry.shape(spec), partial(parts, disk, entry, index, wanted))
+    for name in names.buffers:
+        yield Stored(name, checkpoint.stored_dtype(name), checkpoint.shape(name), partial(checkpoint.read_runs, name))
+
+
+def _checked(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    tensor = tensor.to("cpu", dtype)
+    if not tensor.isfinite().all():
+        raise LmcError(f"tensor {name} overflows in {str(dtype).removeprefix('torch.')}; export with --dtype float32")
+    return tensor
+
+
+class _Held:
+    """The block that was asked for last."""
+
+    def __init__(self, blocks: Sequence[Slots]):
+        self.blocks, self.index, self.slots = blocks, -1, Slots()
+
+    def block(self, index: int) -> Slots:
+        if index != self.index:
+            self.slots = {}  # not two of them while the next one is made
+            self.index, self.slots = index, self.blocks[index]
+        return self.slots

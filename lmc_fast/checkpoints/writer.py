@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import LmcError
-from .reader import DTYPE_NAMES
+from .tensor_file import DTYPE_NAMES
 
 SHARD_BYTES = 5_000_000_000
 # What belongs to weights that are new: tokenizers, preprocessors, generation, licence. Not what describes other files

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.lazy import Slots, Table, row_runs
-from ..checkpoints.reader import TensorFile
+from ..checkpoints.tensor_file import TensorFile
 from ..checkpoints.weights import Weights
 from ..checkpoints.writer import Stored, disk_errors, write_file
 from ..engine.layerwise import Walk

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..checkpoints.reader import TensorFile
+from ..checkpoints.tensor_file import TensorFile
 from ..checkpoints.writer import disk_errors, save_tensor_file
 from ..errors import LmcError
 from .transform import BlockTransform, Transform

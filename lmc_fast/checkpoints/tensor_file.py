@@ -1,0 +1,119 @@
+"""One safetensors file: names, kinds and shapes from its header, tensors and rows of them when they are asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from io import FileIO
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import LmcError
+
+FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+OTHERS = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in (FLOATS | OTHERS).items()}  # as the format calls them
+_LFS = b"version https://git-lfs"
+_CHECKED = 1 << 20  # elements that are looked at together for NaN
+
+
+def read_elements(handle: FileIO, offset: int, count: int, dtype: torch.dtype) -> Tensor:
+    """`count` numbers (count,) from byte `offset` of a file on. Raises LmcError where the file ends before."""
+    flat = torch.empty(count, dtype=dtype)
+    buffer, done = flat.view(torch.uint8).numpy().data, 0
+    try:
+        while done < len(buffer):  # one call reads 2 GiB at most
+            got = os.preadv(handle.fileno(), [buffer[done:]], offset + done)
+            if not got:
+                raise OSError("the file has become shorter")
+            done += got
+    except OSError as error:
+        raise LmcError(f"{handle.name} is corrupt ({error}); download it again") from error
+    return flat
+
+
+def require_weights(file: Path) -> None:
+    """Raises LmcError where there is no file, or what git leaves in place of a large one."""
+    if not file.is_file():
+        raise LmcError(f"{file} is missing; download the checkpoint again")
+    with FileIO(file) as handle:
+        if handle.read(len(_LFS)) == _LFS:
+            raise LmcError(f"{file} is a pointer of Git LFS, not the weights; run git lfs pull there")
+
+
+def require_finite(file: Path, name: str, tensor: Tensor) -> None:
+    """Raises LmcError where a contiguous tensor of floats holds NaN or infinity."""
+    flat = tensor.view(-1)
+    if tensor.is_floating_point() and not all(part.isfinite().all() for part in flat.split(_CHECKED)):
+        raise LmcError(f"{file}: tensor {name} holds NaN or infinity")
+
+
+class TensorFile:
+    """An open safetensors file. What is read is a copy: nothing of the file stays mapped.
+
+    Raises LmcError for a missing, corrupt or truncated file.
+    """
+
+    def __init__(self, file: Path):
+        self.file = file
+        require_weights(file)
+        try:
+            with safe_open(file, framework="pt"):  # checks offsets, sizes and the file's length
+                self._handle = FileIO(file)
+        except (SafetensorError, OSError) as error:
+            raise LmcError(f"{file} is corrupt or truncated ({error}); download it again") from error
+        # the format: length of the header (8 bytes, little-endian), header in JSON, bytes of the tensors
+        length = int.from_bytes(self._handle.read(8), "little")
+        header = json.loads(self._handle.read(length))
+        self._entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        self._first = 8 + length
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def kind(self, name: str) -> str:
+        """The dtype as the format calls it."""
+        return self._entries[name]["dtype"]
+
+    def dtype(self, name: str) -> torch.dtype:
+        kind = self.kind(name)
+        if kind not in FLOATS | OTHERS:
+            raise LmcError(f"{self.file}: tensor {name} is {kind}, which is not read; use the original checkpoint")
+        return (FLOATS | OTHERS)[kind]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._entries[name]["shape"])
+
+    def read(self, name: str) -> Tensor:
+        """Raises LmcError for NaN or infinity, a dtype that torch does not have, or a file that became shorter."""
+        return self._read(name, self.shape(name), 0)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the first dimension."""
+        rows, *rest = self.shape(name)
+        if not 0 <= start <= stop <= rows:
+            raise IndexError(f"rows {start} to {stop} of {name}, which has {rows}")
+        return self._read(name, (stop - start, *rest), start * math.prod(rest))
+
+    def _read(self, name: str, shape: tuple[int, ...], skipped: int) -> Tensor:
+        """`shape` elements of a tensor, from its element number `skipped` on."""
+        dtype = self.dtype(name)
+        offset = self._first + self._entries[name]["data_offsets"][0] + skipped * dtype.itemsize
+        tensor = read_elements(self._handle, offset, math.prod(shape), dtype).view(shape)
+        require_finite(self.file, name, tensor)
+        return tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checkpoints import Weights
+from ..checkpoints.lazy import CHUNK_ELEMENTS
 from ..engine.head import capped
 from ..engine.layerwise import head_inputs
 from ..engine.model import answers
@@ -20,7 +21,9 @@ from ..examples import Data
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-8, torch.float16: 1e-4, torch.bfloat16: 1e-2}
 
 
-ROWS = 2048  # predictions that are compared together: with a run of the vocabulary, 32 MiB of logits at width 2048
+ROWS = 2048  # predictions that are compared together
+ELEMENTS = 1 << 20  # of a run of logits of one model: 8 MiB in float64, whatever the width and the vocabulary
+HELD = 6  # tensors of a run's size, generously: logits in their own dtype and wide, of both, their gap, a share
 
 
 @dataclass(frozen=True)
@@ -37,32 +40,63 @@ class Difference:
 
 
 @torch.no_grad()
-def difference(a: Weights, b: Weights, data: Data, batch: int = 8) -> Difference:
+def difference(
+    a: Weights, b: Weights, data: Data, batch: int = 8, *, rows: int | None = None, logits: int = ELEMENTS
+) -> Difference:
     """Compares log-probabilities (not logits: alignment may shift all logits of a token alike) on tokens or examples.
 
     Towers have features and no loss: there `kl` is the mean squared difference relative to the mean square.
     Of lazy weights one block is in memory at a time; logits never are for all tokens and the whole vocabulary.
+    batch: inputs that go through a block together; rows: inputs whose streams are held, by default all, at the price of
+    one pass over both models each; logits: how many of one model are held.
     """
-    x, y = (head_inputs(w, data, batch) for w in (a, b))
+    some = data.split(max(batch, rows or len(data)))
     if a.spec.task == "features":
-        p, q = (torch.cat([part for _, part in _logits(w, rows)], 1) for w, rows in ((a, x), (b, y)))
-        kl = ((p - q).square().mean() / p.square().mean()).item()
-        return Difference((p - q).abs().max().item(), kl, 0.0, 0.0)
-    right = torch.cat([answers(part) for part in data.split(batch)])
-    found = [_compare(a, b, *part) for part in zip(*(t.split(ROWS) for t in (x, y, right)), strict=True)]
+        return _features(zip(*(_outputs(w, some, batch) for w in (a, b)), strict=True))
+    found = []
+    for part in some:
+        x, y = (head_inputs(w, part, batch) for w in (a, b))
+        right = torch.cat([answers(inputs) for inputs in part.split(batch)])
+        for p, q, answer in zip(*(t.split(ROWS) for t in (x, y, right)), strict=True):
+            found.append(compared(_runs(a, b, p, q, logits), answer))
     worst, *sums = (torch.cat(parts) for parts in zip(*found, strict=True))
     return Difference(worst.max().item(), *(t.mean().item() for t in sums))
 
 
-def _compare(a: Weights, b: Weights, x: Tensor, y: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(largest |Δ log-probability|, KL, loss of a, loss of b) for each of n rows of head inputs, float64.
+def _outputs(w: Weights, parts: Sequence[Data], batch: int) -> Iterator[Tensor]:
+    """The features of a tower, part by part of the data, in float64."""
+    for part in parts:
+        read = head_inputs(w, part, batch)
+        yield torch.cat([out for _, out in _logits(w, read, max(1, ELEMENTS // len(read)))], 1)
 
-    In one pass over the vocabulary, of which log-sum-exps, Σ exp(p)(p - q) and extremes of p - q are kept.
+
+def _features(pairs: Iterable[tuple[Tensor, Tensor]]) -> Difference:
+    worst = apart = size = 0.0
+    for p, q in pairs:
+        worst = max(worst, (p - q).abs().max().item())
+        apart += (p - q).square().sum().item()
+        size += p.square().sum().item()
+    return Difference(worst, apart / size, 0.0, 0.0)
+
+
+def _runs(a: Weights, b: Weights, x: Tensor, y: Tensor, elements: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """What `compared` wants, of rows that both heads read."""
+    columns = max(1, elements // len(x))
+    for (start, p), (_, q) in zip(_logits(a, x, columns), _logits(b, y, columns), strict=True):
+        yield start, p, q
+
+
+def compared(runs: Iterable[tuple[int, Tensor, Tensor]], right: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(largest |Δ log-probability|, KL, loss of a, loss of b) of each of n predictions, float64.
+
+    runs: (first column, logits of a, logits of b), both (n, columns) float64, which together are the vocabulary, read
+    in one pass; right (n,): the answers. Log-sum-exps, Σ exp(p)(p - q) and extremes of p - q are all that is kept.
     """
-    left, other = _LogSumExp(len(x), x.device), _LogSumExp(len(x), x.device)
-    low = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
-    high, at = -low, torch.empty(2, len(x), dtype=torch.float64, device=x.device)
-    for (start, p), (_, q) in zip(_logits(a, x), _logits(b, y), strict=True):
+    count, device = len(right), right.device
+    left, other = _LogSumExp(count, device), _LogSumExp(count, device)
+    low = torch.full((count,), torch.inf, dtype=torch.float64, device=device)
+    high, at = -low, torch.empty(2, count, dtype=torch.float64, device=device)
+    for start, p, q in runs:
         gap = p - q
         low, high = torch.minimum(low, gap.amin(1)), torch.maximum(high, gap.amax(1))
         here = (right >= start) & (right < start + p.shape[1])
@@ -99,11 +133,11 @@ class _LogSumExp:
         return self.weighted / self.total
 
 
-def _logits(w: Weights, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(first column, logits in float64) of runs of the vocabulary."""
+def _logits(w: Weights, rows: Tensor, columns: int) -> Iterator[tuple[int, Tensor]]:
+    """(first column, logits in float64) of runs of the vocabulary, of `columns` at most."""
     head, bias = w.table("head"), w.ends.get("head_bias")
     assert head is not None
-    for start, weight in head.chunks():
+    for start, weight in head.chunks(min(columns, max(1, CHUNK_ELEMENTS // head.shape[1]))):
         part = F.linear(rows, weight, None if bias is None else bias[start : start + len(weight)])
         yield start, capped(part, w.spec.head_softcap).double()
 

@@ -6,6 +6,7 @@ import zoo
 from elements import KNOWN, random_element
 
 from lmc_fast.checkpoints import LazyBlocks, Model, lazy
+from lmc_fast.evaluation import difference
 from lmc_fast.examples import Examples
 from lmc_fast.matching import closed_form, stream
 from lmc_fast.matching.activations import gather_statistics
@@ -92,3 +93,12 @@ def test_rounds_are_limited(checkpoint_of, monkeypatch):
     monkeypatch.setattr(closed_form, "_match_block", lambda *args: seen.append(1) or real(*args))
     match(a, b, Evidence(1, 0), rounds=1)
     assert len(seen) == a.spec.layers
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.ZOO if name.startswith("clip")])
+def test_features_are_compared_in_parts(name, checkpoint_of, expected_of):
+    a, b = (Model(checkpoint_of(name, seed)).open_weights(torch.float64) for seed in (1, 2))
+    found = difference(a, b, data_of(name), batch=1, rows=2)
+    p, q = (expected_of(name, seed) for seed in (1, 2))
+    assert found.max_log_probability == pytest.approx((p - q).abs().max().item(), rel=1e-9)
+    assert found.kl == pytest.approx(((p - q).square().mean() / p.square().mean()).item(), rel=1e-9)

@@ -80,11 +80,12 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def groups(spec: Spec) -> dict[str, str]:
     """The legal groups in a few words."""
     what = {group.name: group.what.replace(" per key/value group", "") for group in legal_groups(spec) if group.legal}
-    heads = [f"{spec.kv_heads} groups" if spec.queries_per_group > 1 else f"{spec.heads} heads"]
-    heads += [f"{spec.queries_per_group} queries in each"] if "queries" in what else []
-    parts = [f"{spec.ffn_width} units"] if "FFN units" in what else []
+    att, experts = spec.attention, spec.ffn.experts
+    heads = [f"{att.kv_heads} groups" if att.queries_per_group > 1 else f"{att.heads} heads"]
+    heads += [f"{att.queries_per_group} queries in each"] if "queries" in what else []
+    parts = [f"{spec.ffn.width} units"] if "FFN units" in what else []
     parts += [what["FFN scales"].split(" factor")[0] + " scale"] if "FFN scales" in what else []
-    parts += [f"{spec.experts} experts, each {spec.expert_width} units, any non-zero scale"] if spec.experts else []
+    parts += [f"{experts.count} experts, each {experts.width} units, any non-zero scale"] if experts.count else []
     return {
         "residual": what["residual rotation"],
         "heads": "permute " + ", ".join(heads) if "heads" in what else "none (ALiBi)",

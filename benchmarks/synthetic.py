@@ -88,10 +88,10 @@ class Planted:
         generator = torch.Generator().manual_seed(self.seed + i)
         maps = self.chart.block(i)
         planted = BlockTransform(
-            heads=torch.randperm(self.spec.kv_heads, generator=generator),
+            heads=torch.randperm(self.spec.attention.kv_heads, generator=generator),
             vo=maps.vo,
             qk=maps.qk,
-            units=torch.randperm(self.spec.ffn_width, generator=generator),
+            units=torch.randperm(self.spec.ffn.width, generator=generator),
         )
         return self._noisy(i, apply_block(self.spec, self.rotation, planted, slots))
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-from .architectures import Spec
+from .architectures import Spec, flat_fields
 from .checkpoints import Model
 from .errors import LmcError
 
@@ -37,12 +37,13 @@ def mismatch(pair: Pair) -> str | None:
     x, y = pair.a.spec, pair.b.spec
     if x.family != y.family:
         return f"their architectures differ ({x.family} and {y.family})"
-    for f in fields(Spec):
-        left, right = getattr(x, f.name), getattr(y, f.name)
-        if f.name not in ("max_positions", "tied") and left != right:
-            if f.name in ("inv_freq", "local_inv_freq"):
+    theirs = flat_fields(y)
+    for name, left in flat_fields(x).items():
+        right = theirs[name]
+        if name not in ("max_positions", "tied") and left != right:
+            if name in ("inv_freq", "local_inv_freq"):
                 return "their rope settings differ"
-            return f"{f.name} differs ({_show(left)} and {_show(right)})"
+            return f"{name} differs ({_show(left)} and {_show(right)})"
     if x.position_table and x.max_positions != y.max_positions:
         return f"max_positions differs ({x.max_positions} and {y.max_positions})"
     left, right = _vocabulary(pair.a.path), _vocabulary(pair.b.path)

@@ -9,10 +9,16 @@ from .spec import (
     BLOCK_WRITERS,
     END_ROWS,
     END_WRITERS,
+    FFN,
     FFN_READERS,
     POST_NORMS,
+    Attention,
+    Experts,
     ImageInput,
+    Norms,
+    Rope,
     Spec,
+    flat_fields,
 )
 
 _TABLES = (falcon, gemma, gptj, llama, moe, olmo, opt, phi, stablelm, text, vision)
@@ -29,10 +35,16 @@ __all__ = [
     "END_ROWS",
     "END_WRITERS",
     "FAMILIES",
+    "FFN",
     "FFN_READERS",
     "POST_NORMS",
+    "Attention",
     "Entry",
+    "Experts",
     "Family",
     "ImageInput",
+    "Norms",
+    "Rope",
     "Spec",
+    "flat_fields",
 ]

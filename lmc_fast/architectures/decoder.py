@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -9,38 +10,31 @@ from ..errors import LmcError
 from .family import Entry, linear
 from .layouts import Layout, Plain
 from .rope import inverse_frequencies
-from .spec import Spec
+from .spec import FFN, Attention, Norms, Rope, Spec
 
 LAYER = "model.layers.{i}."
 ROPE_BUFFERS = (r"rotary_emb\.inv_freq$",)
 
 
 def decoder_spec(config: Any, **features: Any) -> Spec:
-    """The spec of a Llama-like config; `features` are fields of Spec that the family sets otherwise."""
+    """The spec of a Llama-like config; `features` are what the family sets otherwise (Spec.changed)."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if "inv_freq" not in features:
-        inv_freq, scaling = inverse_frequencies(config, head_dim)
-        features |= {"inv_freq": inv_freq, "rope_scaling": scaling}
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    fields: dict[str, Any] = {
-        "family": config.model_type,
-        "layers": config.num_hidden_layers,
-        "width": config.hidden_size,
-        "vocab": config.vocab_size,
-        "heads": config.num_attention_heads,
-        "kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "ffn_width": config.intermediate_size,
-        "max_positions": config.max_position_embeddings,
-        "norm": "rmsnorm",
-        "norm_eps": getattr(config, "rms_norm_eps", None),
-        "activation": getattr(config, "hidden_act", None),
-        "gated": True,
-        "parallel": False,
-        "tied": config.tie_word_embeddings,
-        "biases": frozenset("qkvo") if getattr(config, "attention_bias", False) else frozenset(),
-    }
-    return Spec(**(fields | features))
+    base = Spec(
+        family=config.model_type,
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        vocab=config.vocab_size,
+        attention=Attention(heads=config.num_attention_heads, kv_heads=kv_heads, head_dim=head_dim),
+        ffn=FFN(width=config.intermediate_size, activation=getattr(config, "hidden_act", ""), gated=True),
+        max_positions=config.max_position_embeddings,
+        norms=Norms(kind="rmsnorm", eps=getattr(config, "rms_norm_eps", math.nan)),  # nan: the family sets it
+        tied=config.tie_word_embeddings,
+        biases=frozenset("qkvo") if getattr(config, "attention_bias", False) else frozenset(),
+    )
+    if "rope" not in features:
+        features["rope"] = Rope(*inverse_frequencies(config, head_dim))
+    return base.changed(**features)
 
 
 def windows(config: Any) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from ..errors import LmcError
 from .family import Entry, Family
 from .layouts import InterleavedGroups, Plain
 from .rope import inverse_frequencies
-from .spec import Spec
+from .spec import FFN, Attention, Norms, Rope, Spec
 
 _LINEAR = frozenset({"q", "k", "v", "o", "up", "down"})
 
@@ -21,30 +21,25 @@ def _falcon(config: Any) -> Spec:
     norms = config.num_ln_in_parallel_attn or (2 if new else 1)
     if new and not config.parallel_attn:
         raise LmcError("Falcon with new_decoder_architecture and without parallel_attn is not supported")
-    features: dict[str, Any] = {}
-    if config.alibi:
-        features |= {"alibi": head_dim**-0.5, "alibi_rounded": True}
-    else:
-        features["inv_freq"], features["rope_scaling"] = inverse_frequencies(config, head_dim)
     return Spec(
         family="falcon",
         layers=config.num_hidden_layers,
         width=config.hidden_size,
         vocab=config.vocab_size,
-        heads=config.num_attention_heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        ffn_width=config.ffn_hidden_size,
+        attention=Attention(
+            heads=config.num_attention_heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            alibi=head_dim**-0.5 if config.alibi else 0.0,
+            alibi_rounded=bool(config.alibi),
+        ),
+        ffn=FFN(width=config.ffn_hidden_size, activation=config.activation),
         max_positions=config.max_position_embeddings,
-        norm="layernorm",
-        norm_eps=config.layer_norm_epsilon,
-        activation=config.activation,
-        gated=False,
+        norms=Norms(kind="layernorm", eps=config.layer_norm_epsilon, shared=config.parallel_attn and norms == 1),
         parallel=config.parallel_attn,
-        shared_norm=config.parallel_attn and norms == 1,
         tied=config.tie_word_embeddings,
         biases=_LINEAR if config.bias else frozenset(),
-        **features,
+        rope=Rope() if config.alibi else Rope(*inverse_frequencies(config, head_dim)),
     )
 
 
@@ -56,25 +51,19 @@ def _bloom(config: Any) -> Spec:
         layers=config.n_layer,
         width=config.hidden_size,
         vocab=config.vocab_size,
-        heads=config.n_head,
-        kv_heads=config.n_head,
-        head_dim=config.hidden_size // config.n_head,
-        ffn_width=4 * config.hidden_size,
+        attention=Attention(
+            heads=config.n_head, kv_heads=config.n_head, head_dim=config.hidden_size // config.n_head, alibi=1.0
+        ),
+        ffn=FFN(width=4 * config.hidden_size, activation="bloom_gelu"),
         max_positions=getattr(config, "seq_length", None) or 2048,
-        norm="layernorm",
-        norm_eps=config.layer_norm_epsilon,
-        activation="bloom_gelu",
-        gated=False,
-        parallel=False,
+        norms=Norms(kind="layernorm", eps=config.layer_norm_epsilon, embedded=True),
         tied=config.tie_word_embeddings,
         biases=_LINEAR,
-        alibi=1.0,
-        embed_norm=True,
     )
 
 
 def _two_norms(spec: Spec) -> bool:
-    return spec.parallel and not spec.shared_norm
+    return spec.parallel and not spec.norms.shared
 
 
 def _one_name(spec: Spec) -> bool:

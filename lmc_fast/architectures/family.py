@@ -63,7 +63,7 @@ class Family:
                 if not e.present(spec):
                     continue
                 if "{j}" in e.name:
-                    experts = (replace(e, layout=OfExpert(j)) for j in range(spec.experts))
+                    experts = (replace(e, layout=OfExpert(j)) for j in range(spec.ffn.experts.count))
                     rows += [(x.name.format(i=i, j=j), x, i) for j, x in enumerate(experts)]
                 else:
                     rows.append((e.name.format(i=i), e, i))

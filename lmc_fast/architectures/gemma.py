@@ -20,7 +20,7 @@ from .decoder import (
 from .family import Family
 from .layouts import LessOne
 from .rope import inverse_frequencies
-from .spec import Spec
+from .spec import Rope, Spec
 
 
 def _gemma(config: Any, **features: Any) -> Spec:
@@ -29,17 +29,21 @@ def _gemma(config: Any, **features: Any) -> Spec:
             f"{config.model_type} with use_bidirectional_attention is not supported; use a causal checkpoint"
         )
     act = getattr(config, "hidden_activation", None) or config.hidden_act
-    return decoder_spec(config, embed_scale=config.hidden_size**0.5, activation=act, **features)
+    return decoder_spec(config, embed_scale=config.hidden_size**0.5, ffn={"activation": act}, **features)
 
 
-def _gemma2(config: Any, **features: Any) -> Spec:
+def _gemma2(config: Any, qk_norm: str = "", **features: Any) -> Spec:
+    attention = {
+        "logit_scale": config.query_pre_attn_scalar**-0.5,
+        "softcap": config.attn_logit_softcapping or 0.0,
+        "windows": windows(config),
+        "qk_norm": qk_norm,
+    }
     return _gemma(
         config,
-        placement="sandwich",
-        logit_scale=config.query_pre_attn_scalar**-0.5,
-        attn_softcap=config.attn_logit_softcapping or 0.0,
+        attention=attention,
+        norms={"placement": "sandwich"},
         head_softcap=config.final_logit_softcapping or 0.0,
-        windows=windows(config),
         **features,
     )
 
@@ -55,7 +59,7 @@ def _gemma3(config: Any) -> Spec:
     )
     if local_scaling != 1.0:
         raise LmcError("a scaled RoPE in sliding-window layers is not supported; use a checkpoint without it")
-    return _gemma2(config, qk_norm="head", inv_freq=inv_freq, rope_scaling=scaling, local_inv_freq=local)
+    return _gemma2(config, qk_norm="head", rope=Rope(inv_freq, scaling, local))
 
 
 _SANDWICH = {

@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import LmcError
 from .family import Entry, Family
 from .layouts import Conv1D
-from .spec import Spec
+from .spec import FFN, Attention, Norms, Spec
 
 
 def _spec(config: Any) -> Spec:
@@ -21,16 +21,10 @@ def _spec(config: Any) -> Spec:
         layers=config.n_layer,
         width=config.n_embd,
         vocab=config.vocab_size,
-        heads=config.n_head,
-        kv_heads=config.n_head,
-        head_dim=config.n_embd // config.n_head,
-        ffn_width=config.n_inner or 4 * config.n_embd,
+        attention=Attention(heads=config.n_head, kv_heads=config.n_head, head_dim=config.n_embd // config.n_head),
+        ffn=FFN(width=config.n_inner or 4 * config.n_embd, activation=config.activation_function),
         max_positions=config.n_positions,
-        norm="layernorm",
-        norm_eps=config.layer_norm_epsilon,
-        activation=config.activation_function,
-        gated=False,
-        parallel=False,
+        norms=Norms(kind="layernorm", eps=config.layer_norm_epsilon),
         tied=config.tie_word_embeddings,
         biases=frozenset({"q", "k", "v", "o", "up", "down"}),
         position_table=True,

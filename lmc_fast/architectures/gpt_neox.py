@@ -7,7 +7,7 @@ from typing import Any
 from .family import Entry, Family
 from .layouts import InterleavedHeads
 from .rope import inverse_frequencies
-from .spec import Spec
+from .spec import FFN, Attention, Norms, Rope, Spec
 
 
 def _spec(config: Any) -> Spec:
@@ -19,20 +19,14 @@ def _spec(config: Any) -> Spec:
         layers=config.num_hidden_layers,
         width=config.hidden_size,
         vocab=config.vocab_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_attention_heads,
-        head_dim=head_dim,
-        ffn_width=config.intermediate_size,
+        attention=Attention(heads=config.num_attention_heads, kv_heads=config.num_attention_heads, head_dim=head_dim),
+        ffn=FFN(width=config.intermediate_size, activation=config.hidden_act),
         max_positions=config.max_position_embeddings,
-        norm="layernorm",
-        norm_eps=config.layer_norm_eps,
-        activation=config.hidden_act,
-        gated=False,
+        norms=Norms(kind="layernorm", eps=config.layer_norm_eps),
         parallel=config.use_parallel_residual,
         tied=config.tie_word_embeddings,
         biases=frozenset(attention | {"up", "down"}),
-        inv_freq=inv_freq,
-        rope_scaling=scaling,
+        rope=Rope(inv_freq=inv_freq, scaling=scaling),
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from .family import Entry, Family, linear
 from .layouts import InterleavedPairs
 from .rope import default_frequencies
-from .spec import Spec
+from .spec import FFN, Attention, Norms, Rope, Spec
 
 
 def _spec(config: Any) -> Spec:
@@ -17,20 +17,14 @@ def _spec(config: Any) -> Spec:
         layers=config.n_layer,
         width=config.n_embd,
         vocab=config.vocab_size,
-        heads=config.n_head,
-        kv_heads=config.n_head,
-        head_dim=head_dim,
-        ffn_width=config.n_inner or 4 * config.n_embd,
+        attention=Attention(heads=config.n_head, kv_heads=config.n_head, head_dim=head_dim),
+        ffn=FFN(width=config.n_inner or 4 * config.n_embd, activation=config.activation_function),
         max_positions=config.n_positions,
-        norm="layernorm",
-        norm_eps=config.layer_norm_epsilon,
-        activation=config.activation_function,
-        gated=False,
+        norms=Norms(kind="layernorm", eps=config.layer_norm_epsilon, shared=True),
         parallel=True,
-        shared_norm=True,
         tied=config.tie_word_embeddings,
         biases=frozenset({"up", "down", "head"}),
-        inv_freq=default_frequencies(config.rotary_dim or head_dim, 10000.0),
+        rope=Rope(inv_freq=default_frequencies(config.rotary_dim or head_dim, 10000.0)),
     )
 
 

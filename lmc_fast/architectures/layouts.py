@@ -47,23 +47,26 @@ class InterleavedHeads:
     """q, k and v of head 0, then of head 1, ...: rows (head, [q, k, v], head_dim), as in GPT-NeoX and BLOOM."""
 
     def split(self, tensor: Tensor, spec: Spec) -> Sequence[Tensor]:
-        rows = tensor.unflatten(0, (spec.heads, 3, spec.head_dim))
+        att = spec.attention
+        rows = tensor.unflatten(0, (att.heads, 3, att.head_dim))
         return tuple(rows[:, i].flatten(0, 1) for i in range(3))
 
     def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor:
-        return torch.stack([p.unflatten(0, (spec.heads, spec.head_dim)) for p in parts], dim=1).flatten(0, 2)
+        att = spec.attention
+        return torch.stack([p.unflatten(0, (att.heads, att.head_dim)) for p in parts], dim=1).flatten(0, 2)
 
 
 class InterleavedGroups:
     """For each key/value group its queries, its key, its value, as in Falcon: rows (G, r + 2, head_dim)."""
 
     def split(self, tensor: Tensor, spec: Spec) -> Sequence[Tensor]:
-        r = spec.queries_per_group
-        rows = tensor.unflatten(0, (spec.kv_heads, r + 2, spec.head_dim))
+        att, r = spec.attention, spec.attention.queries_per_group
+        rows = tensor.unflatten(0, (att.kv_heads, r + 2, att.head_dim))
         return tuple(part.flatten(0, 2) for part in (rows[:, :r], rows[:, r : r + 1], rows[:, r + 1 :]))
 
     def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor:
-        return torch.cat([p.unflatten(0, (spec.kv_heads, -1, spec.head_dim)) for p in parts], dim=1).flatten(0, 2)
+        att = spec.attention
+        return torch.cat([p.unflatten(0, (att.kv_heads, -1, att.head_dim)) for p in parts], dim=1).flatten(0, 2)
 
 
 @dataclass(frozen=True)
@@ -84,13 +87,13 @@ class InterleavedPairs:
     """Rows of a query or key projection whose rotary pairs are neighbours (2i, 2i + 1), as in GPT-J."""
 
     def split(self, tensor: Tensor, spec: Spec) -> Sequence[Tensor]:
-        rows = tensor.unflatten(0, (-1, spec.head_dim))
-        turned, rest = rows[:, : spec.rotary_dim], rows[:, spec.rotary_dim :]
+        rows = tensor.unflatten(0, (-1, spec.attention.head_dim))
+        turned, rest = rows[:, : spec.rope.rotary_dim], rows[:, spec.rope.rotary_dim :]
         return (torch.cat([turned[:, ::2], turned[:, 1::2], rest], dim=1).flatten(0, 1),)
 
     def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor:
-        rows = parts[0].unflatten(0, (-1, spec.head_dim))
-        half = spec.rotary_dim // 2
+        rows = parts[0].unflatten(0, (-1, spec.attention.head_dim))
+        half = spec.rope.rotary_dim // 2
         turned = torch.stack([rows[:, :half], rows[:, half : 2 * half]], dim=2).flatten(1, 2)
         return torch.cat([turned, rows[:, 2 * half :]], dim=1).flatten(0, 1)
 

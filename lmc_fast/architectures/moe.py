@@ -17,37 +17,39 @@ from .decoder import (
     windows,
 )
 from .family import Entry, Family, linear
-from .spec import Spec
+from .spec import Experts, Spec
 
 
 def _mixtral(config: Any) -> Spec:
     return decoder_spec(
         config,
-        ffn_width=0,
-        experts=config.num_local_experts,
-        experts_per_token=config.num_experts_per_tok,
-        expert_width=config.intermediate_size,
-        renormalised=True,
-        windows=windows(config),
-    )
-
-
-def _mixture(config: Any, width: int, **features: Any) -> Spec:
-    return decoder_spec(
-        config,
-        **{
-            "ffn_width": 0,
-            "experts": config.num_experts,
-            "experts_per_token": config.num_experts_per_tok,
-            "expert_width": width,
-            "renormalised": config.norm_topk_prob,
-            **features,
+        ffn={
+            "width": 0,
+            "experts": Experts(
+                count=config.num_local_experts,
+                per_token=config.num_experts_per_tok,
+                width=config.intermediate_size,
+                renormalised=True,
+            ),
         },
+        attention={"windows": windows(config)},
     )
+
+
+def _mixture(config: Any, width: int, *, shared: int = 0, **features: Any) -> Spec:
+    """width: of one expert; shared: of an expert that is always active, behind a switch."""
+    experts = Experts(
+        count=config.num_experts,
+        per_token=config.num_experts_per_tok,
+        width=width,
+        renormalised=config.norm_topk_prob,
+        switched=bool(shared),
+    )
+    return decoder_spec(config, ffn={"width": shared, "experts": experts}, **features)
 
 
 def _olmoe(config: Any) -> Spec:
-    return _mixture(config, config.intermediate_size, qk_norm="full", clip_qkv=config.clip_qkv or 0.0)
+    return _mixture(config, config.intermediate_size, attention={"qk_norm": "full", "clip_qkv": config.clip_qkv or 0.0})
 
 
 def _require_experts_everywhere(config: Any) -> None:
@@ -60,16 +62,15 @@ def _qwen2_moe(config: Any) -> Spec:
     return _mixture(
         config,
         config.moe_intermediate_size,
-        ffn_width=config.shared_expert_intermediate_size,
-        switched=True,
+        shared=config.shared_expert_intermediate_size,
         biases=frozenset("qkv") if config.qkv_bias else frozenset(),
-        windows=windows(config),
+        attention={"windows": windows(config)},
     )
 
 
 def _qwen3_moe(config: Any) -> Spec:
     _require_experts_everywhere(config)
-    return _mixture(config, config.moe_intermediate_size, qk_norm="head", windows=windows(config))
+    return _mixture(config, config.moe_intermediate_size, attention={"qk_norm": "head", "windows": windows(config)})
 
 
 def _experts(home: str, gate: str, up: str, down: str) -> tuple[Entry, ...]:

@@ -10,11 +10,15 @@ from .spec import Spec
 
 
 def _olmo(config: Any) -> Spec:
-    return decoder_spec(config, norm="layernorm", norm_eps=1e-5, parametric=False, clip_qkv=config.clip_qkv or 0.0)
+    return decoder_spec(
+        config,
+        attention={"clip_qkv": config.clip_qkv or 0.0},
+        norms={"kind": "layernorm", "eps": 1e-5, "parametric": False},
+    )
 
 
 def _olmo2(config: Any) -> Spec:
-    return decoder_spec(config, placement="branch", qk_norm="full")
+    return decoder_spec(config, norms={"placement": "branch"}, attention={"qk_norm": "full"})
 
 
 _POST = {"attn_post_norm": "post_attention_layernorm", "ffn_post_norm": "post_feedforward_layernorm"}

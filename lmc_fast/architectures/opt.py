@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import LmcError
 from .family import Entry, Family, linear
-from .spec import Spec
+from .spec import FFN, Attention, Norms, Spec
 
 
 def _spec(config: Any) -> Spec:
@@ -19,21 +19,18 @@ def _spec(config: Any) -> Spec:
         layers=config.num_hidden_layers,
         width=config.hidden_size,
         vocab=config.vocab_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_attention_heads,
-        head_dim=config.hidden_size // config.num_attention_heads,
-        ffn_width=config.ffn_dim,
+        attention=Attention(
+            heads=config.num_attention_heads,
+            kv_heads=config.num_attention_heads,
+            head_dim=config.hidden_size // config.num_attention_heads,
+        ),
+        ffn=FFN(width=config.ffn_dim, activation=config.activation_function),
         max_positions=config.max_position_embeddings,
-        norm="layernorm",
-        norm_eps=1e-5,
-        activation=config.activation_function,
-        gated=False,
-        parallel=False,
+        norms=Norms(kind="layernorm", eps=1e-5, parametric=config.layer_norm_elementwise_affine),
         tied=config.tie_word_embeddings,
         biases=frozenset({"q", "k", "v", "o", "up", "down"}) if config.enable_bias else frozenset(),
         position_table=True,
         position_offset=2,
-        parametric=config.layer_norm_elementwise_affine,
     )
 
 

@@ -16,17 +16,15 @@ def _phi(config: Any) -> Spec:
         raise LmcError("Phi with qk_layernorm=true is not supported; use a checkpoint without it")
     return decoder_spec(
         config,
-        norm="layernorm",
-        norm_eps=config.layer_norm_eps,
-        gated=False,
+        ffn={"gated": False},
+        norms={"kind": "layernorm", "eps": config.layer_norm_eps, "shared": True},
         parallel=True,
-        shared_norm=True,
         biases=frozenset({"q", "k", "v", "o", "up", "down", "head"}),
     )
 
 
 def _phi3(config: Any) -> Spec:
-    return decoder_spec(config, windows=windows(config))
+    return decoder_spec(config, attention={"windows": windows(config)})
 
 
 _PHI = Family(

@@ -13,15 +13,16 @@ ends   embed (V, d) · positions (P, d) · types (t, d) · patch (d, c·p²), pa
        head_transform (d, d), head_transform_bias, head_norm, head_norm_bias (d,)
        pooler (d, d), pooler_bias (d,), relation (2, d), relation_bias (2,)
 
-with d width, H heads, G key/value groups, e head_dim, f ffn_width, V vocab (or classes), P position rows, E experts,
-x expert_width, c channels, p patch size. A mixture's always active expert is the ordinary up, gate and down.
+with d width, H heads, G key/value groups, e head_dim, f units, V vocab (or classes), P position rows, E experts,
+x an expert's width, c channels, p patch size. A mixture's always active expert is the ordinary up, gate and down.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Any
 
 BLOCK_NORMS = ("attn_norm", "ffn_norm")
 POST_NORMS = ("attn_post_norm", "ffn_post_norm")
@@ -47,6 +48,89 @@ class ImageInput:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """Heads, what they see, and what happens to queries, keys and scores."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    causal: bool = True
+    windows: tuple[int, ...] = ()  # per block: how many tokens back it sees, itself included; 0: all; empty: all do
+    qk_norm: str = ""  # RMSNorm on queries and keys: "head" by head with one gain, "full" over all heads together
+    clip_qkv: float = 0.0  # queries, keys and values are clamped to [-c, c]; 0: they are not
+    logit_scale: float = 0.0  # factor on q·k; 0: 1/sqrt(head_dim)
+    softcap: float = 0.0  # c tanh(s/c) on scores; 0: none
+    alibi: float = 0.0  # factor on ALiBi's distance penalty; 0: none
+    alibi_rounded: bool = False  # the penalty is rounded to bfloat16, as Falcon does
+
+    @property
+    def query_width(self) -> int:
+        """Rows of q, all heads together."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Rows of k, and of v."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def queries_per_group(self) -> int:
+        return self.heads // self.kv_heads
+
+    def window(self, block: int) -> int:
+        """How many tokens back a block sees; 0: all."""
+        return self.windows[block] if self.windows else 0
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions."""
+
+    inv_freq: tuple[float, ...] = ()  # one per rotary pair (i, i + rotary_dim/2); empty: no RoPE
+    scaling: float = 1.0  # factor on cos and sin (YaRN's attention factor)
+    local_inv_freq: tuple[float, ...] = ()  # of the blocks with a window, where it differs
+
+    @property
+    def rotary_dim(self) -> int:
+        return 2 * len(self.inv_freq)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: gated FFNs of which a router chooses some for each token."""
+
+    count: int = 0  # 0: no mixture
+    per_token: int = 0
+    width: int = 0  # units of one
+    renormalised: bool = False  # the chosen experts' probabilities are scaled to sum 1
+    switched: bool = False  # up, gate, down are a shared expert with a sigmoid switch
+
+
+@dataclass(frozen=True)
+class FFN:
+    """The feed-forward network of a block."""
+
+    width: int  # 0: only experts
+    activation: str  # a key of engine.ffn.ACTIVATIONS
+    gated: bool = False
+    experts: Experts = field(default_factory=Experts)
+
+
+@dataclass(frozen=True)
+class Norms:
+    """The norms, where they are, and the factors on what a branch adds."""
+
+    kind: str  # "layernorm" or "rmsnorm"
+    eps: float
+    # where they are: "pre" x + f(n(x)) · "branch" x + n(f(x)) · "sandwich" x + n'(f(n(x))) · "post" n(x + f(x))
+    placement: str = "pre"
+    parametric: bool = True  # they have gains (and, LayerNorm, biases)
+    shared: bool = False  # attention and FFN read the same normalised stream
+    embedded: bool = False  # the embedded input is normalised before the first block
+    layer_scale: bool = False  # a factor for each channel of what a branch adds
+
+
+@dataclass(frozen=True)
 class Spec:
     """What a checkpoint computes: everything the engine and the symmetry group need to know."""
 
@@ -54,61 +138,32 @@ class Spec:
     layers: int
     width: int
     vocab: int  # classes of an image classifier, features of a tower
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn_width: int  # 0: only experts
     max_positions: int
-    norm: str  # "layernorm" or "rmsnorm"
-    norm_eps: float
-    activation: str  # a key of engine.ffn.ACTIVATIONS
-    gated: bool
-    parallel: bool  # attention and FFN both read the block's input
-    tied: bool  # the head is the embedding table
+    attention: Attention
+    ffn: FFN
+    norms: Norms
+    rope: Rope = field(default_factory=Rope)
+    parallel: bool = False  # attention and FFN both read the block's input
+    tied: bool = False  # the head is the embedding table
     biases: frozenset[str] = frozenset()  # linear slots that have a bias
     position_table: bool = False
-    inv_freq: tuple[float, ...] = ()  # one per rotary pair (i, i + rotary_dim/2); empty: no RoPE
-    rope_scaling: float = 1.0  # factor on cos and sin (YaRN's attention factor)
-    # where the norms are: "pre" x + f(n(x)) · "branch" x + n(f(x)) · "sandwich" x + n'(f(n(x))) · "post" n(x + f(x))
-    placement: str = "pre"
-    parametric: bool = True  # norms have gains (and, LayerNorm, biases)
-    shared_norm: bool = False  # attention and FFN read the same normalised stream
-    embed_norm: bool = False  # the embedded input is normalised before the first block
-    qk_norm: str = ""  # RMSNorm on queries and keys: "head" by head with one gain, "full" over all heads together
-    clip_qkv: float = 0.0  # queries, keys and values are clamped to [-c, c]; 0: they are not
-    alibi: float = 0.0  # factor on ALiBi's distance penalty; 0: none
-    alibi_rounded: bool = False  # the penalty is rounded to bfloat16, as Falcon does
-    logit_scale: float = 0.0  # factor on q·k; 0: 1/sqrt(head_dim)
-    attn_softcap: float = 0.0  # c tanh(s/c) on attention scores; 0: none
-    head_softcap: float = 0.0  # the same on the model's logits
-    windows: tuple[int, ...] = ()  # per block: how many tokens back it sees, itself included; 0: all; empty: all do
-    local_inv_freq: tuple[float, ...] = ()  # RoPE of the blocks with a window, where it differs
-    embed_scale: float = 1.0  # factor on token embeddings
     position_offset: int = 0  # the row of the positions table that the first token takes
     pad_token: int = -1  # positions count only tokens other than this one (RoBERTa); -1: all count
-    layer_scale: bool = False  # a factor for each channel of what a branch adds
-    experts: int = 0
-    experts_per_token: int = 0
-    expert_width: int = 0
-    renormalised: bool = False  # the chosen experts' probabilities are scaled to sum 1
-    switched: bool = False  # up, gate, down are a shared expert with a sigmoid switch
-    causal: bool = True
+    types: int = 0  # rows of the token type table; type 0 is used
+    table: int = 0  # token embeddings, where the head does not have a row for each
+    embed_scale: float = 1.0  # factor on token embeddings
     task: str = "causal"  # "causal" or "masked" language model, "image" classifier, "features" of an image or a text
     image: ImageInput | None = None
     front: int = 0  # class and distillation tokens before the patches
     pooling: str = ""  # what the head reads: "" every token, "cls", "cls+mean" of the patches, "end" token's place
     end_token: int = -1  # of pooling "end"; -1: the largest id
-    types: int = 0  # rows of the token type table; type 0 is used
-    table: int = 0  # token embeddings, where the head does not have a row for each
     head_transform: bool = False  # dense, activation and LayerNorm before the head
+    head_softcap: float = 0.0  # c tanh(s/c) on the model's logits; 0: none
 
-    @property
-    def rotary_dim(self) -> int:
-        return 2 * len(self.inv_freq)
-
-    @property
-    def queries_per_group(self) -> int:
-        return self.heads // self.kv_heads
+    def changed(self, **values: Any) -> Spec:
+        """A copy with other values; some of a group's come as a mapping, such as norms={"eps": 1e-6}."""
+        whole = {k: replace(getattr(self, k), **v) if isinstance(v, Mapping) else v for k, v in values.items()}
+        return replace(self, **whole)
 
     @property
     def position_rows(self) -> int:
@@ -118,21 +173,18 @@ class Spec:
         """Rows of the stream for each input of a batch (n, T) of tokens, or (n, ...) of images."""
         return self.position_rows if self.image else inputs[1]
 
-    def window(self, block: int) -> int:
-        """How many tokens back a block sees; 0: all."""
-        return self.windows[block] if self.windows else 0
-
     def shape(self, slot: str) -> tuple[int, ...] | None:
         """Shape of a slot, or None where this architecture has none of that name."""
         return self._shapes.get(slot)
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        d, q, kv = self.width, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        a, ffn, experts = self.attention, self.ffn, self.ffn.experts
+        d, q, kv = self.width, a.query_width, a.kv_width
         linear = {"q": (q, d), "k": (kv, d), "v": (kv, d), "o": (d, q)}
-        if self.ffn_width:
-            linear |= {"up": (self.ffn_width, d), "down": (d, self.ffn_width)}
-            if self.gated:
+        if ffn.width:
+            linear |= {"up": (ffn.width, d), "down": (d, ffn.width)}
+            if ffn.gated:
                 linear["gate"] = linear["up"]
         linear["head"] = (self.vocab, d * (2 if self.pooling == "cls+mean" else 1))
         if self.image:
@@ -141,29 +193,29 @@ class Spec:
             linear |= {"head_transform": (d, d), "pooler": (d, d), "relation": (2, d)}
         shapes: dict[str, tuple[int, ...]] = dict(linear)
         shapes |= {f"{slot}_bias": shape[:1] for slot, shape in linear.items() if slot in self.biases}
-        if self.experts:
-            expert = (self.experts, self.expert_width, d)
-            shapes |= {"router": (self.experts, d), "experts_up": expert, "experts_gate": expert}
-            shapes["experts_down"] = (self.experts, d, self.expert_width)
-            if self.switched:
+        if experts.count:
+            expert = (experts.count, experts.width, d)
+            shapes |= {"router": (experts.count, d), "experts_up": expert, "experts_gate": expert}
+            shapes["experts_down"] = (experts.count, d, experts.width)
+            if experts.switched:
                 shapes["switch"] = (1, d)
-        for norm in self._norms if self.parametric else ():
+        for norm in self._norms if self.norms.parametric else ():
             shapes[norm] = (d,)
-            if self.norm == "layernorm":
+            if self.norms.kind == "layernorm":
                 shapes[f"{norm}_bias"] = (d,)
-        if self.qk_norm:
-            head = (self.head_dim,)
-            shapes |= {"q_norm": (q,), "k_norm": (kv,)} if self.qk_norm == "full" else {"q_norm": head, "k_norm": head}
-        if self.layer_scale:
+        if a.qk_norm:
+            head = (a.head_dim,)
+            shapes |= {"q_norm": (q,), "k_norm": (kv,)} if a.qk_norm == "full" else {"q_norm": head, "k_norm": head}
+        if self.norms.layer_scale:
             shapes |= {"attn_scale": (d,), "ffn_scale": (d,)}
         return shapes | self._inputs
 
     @property
     def _norms(self) -> list[str]:
-        norms = ["attn_norm"] + (["ffn_norm"] if not self.shared_norm else [])
+        norms = ["attn_norm"] + (["ffn_norm"] if not self.norms.shared else [])
         names = {"pre": norms, "branch": [*POST_NORMS], "sandwich": [*norms, *POST_NORMS], "post": [*POST_NORMS]}
-        ends = (["embed_norm"] if self.embed_norm else []) + (["head_norm"] if self.head_transform else [])
-        return names[self.placement] + ends + ([] if self.placement == "post" else ["final_norm"])
+        ends = (["embed_norm"] if self.norms.embedded else []) + (["head_norm"] if self.head_transform else [])
+        return names[self.norms.placement] + ends + ([] if self.norms.placement == "post" else ["final_norm"])
 
     @property
     def _inputs(self) -> dict[str, tuple[int, ...]]:
@@ -180,3 +232,31 @@ class Spec:
             if self.front == 2:
                 shapes["distill"] = (1, d)
         return shapes
+
+
+_FLAT_NAMES = {
+    "attention.softcap": "attn_softcap",
+    "rope.scaling": "rope_scaling",
+    "ffn.width": "ffn_width",
+    "ffn.experts.count": "experts",
+    "ffn.experts.per_token": "experts_per_token",
+    "ffn.experts.width": "expert_width",
+    "norms.kind": "norm",
+    "norms.eps": "norm_eps",
+    "norms.shared": "shared_norm",
+    "norms.embedded": "embed_norm",
+}
+
+
+def flat_fields(spec: Spec) -> dict[str, Any]:
+    """Every field of a spec and of its groups under a name of its own, for messages and for what stores remember."""
+    return dict(_flat(spec, ""))
+
+
+def _flat(group: Any, path: str) -> Iterator[tuple[str, Any]]:
+    for f in fields(group):
+        value = getattr(group, f.name)
+        if isinstance(value, (Attention, Rope, FFN, Experts, Norms)):
+            yield from _flat(value, f"{path}{f.name}.")
+        else:
+            yield _FLAT_NAMES.get(path + f.name, f.name), value

@@ -15,10 +15,8 @@ def _spec(config: Any) -> Spec:
         raise LmcError("StableLM with qk_layernorm=true is not supported; use a checkpoint without it")
     return decoder_spec(
         config,
-        norm="layernorm",
-        norm_eps=config.layer_norm_eps,
+        norms={"kind": "layernorm", "eps": config.layer_norm_eps, "shared": config.use_parallel_residual},
         parallel=config.use_parallel_residual,
-        shared_norm=config.use_parallel_residual,
         biases=frozenset("qkv") if config.use_qkv_bias else frozenset(),
     )
 

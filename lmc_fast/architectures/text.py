@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import LmcError
 from .family import Entry, Family, linear
-from .spec import Spec
+from .spec import FFN, Attention, Norms, Spec
 from .vision import clip_block
 
 _LINEAR = frozenset({"q", "k", "v", "o", "up", "down"})
@@ -17,32 +17,28 @@ def _encoder(config: Any, **features: Any) -> Spec:
         raise LmcError(f"{config.model_type} as a decoder is not supported; use a masked language model")
     if getattr(config, "position_embedding_type", "absolute") != "absolute":
         raise LmcError(f"{config.model_type} with relative positions is not supported; use one with absolute ones")
-    fields: dict[str, Any] = {
-        "family": config.model_type,
-        "layers": config.num_hidden_layers,
-        "width": config.hidden_size,
-        "vocab": config.vocab_size,
-        "heads": config.num_attention_heads,
-        "kv_heads": config.num_attention_heads,
-        "head_dim": config.hidden_size // config.num_attention_heads,
-        "ffn_width": config.intermediate_size,
-        "max_positions": config.max_position_embeddings,
-        "norm": "layernorm",
-        "norm_eps": config.layer_norm_eps,
-        "activation": config.hidden_act,
-        "gated": False,
-        "parallel": False,
-        "tied": config.tie_word_embeddings,
-        "biases": _LINEAR | {"head", "head_transform", "pooler", "relation"},
-        "position_table": True,
-        "placement": "post",
-        "embed_norm": True,
-        "causal": False,
-        "task": "masked",
-        "types": config.type_vocab_size,
-        "head_transform": True,
-    }
-    return Spec(**(fields | features))
+    base = Spec(
+        family=config.model_type,
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        vocab=config.vocab_size,
+        attention=Attention(
+            heads=config.num_attention_heads,
+            kv_heads=config.num_attention_heads,
+            head_dim=config.hidden_size // config.num_attention_heads,
+            causal=False,
+        ),
+        ffn=FFN(width=config.intermediate_size, activation=config.hidden_act),
+        max_positions=config.max_position_embeddings,
+        norms=Norms(kind="layernorm", eps=config.layer_norm_eps, placement="post", embedded=True),
+        tied=config.tie_word_embeddings,
+        biases=_LINEAR | {"head", "head_transform", "pooler", "relation"},
+        position_table=True,
+        task="masked",
+        types=config.type_vocab_size,
+        head_transform=True,
+    )
+    return base.changed(**features)
 
 
 def _roberta(config: Any) -> Spec:
@@ -58,16 +54,14 @@ def _clip_text(config: Any) -> Spec:
         width=config.hidden_size,
         vocab=config.projection_dim,
         table=config.vocab_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_attention_heads,
-        head_dim=config.hidden_size // config.num_attention_heads,
-        ffn_width=config.intermediate_size,
+        attention=Attention(
+            heads=config.num_attention_heads,
+            kv_heads=config.num_attention_heads,
+            head_dim=config.hidden_size // config.num_attention_heads,
+        ),
+        ffn=FFN(width=config.intermediate_size, activation=config.hidden_act),
         max_positions=config.max_position_embeddings,
-        norm="layernorm",
-        norm_eps=config.layer_norm_eps,
-        activation=config.hidden_act,
-        gated=False,
-        parallel=False,
+        norms=Norms(kind="layernorm", eps=config.layer_norm_eps),
         tied=False,
         biases=_LINEAR,
         position_table=True,

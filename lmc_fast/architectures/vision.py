@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import LmcError
 from .family import Entry, Family, linear
 from .layouts import PatchConvolution, Plain, Shaped, Stacked
-from .spec import ImageInput, Spec
+from .spec import FFN, Attention, ImageInput, Norms, Spec
 
 _LINEAR = ("q", "k", "v", "o", "up", "down")
 
@@ -24,46 +24,42 @@ def _image(config: Any) -> ImageInput:
 
 
 def vision_spec(config: Any, **features: Any) -> Spec:
-    """The spec of a vision transformer's config; `features` are fields of Spec that the family sets otherwise."""
+    """The spec of a vision transformer's config; `features` are what the family sets otherwise (Spec.changed)."""
     qkv = {"q", "k", "v"} if getattr(config, "qkv_bias", True) else set()
-    fields: dict[str, Any] = {
-        "family": config.model_type,
-        "layers": config.num_hidden_layers,
-        "width": config.hidden_size,
-        "vocab": config.num_labels,
-        "heads": config.num_attention_heads,
-        "kv_heads": config.num_attention_heads,
-        "head_dim": config.hidden_size // config.num_attention_heads,
-        "ffn_width": getattr(config, "intermediate_size", None),
-        "max_positions": 0,
-        "norm": "layernorm",
-        "norm_eps": config.layer_norm_eps,
-        "activation": config.hidden_act,
-        "gated": False,
-        "parallel": False,
-        "tied": False,
-        "biases": frozenset(qkv | {"o", "up", "down", "patch", "head"}),
-        "position_table": True,
-        "causal": False,
-        "task": "image",
-        "image": _image(config),
-        "front": 1,
-        "pooling": "cls",
-    }
-    return Spec(**(fields | features))
+    base = Spec(
+        family=config.model_type,
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        vocab=config.num_labels,
+        attention=Attention(
+            heads=config.num_attention_heads,
+            kv_heads=config.num_attention_heads,
+            head_dim=config.hidden_size // config.num_attention_heads,
+            causal=False,
+        ),
+        ffn=FFN(width=getattr(config, "intermediate_size", 0), activation=config.hidden_act),
+        max_positions=0,
+        norms=Norms(kind="layernorm", eps=config.layer_norm_eps),
+        tied=False,
+        biases=frozenset(qkv | {"o", "up", "down", "patch", "head"}),
+        position_table=True,
+        task="image",
+        image=_image(config),
+        front=1,
+        pooling="cls",
+    )
+    return base.changed(**features)
 
 
 def _dinov2(config: Any) -> Spec:
     width = int(config.hidden_size * config.mlp_ratio)
     if not config.use_swiglu_ffn:
-        return vision_spec(config, ffn_width=width, layer_scale=True, pooling="cls+mean")
+        return vision_spec(config, ffn={"width": width}, norms={"layer_scale": True}, pooling="cls+mean")
     biases = frozenset({*_LINEAR, "gate", "patch", "head"} - (set() if config.qkv_bias else {"q", "k", "v"}))
     return vision_spec(
         config,
-        ffn_width=(int(width * 2 / 3) + 7) // 8 * 8,
-        gated=True,
-        activation="silu",
-        layer_scale=True,
+        ffn={"width": (int(width * 2 / 3) + 7) // 8 * 8, "gated": True, "activation": "silu"},
+        norms={"layer_scale": True},
         pooling="cls+mean",
         biases=biases,
     )
@@ -73,18 +69,18 @@ def _clip_vision(config: Any) -> Spec:
     return vision_spec(
         config,
         vocab=config.projection_dim,
-        embed_norm=True,
+        norms={"embedded": True},
         biases=frozenset(_LINEAR),
         task="features",
     )
 
 
 def _gated(spec: Spec) -> bool:
-    return spec.gated
+    return spec.ffn.gated
 
 
 def _plain(spec: Spec) -> bool:
-    return not spec.gated
+    return not spec.ffn.gated
 
 
 def _vit_ends(home: str) -> tuple[Entry, ...]:

@@ -109,7 +109,8 @@ class Demand:
     def _found_bytes(self, turns: int) -> int:
         """Both endpoints' transforms in float64: a rotation, and in each head the maps of keys and values both ways."""
         spec, kinds = self.spec, sum(name in self._leaves for name in _HEAD_MAPS)
-        return 8 * (2 * 2 * kinds * spec.layers * spec.kv_heads * spec.head_dim**2 + spec.width**2 * bool(turns))
+        maps = 2 * 2 * kinds * spec.layers * spec.attention.kv_heads * spec.attention.head_dim**2
+        return 8 * (maps + spec.width**2 * bool(turns))
 
     def _update_bytes(self, turns: int, matrices: int) -> int:
         return _UPDATE * max(turns, matrices) * FP32
@@ -117,10 +118,11 @@ class Demand:
     def _position_bytes(self) -> int:
         """cos and sin, and the biases added to attention scores, of which some are made in float64."""
         spec, n = self.spec, self.job.length
-        tables = 2 * n * (len(spec.inv_freq) + len(spec.local_inv_freq)) * self.itemsize
-        windows = set(spec.windows) if spec.windows else {0}
-        special = [w for w in windows if w or spec.alibi or spec.attn_softcap]
-        return tables + len(special) * n * n * (self.itemsize * (spec.heads if spec.alibi else 1) + 16)
+        tables = 2 * n * (len(spec.rope.inv_freq) + len(spec.rope.local_inv_freq)) * self.itemsize
+        att = spec.attention
+        windows = set(att.windows) if att.windows else {0}
+        special = [w for w in windows if w or att.alibi or att.softcap]
+        return tables + len(special) * n * n * (self.itemsize * (att.heads if att.alibi else 1) + 16)
 
     def matching_bytes(self, tokens: int = GATHERED) -> int:
         """What matching takes before learning. tokens: how many statistics of activations are taken from."""
@@ -129,14 +131,14 @@ class Demand:
     @cached_property
     def statistics_bytes(self) -> int:
         """Statistics of activations on disk, as long as the pair is matched."""
-        spec, heads = self.spec, self.spec.heads * self.spec.head_dim
-        pairs = 2 * heads**2 + 2 * (spec.kv_heads * spec.head_dim) ** 2 + spec.ffn_width**2
+        spec, att = self.spec, self.spec.attention
+        pairs = 2 * att.query_width**2 + 2 * att.kv_width**2 + spec.ffn.width**2
         return spec.layers * pairs * work_dtype(spec).itemsize
 
     def _gathering(self, tokens: int) -> int:
         """Statistics of activations: both endpoints' block, streams of all tokens and parts of those at work."""
         spec = self.spec
-        heads, kv, units = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.ffn_width
+        heads, kv, units = spec.attention.query_width, spec.attention.kv_width, spec.ffn.width
         sums = 8 * (2 * heads**2 + 2 * kv**2 + units**2 + spec.width**2)
         seen = 2 * heads + 2 * kv + 2 * spec.width + 2 * units
         streams = 2 * FP32 * (tokens * spec.width + max(GATHERED, self.job.length) * seen)
@@ -145,9 +147,9 @@ class Demand:
     def _comparing(self) -> int:
         """Every pair of a block's FFN units, experts or heads: both endpoints' block, and B's turned one."""
         spec, size = self.spec, work_dtype(self.spec).itemsize
-        heads = _HEAD_PAIRS * (spec.heads * spec.head_dim) ** 2
-        experts = spec.experts * (size + 1) * spec.expert_width**2
-        pairs = max(_PAIRS * spec.ffn_width**2, heads, experts)
+        heads = _HEAD_PAIRS * spec.attention.query_width**2
+        experts = spec.ffn.experts.count * (size + 1) * spec.ffn.experts.width**2
+        pairs = max(_PAIRS * spec.ffn.width**2, heads, experts)
         rest = _SQUARES * spec.width**2 + 4 * 8 * CHUNK_ELEMENTS
         return 3 * block_bytes(spec, size) // 2 + pairs + rest + self._maps_found(2 * 2 + 1)
 
@@ -160,7 +162,7 @@ class Demand:
     def _maps_found(self, count: int) -> int:
         """Float64 maps of all heads, of values and of keys: two with inverses for what balances an endpoint."""
         spec = self.spec
-        return 8 * len(_HEAD_MAPS) * count * spec.layers * spec.kv_heads * spec.head_dim**2
+        return 8 * len(_HEAD_MAPS) * count * spec.layers * spec.attention.kv_heads * spec.attention.head_dim**2
 
     @cached_property
     def boundary_bytes(self) -> int:
@@ -205,25 +207,26 @@ class Demand:
         what B's maps act on.
         """
         spec, d, narrow = self.spec, self.spec.width, self.itemsize < FP32
-        q, kv, f = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.ffn_width
-        norms = {"pre": 2, "branch": 2, "sandwich": 4, "post": 2}[spec.placement] - spec.shared_norm
+        att, experts = spec.attention, spec.ffn.experts
+        q, kv, f = att.query_width, att.kv_width, spec.ffn.width
+        norms = {"pre": 2, "branch": 2, "sandwich": 4, "post": 2}[spec.norms.placement] - spec.norms.shared
         # RMSNorm also keeps the rescaled input, in float32
-        each = 1 if spec.norm == "layernorm" else 4 if narrow else 3
+        each = 1 if spec.norms.kind == "layernorm" else 4 if narrow else 3
         total = d * (1 + each * norms + 1)  # the input, norms, the stream between the branches
         total += q + 2 * kv + 2 * q  # queries, keys, values; their mixture and its copy
-        if spec.queries_per_group > 1:
+        if att.queries_per_group > 1:
             total += 2 * q  # keys and values, repeated
-        if spec.qk_norm or spec.clip_qkv:
+        if att.qk_norm or att.clip_qkv:
             total += 2 * each * (q + kv)
-        if spec.attn_softcap or spec.alibi or any(spec.windows):
-            total += (3 if narrow else 2) * spec.heads * self.job.length  # scores
-        total += (4 if spec.gated else 2) * f
-        if spec.experts:
-            total += spec.experts_per_token * (4 * spec.expert_width + 2 * d) + 3 * spec.experts
-        total += 2 * max(f, spec.expert_width, 2 * q)  # gradients on their way back
+        if att.softcap or att.alibi or any(att.windows):
+            total += (3 if narrow else 2) * att.heads * self.job.length  # scores
+        total += (4 if spec.ffn.gated else 2) * f
+        if experts.count:
+            total += experts.per_token * (4 * experts.width + 2 * d) + 3 * experts.count
+        total += 2 * max(f, experts.width, 2 * q)  # gradients on their way back
         if path == ACTIVATION:
             total += 2 * 3 * d + 2 * d  # rotated inputs beside the plain ones; results before they are turned back
-            total += q + 2 * kv + q + (2 if spec.gated else 1) * f
+            total += q + 2 * kv + q + (2 if spec.ffn.gated else 1) * f
         return total
 
     def macs(self, path: str, micro: int) -> float:
@@ -237,8 +240,8 @@ class Demand:
                 every, active = every + math.prod(shape), active + math.prod(shape)
             elif len(shape) == 3:
                 every += math.prod(shape)
-                active += math.prod(shape) * spec.experts_per_token // spec.experts
-        attention = (job.length / (2 if spec.causal else 1)) * 2 * spec.heads * spec.head_dim
+                active += math.prod(shape) * spec.ffn.experts.per_token // spec.ffn.experts.count
+        attention = (job.length / (2 if spec.attention.causal else 1)) * 2 * spec.attention.query_width
         student = 6 * active + 16 * d * d * turns if path == ACTIVATION else 4 * active
         per_token = student + job.teachers * active + (4.5 + job.teachers) * attention
         fixed = 3 * every * d * turns if path == WEIGHT else 0

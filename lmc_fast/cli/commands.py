@@ -28,12 +28,13 @@ from .console import BAD_INPUT, DIFFERENT, Console, unit_of
 def inspect_command(args: argparse.Namespace, console: Console) -> int:
     model = Model(args.a)
     spec = model.spec
-    groups = legal_groups(spec)
+    groups, att = legal_groups(spec), spec.attention
     console.say(
-        f"{args.a}: {spec.family}, {spec.layers} blocks, width {spec.width}, {spec.heads} heads of {spec.head_dim}"
+        f"{args.a}: {spec.family}, {spec.layers} blocks, width {spec.width}, {att.heads} heads of {att.head_dim}"
     )
     console.say(
-        f"  {spec.kv_heads} key/value groups, FFN {spec.ffn_width}, vocabulary {spec.vocab}, {spec.norm}, {model.dtype}"
+        f"  {att.kv_heads} key/value groups, FFN {spec.ffn.width}, vocabulary {spec.vocab},"
+        f" {spec.norms.kind}, {model.dtype}"
     )
     console.say("symmetries:")
     for group in groups:

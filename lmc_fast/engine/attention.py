@@ -33,19 +33,20 @@ class Positions:
     def of(spec: Spec, length: int, dtype: torch.dtype, device: torch.device | str) -> Positions:
         rope = rope_table(spec, length, dtype, device)
         local = rope
-        if spec.local_inv_freq:
-            local = _table(spec.local_inv_freq, 1.0, length, dtype, device)
-        windows = set(spec.windows) if spec.windows else {0}
-        special = {w for w in windows if w or spec.alibi or (spec.attn_softcap and spec.causal)}
+        if spec.rope.local_inv_freq:
+            local = _table(spec.rope.local_inv_freq, 1.0, length, dtype, device)
+        att = spec.attention
+        windows = set(att.windows) if att.windows else {0}
+        special = {w for w in windows if w or att.alibi or (att.softcap and att.causal)}
         return Positions(rope, local, {w: score_bias(spec, w, length, dtype, device) for w in special})
 
     def rope_of(self, spec: Spec, block: int) -> Rope | None:
-        return self.local_rope if spec.window(block) else self.rope
+        return self.local_rope if spec.attention.window(block) else self.rope
 
 
 def rope_table(spec: Spec, length: int, dtype: torch.dtype, device: torch.device | str) -> Rope | None:
     """cos and sin of every position and rotary pair, computed in float64 and rounded once."""
-    return _table(spec.inv_freq, spec.rope_scaling, length, dtype, device) if spec.inv_freq else None
+    return _table(spec.rope.inv_freq, spec.rope.scaling, length, dtype, device) if spec.rope.inv_freq else None
 
 
 def _table(
@@ -68,16 +69,17 @@ def rotate(x: Tensor, rope: Rope | None) -> Tensor:
 
 def score_bias(spec: Spec, window: int, length: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """(heads or 1, T, T): -inf where a token must not look, ALiBi's penalty elsewhere."""
+    att = spec.attention
     place = torch.arange(length, device=device)
     back = place[:, None] - place
-    hidden = back < 0 if spec.causal else torch.zeros_like(back, dtype=torch.bool)
+    hidden = back < 0 if att.causal else torch.zeros_like(back, dtype=torch.bool)
     if window:
         hidden = hidden | (back >= window)
     bias = torch.zeros(1, length, length, dtype=dtype, device=device)
-    if spec.alibi:
-        slopes = alibi_slopes(spec.heads).to(device, torch.bfloat16 if spec.alibi_rounded else torch.float64)
+    if att.alibi:
+        slopes = alibi_slopes(att.heads).to(device, torch.bfloat16 if att.alibi_rounded else torch.float64)
         penalty = (slopes[:, None] * place).to(torch.float64)  # counted from the start: the softmax sees differences
-        bias = (penalty * spec.alibi).to(dtype)[:, None].expand(-1, length, -1)
+        bias = (penalty * att.alibi).to(dtype)[:, None].expand(-1, length, -1)
     return bias.masked_fill(hidden, -torch.inf)
 
 
@@ -93,39 +95,39 @@ def attention(
     spec: Spec, w: Slots, x: Tensor, positions: Positions, index: int = 0, observe: Observer = ignore
 ) -> Tensor:
     """Attention of x (batch, T, d) in block `index`."""
-
-    bare = observe is ignore and not spec.qk_norm and not spec.clip_qkv  # nothing between a product and RoPE
+    att = spec.attention
+    bare = observe is ignore and not att.qk_norm and not att.clip_qkv  # nothing between a product and RoPE
 
     def heads(slot: str, count: int, rope: Rope | None = None) -> Tensor:
         y = linear_with_rope(w, slot, x, rope, count) if bare else None
         if y is not None:
-            return y.unflatten(-1, (count, spec.head_dim)).transpose(1, 2)
+            return y.unflatten(-1, (count, att.head_dim)).transpose(1, 2)
         y = linear(w, slot, x)
         observe(slot, y)
-        if spec.qk_norm == "full" and slot != "v":
-            y = F.rms_norm(y, y.shape[-1:], w[f"{slot}_norm"], spec.norm_eps)
-        if spec.clip_qkv:
-            y = y.clamp(-spec.clip_qkv, spec.clip_qkv)
-        y = y.unflatten(-1, (count, spec.head_dim)).transpose(1, 2)
-        if spec.qk_norm == "head" and slot != "v":
-            y = F.rms_norm(y, y.shape[-1:], w[f"{slot}_norm"], spec.norm_eps)
+        if att.qk_norm == "full" and slot != "v":
+            y = F.rms_norm(y, y.shape[-1:], w[f"{slot}_norm"], spec.norms.eps)
+        if att.clip_qkv:
+            y = y.clamp(-att.clip_qkv, att.clip_qkv)
+        y = y.unflatten(-1, (count, att.head_dim)).transpose(1, 2)
+        if att.qk_norm == "head" and slot != "v":
+            y = F.rms_norm(y, y.shape[-1:], w[f"{slot}_norm"], spec.norms.eps)
         return rotate(y, rope)
 
     rope = positions.rope_of(spec, index)
-    q, k = heads("q", spec.heads, rope), heads("k", spec.kv_heads, rope)
-    v = heads("v", spec.kv_heads)
-    if spec.queries_per_group > 1:
-        k, v = (t.repeat_interleave(spec.queries_per_group, dim=1) for t in (k, v))
-    mixed = _mix(spec, q, k, v, positions.bias.get(spec.window(index))).transpose(1, 2).flatten(2)
+    q, k = heads("q", att.heads, rope), heads("k", att.kv_heads, rope)
+    v = heads("v", att.kv_heads)
+    if att.queries_per_group > 1:
+        k, v = (t.repeat_interleave(att.queries_per_group, dim=1) for t in (k, v))
+    mixed = _mix(spec, q, k, v, positions.bias.get(att.window(index))).transpose(1, 2).flatten(2)
     observe("mixed", mixed)
     return linear(w, "o", mixed)
 
 
 def _mix(spec: Spec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """softmax(q·k) v for (batch, heads, T, e) each."""
-    scale = spec.logit_scale or spec.head_dim**-0.5
-    if not spec.attn_softcap:
-        causal = spec.causal and bias is None
+    scale = spec.attention.logit_scale or spec.attention.head_dim**-0.5
+    if not spec.attention.softcap:
+        causal = spec.attention.causal and bias is None
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale)
-    scores = spec.attn_softcap * torch.tanh(q @ k.mT * (scale / spec.attn_softcap))
+    scores = spec.attention.softcap * torch.tanh(q @ k.mT * (scale / spec.attention.softcap))
     return (scores if bias is None else scores + bias).softmax(-1) @ v

@@ -14,9 +14,9 @@ from .slots import Slots
 def norm(spec: Spec, slots: Slots, name: str, x: Tensor) -> Tensor:
     """LayerNorm or RMSNorm over the last dimension, with the gain and bias that the slots hold."""
     gain, bias = slots.get(name), slots.get(f"{name}_bias")
-    if spec.norm == "layernorm":
-        return F.layer_norm(x, x.shape[-1:], gain, bias, spec.norm_eps)
-    return F.rms_norm(x, x.shape[-1:], gain, spec.norm_eps)
+    if spec.norms.kind == "layernorm":
+        return F.layer_norm(x, x.shape[-1:], gain, bias, spec.norms.eps)
+    return F.rms_norm(x, x.shape[-1:], gain, spec.norms.eps)
 
 
 def block(spec: Spec, w: Slots, x: Tensor, positions: Positions, index: int = 0, observe: Observer = ignore) -> Tensor:
@@ -24,7 +24,7 @@ def block(spec: Spec, w: Slots, x: Tensor, positions: Positions, index: int = 0,
 
     `observe` sees q, k, v, mixed, hidden, attn_in and ffn_in.
     """
-    before = spec.placement in ("pre", "sandwich")
+    before = spec.norms.placement in ("pre", "sandwich")
 
     def reads(name: str, stream: Tensor) -> Tensor:
         value = norm(spec, w, name, stream) if before else stream
@@ -32,19 +32,19 @@ def block(spec: Spec, w: Slots, x: Tensor, positions: Positions, index: int = 0,
         return value
 
     def adds(stream: Tensor, branch: str, value: Tensor) -> Tensor:
-        if spec.layer_scale:
+        if spec.norms.layer_scale:
             value = value * w[f"{branch}_scale"]
-        if spec.placement in ("branch", "sandwich"):
+        if spec.norms.placement in ("branch", "sandwich"):
             value = norm(spec, w, f"{branch}_post_norm", value)
         stream = stream + value
-        return norm(spec, w, f"{branch}_post_norm", stream) if spec.placement == "post" else stream
+        return norm(spec, w, f"{branch}_post_norm", stream) if spec.norms.placement == "post" else stream
 
     attn_in = reads("attn_norm", x)
     if not spec.parallel:
         x = adds(x, "attn", attention(spec, w, attn_in, positions, index, observe))
         return adds(x, "ffn", feed_forward(spec, w, reads("ffn_norm", x), observe))
-    if spec.shared_norm:
+    if spec.norms.shared:
         observe("ffn_in", attn_in)
-    ffn_in = attn_in if spec.shared_norm else reads("ffn_norm", x)
+    ffn_in = attn_in if spec.norms.shared else reads("ffn_norm", x)
     x = adds(x, "attn", attention(spec, w, attn_in, positions, index, observe))
     return adds(x, "ffn", feed_forward(spec, w, ffn_in, observe))

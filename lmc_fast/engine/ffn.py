@@ -28,36 +28,36 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def feed_forward(spec: Spec, w: Slots, x: Tensor, observe: Observer = ignore) -> Tensor:
     """Plain or gated FFN, or mixture, of x (..., d)."""
-    out = _dense(spec, w, x, observe) if spec.ffn_width else None
-    if not spec.experts:
+    out = _dense(spec, w, x, observe) if spec.ffn.width else None
+    if not spec.ffn.experts.count:
         assert out is not None
         return out
     mixture = _mixture(spec, w, x.flatten(0, -2)).view_as(x)
     if out is None:
         return mixture
-    return mixture + (linear(w, "switch", x).sigmoid() * out if spec.switched else out)
+    return mixture + (linear(w, "switch", x).sigmoid() * out if spec.ffn.experts.switched else out)
 
 
 def _dense(spec: Spec, w: Slots, x: Tensor, observe: Observer) -> Tensor:
     hidden = linear(w, "up", x)
-    if spec.gated:
-        hidden = hidden * ACTIVATIONS[spec.activation](linear(w, "gate", x))
+    if spec.ffn.gated:
+        hidden = hidden * ACTIVATIONS[spec.ffn.activation](linear(w, "gate", x))
     else:
-        hidden = ACTIVATIONS[spec.activation](hidden)
+        hidden = ACTIVATIONS[spec.ffn.activation](hidden)
     observe("hidden", hidden)
     return linear(w, "down", hidden)
 
 
 def _mixture(spec: Spec, w: Slots, x: Tensor) -> Tensor:
     """x (n, d) through the experts_per_token most probable experts of each row, weighted by their probability."""
-    share, chosen = linear(w, "router", x).softmax(-1).topk(spec.experts_per_token, dim=-1)
-    if spec.renormalised:
+    share, chosen = linear(w, "router", x).softmax(-1).topk(spec.ffn.experts.per_token, dim=-1)
+    if spec.ffn.experts.renormalised:
         share = share / share.sum(-1, keepdim=True)
     out = torch.zeros_like(x)
-    for j in range(spec.experts):
+    for j in range(spec.ffn.experts.count):
         rows, rank = (chosen == j).nonzero(as_tuple=True)
         if len(rows):
             part = x[rows]
-            hidden = ACTIVATIONS[spec.activation](part @ w["experts_gate"][j].mT) * (part @ w["experts_up"][j].mT)
+            hidden = ACTIVATIONS[spec.ffn.activation](part @ w["experts_gate"][j].mT) * (part @ w["experts_up"][j].mT)
             out = out.index_add(0, rows, (hidden @ w["experts_down"][j].mT) * share[rows, rank, None])
     return out

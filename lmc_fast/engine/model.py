@@ -30,7 +30,7 @@ def embed(spec: Spec, w: Slots, inputs: Tensor, rows: Tensor | None = None) -> T
             x = x + w["positions"][_places(spec, inputs)]
         if "types" in w:
             x = x + w["types"][0]
-    return norm(spec, w, "embed_norm", x) if spec.embed_norm else x
+    return norm(spec, w, "embed_norm", x) if spec.norms.embedded else x
 
 
 def _places(spec: Spec, tokens: Tensor) -> Tensor:
@@ -62,9 +62,9 @@ def final_stream(weights: Weights, inputs: Tensor) -> Tensor:
 
 def read_out(spec: Spec, w: Slots, x: Tensor, inputs: Tensor) -> Tensor:
     """Stream behind the last block -> what the head reads: (batch, T, d), or (batch, d or 2d) one vector for all."""
-    x = x if spec.placement == "post" else norm(spec, w, "final_norm", x)
+    x = x if spec.norms.placement == "post" else norm(spec, w, "final_norm", x)
     if spec.head_transform:
-        x = ACTIVATIONS[spec.activation](F.linear(x, w["head_transform"], w["head_transform_bias"]))
+        x = ACTIVATIONS[spec.ffn.activation](F.linear(x, w["head_transform"], w["head_transform_bias"]))
         return norm(spec, w, "head_norm", x)
     if spec.pooling == "cls":
         return x[:, 0]

@@ -105,7 +105,7 @@ def gather_statistics(
     batches = [inputs_of(some) for some in data.split(batch)]
     left, right = Walk(a, batches), Walk(b, batches)
     stream = Covariance()
-    names = ("q", "k", "v", "mixed") + (("hidden",) if spec.ffn_width else ())
+    names = ("q", "k", "v", "mixed") + (("hidden",) if spec.ffn.width else ())
 
     def visit(i: int) -> dict[str, Covariance]:
         w, u = a.blocks[i], b.blocks[i]

@@ -25,7 +25,7 @@ def balance(weights: Weights) -> Transform:
 
 
 def _balance_block(spec: Spec, block: Slots) -> BlockTransform:
-    g, r, e = spec.kv_heads, spec.queries_per_group, spec.head_dim
+    g, r, e = spec.attention.kv_heads, spec.attention.queries_per_group, spec.attention.head_dim
     found = BlockTransform()
     double = lambda names: {name: block[name].double() for name in names if name in block}  # noqa: E731
     if value_maps(spec) == "general":
@@ -36,15 +36,15 @@ def _balance_block(spec: Spec, block: Slots) -> BlockTransform:
         w = double(("q", "q_bias", "k", "k_bias"))
         q = _with_bias(w, "q", (g, r, e)).transpose(1, 2).flatten(2)
         k = _with_bias(w, "k", (g, e))
-        rotary, half = spec.rotary_dim, spec.rotary_dim // 2
+        rotary, half = spec.rope.rotary_dim, spec.rope.rotary_dim // 2
         pair_norm = lambda x: x[:, :rotary].square().sum(-1).view(g, 2, half).sum(1)  # noqa: E731
         scale = ((pair_norm(q) + _tiny(q)) / (pair_norm(k) + _tiny(k))) ** 0.25
         rest = _equaliser(_gram(k[:, rotary:]), _gram(q[:, rotary:]))
         found = replace(found, qk=rotary_map(scale, torch.zeros_like(scale), rest))
     if unit_scale_signs(spec) != "none":
-        if spec.ffn_width:
+        if spec.ffn.width:
             found = replace(found, unit_scale=_unit_balance(double(("up", "up_bias", "down"))))
-        if spec.experts:
+        if spec.ffn.experts.count:
             experts = zip(block["experts_up"], block["experts_down"], strict=True)
             scales = [_unit_balance({"up": up.double(), "down": down.double()}) for up, down in experts]
             found = replace(found, expert_scale=torch.stack(scales))

@@ -89,9 +89,9 @@ def _match_block(
     for name in ("q", "k", "v", "o"):
         del turned[name]
     found = BlockTransform(heads, queries, vo, vo.mT, qk, qk.mT)  # both orthogonal
-    if spec.experts:
+    if spec.ffn.experts.count:
         found.experts, found.expert_units, found.expert_scale = match_experts(spec, a, turned)
-    if spec.ffn_width:
+    if spec.ffn.width:
         score, negative = unit_scores(spec, a, turned, seen.get("hidden"), evidence.shares)
         turned.clear()  # the assignment of many units takes much memory of its own
         found.units, found.unit_scale = match_units(score, negative)
@@ -111,7 +111,7 @@ def _match_heads(
     spec: Spec, a: Slots, b: Slots, evidence: Evidence, seen: Mapping[str, Table]
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """(groups, queries within them, V/O maps, Q/K maps): the assignment whose Procrustes fits are best in sum."""
-    g, r, e = spec.kv_heads, spec.queries_per_group, spec.head_dim
+    g, r, e = spec.attention.kv_heads, spec.attention.queries_per_group, spec.attention.head_dim
 
     def rows(slot: str, count: int) -> Tensor:
         """Evidence for every pair of heads from a reader: (count A, count B, e, e)."""
@@ -145,7 +145,7 @@ def _match_heads(
 
 def _maps_in_place(spec: Spec, v: Tensor, k: Tensor, out: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """(V/O maps, Q/K maps) where every head keeps its place."""
-    g, r = spec.kv_heads, spec.queries_per_group
+    g, r = spec.attention.kv_heads, spec.attention.queries_per_group
     groups, heads = torch.arange(g, device=q.device), torch.arange(g * r, device=q.device)
     by_group = lambda c: c[heads, heads].unflatten(0, (g, r)).sum(1)  # noqa: E731
     value, query = v[groups, groups] + by_group(out), k[groups, groups] + by_group(q)

@@ -64,7 +64,7 @@ def value_score(spec: Spec, x: Tensor) -> Tensor:
 
 def nearest_query_key_map(spec: Spec, x: Tensor) -> Tensor:
     """The legal query/key maps that maximise tr(Nᵀ x) among the orthogonal ones; x (G, e, e)."""
-    kind, rotary = query_key_maps(spec), spec.rotary_dim
+    kind, rotary = query_key_maps(spec), spec.rope.rotary_dim
     if kind == "general":
         return nearest_rotary(x, rotary)
     dot, cross = _plane_fit(x, rotary)
@@ -80,7 +80,7 @@ def nearest_query_key_map(spec: Spec, x: Tensor) -> Tensor:
 
 def query_key_score(spec: Spec, x: Tensor) -> Tensor:
     """The maximum that nearest_query_key_map reaches, for x (..., e, e)."""
-    kind, rotary = query_key_maps(spec), spec.rotary_dim
+    kind, rotary = query_key_maps(spec), spec.rope.rotary_dim
     if kind == "general":
         return rotary_score(x, rotary)
     dot, cross = (t.abs() for t in _plane_fit(x, rotary))

@@ -52,7 +52,7 @@ def match_experts(spec: Spec, a: Slots, b: Slots) -> tuple[Tensor, Tensor, Tenso
     Two experts are compared by their router rows and by the best partner of each of SAMPLED_UNITS of a's units; units
     are assigned exactly within the experts so paired.
     """
-    count, width = spec.experts, spec.expert_width
+    count, width = spec.ffn.experts.count, spec.ffn.experts.width
     sample = torch.linspace(0, width - 1, min(width, SAMPLED_UNITS), device=a["router"].device).round().long()
     alike = _rows(a, b, "router")
     for i in range(count):

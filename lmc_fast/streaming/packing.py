@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..architectures import Spec
+from ..architectures import Spec, flat_fields
 from ..checkpoints.weights import Slots, Weights
 from ..errors import LmcError
 from .layout import HEAD, Place, aligned, arrange, head_rows, memory, side_by_side, slot_shapes
@@ -27,7 +27,8 @@ Piece = tuple[int | str, Slots, Slots]
 
 def fingerprint(spec: Spec) -> str:
     """Tells architectures apart; a tied pair and its untied copy are the same."""
-    fields = asdict(replace(spec, tied=False)) | {"biases": sorted(spec.biases)}
+    fields = flat_fields(replace(spec, tied=False)) | {"biases": sorted(spec.biases)}
+    fields["image"] = asdict(spec.image) if spec.image else None
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
 
 

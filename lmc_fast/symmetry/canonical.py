@@ -36,7 +36,7 @@ def canonicalize(weights: Weights) -> Weights:
 def canonical_block(spec: Spec, block: Slots) -> Slots:
     """One block in canonical form. The dict is used up, no tensor in it is changed."""
     w = block
-    if spec.shared_norm:
+    if spec.norms.shared:
         _absorb(spec, w, "attn_norm", ATTN_READERS + FFN_READERS)
     else:
         _absorb(spec, w, "attn_norm", ATTN_READERS)
@@ -48,16 +48,17 @@ def canonical_block(spec: Spec, block: Slots) -> Slots:
                 w[f"{writer}_bias"] = w[scale] * w[f"{writer}_bias"]
             w[scale] = torch.ones_like(w[scale])
     if "v_bias" in w and "o_bias" in w and folds_value_bias(spec):
-        per_query = w["v_bias"].unflatten(0, (spec.kv_heads, 1, spec.head_dim)).expand(-1, spec.queries_per_group, -1)
+        att = spec.attention
+        per_query = w["v_bias"].unflatten(0, (att.kv_heads, 1, att.head_dim)).expand(-1, att.queries_per_group, -1)
         w["o_bias"] = w["o_bias"] + w["o"] @ per_query.flatten()
         w["v_bias"] = torch.zeros_like(w["v_bias"])
     if "k_bias" in w and hides_key_bias(spec):  # RoPE turns it by position, and so shows it
-        bias = w["k_bias"].unflatten(0, (spec.kv_heads, spec.head_dim)).clone()
-        bias[:, spec.rotary_dim :] = 0
+        bias = w["k_bias"].unflatten(0, (spec.attention.kv_heads, spec.attention.head_dim)).clone()
+        bias[:, spec.rope.rotary_dim :] = 0
         w["k_bias"] = bias.flatten()
-    if spec.qk_norm:
+    if spec.attention.qk_norm:
         _balance_gains(spec, w)
-    if spec.norm == "layernorm" and spec.placement in ("pre", "post"):
+    if spec.norms.kind == "layernorm" and spec.norms.placement in ("pre", "post"):
         for name in ("o", "o_bias", "down", "down_bias"):
             if name in w:
                 w[name] = w[name] - w[name].mean(dim=0)
@@ -91,7 +92,7 @@ def canonical_ends(spec: Spec, ends: Slots, survey: Survey) -> Slots:
         w["head_bias"] = survey.head_bias.to(w["head_bias"])
     if survey.embed_gain is not None:
         _resolve_embedding(spec, w, survey.embed_gain)
-    if spec.norm == "layernorm" and (spec.placement == "pre" or spec.embed_norm):
+    if spec.norms.kind == "layernorm" and (spec.norms.placement == "pre" or spec.norms.embedded):
         for name in END_ROWS:
             if name in w:
                 w[name] = w[name] - w[name].mean(dim=1, keepdim=True)
@@ -179,7 +180,7 @@ def _balance_gains(spec: Spec, w: Slots) -> None:
 
     Clamped queries and keys keep the sizes.
     """
-    groups, e = spec.kv_heads, spec.head_dim
+    groups, e = spec.attention.kv_heads, spec.attention.head_dim
     gains: dict[str, Tensor] = {}
     for slot in ("q", "k"):
         gain = w[f"{slot}_norm"]
@@ -190,11 +191,11 @@ def _balance_gains(spec: Spec, w: Slots) -> None:
         if f"{slot}_bias" in w:
             w[f"{slot}_bias"] = w[f"{slot}_bias"] * rows
         w[f"{slot}_norm"] = gains[slot]
-    if spec.clip_qkv:
+    if spec.attention.clip_qkv:
         return
-    count = groups if spec.qk_norm == "full" else 1
+    count = groups if spec.attention.qk_norm == "full" else 1
     sizes = [gains[slot].view(count, -1, e).square().mean(1) for slot in ("q", "k")]  # (count, e)
-    half = spec.rotary_dim // 2
+    half = spec.rope.rotary_dim // 2
     for size in sizes:
         pair = (size[:, :half] + size[:, half : 2 * half]) / 2
         size[:, : 2 * half] = pair.repeat(1, 2)
@@ -207,7 +208,7 @@ def _balance_gains(spec: Spec, w: Slots) -> None:
 
 def _outcome(spec: Spec, ends: Slots, embed: Tensor) -> tuple[Tensor, Tensor]:
     """(what the norm behind the embedding makes of its rows, centred; its variance), for (n, d): (n, d) and (n, 1)."""
-    y = F.layer_norm(embed, embed.shape[-1:], ends["embed_norm"], ends["embed_norm_bias"], spec.norm_eps)
+    y = F.layer_norm(embed, embed.shape[-1:], ends["embed_norm"], ends["embed_norm_bias"], spec.norms.eps)
     y = y - y.mean(dim=1, keepdim=True)
     return y, y.square().mean(dim=1, keepdim=True)
 
@@ -218,6 +219,6 @@ def _resolve_embedding(spec: Spec, w: Slots, c: Tensor) -> None:
     y = centred outcome, r = var(y)/c² ≤ 1/2; e' = (y/c) √(ε/(1-r)) has variance rε/(1-r), so its norm is c·(y/c).
     """
     y, variance = _outcome(spec, w, w["embed"])
-    w["embed"] = y / c * (spec.norm_eps / (1 - variance / c**2)).sqrt()
+    w["embed"] = y / c * (spec.norms.eps / (1 - variance / c**2)).sqrt()
     w["embed_norm"] = torch.full_like(w["embed_norm"], 1.0) * c
     w["embed_norm_bias"] = torch.zeros_like(w["embed_norm_bias"])

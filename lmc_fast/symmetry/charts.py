@@ -33,23 +33,23 @@ class Chart:
 
     def __init__(self, spec: Spec, sides: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
         self.spec, self.sides = spec, sides
-        per_group = (sides, spec.layers, spec.kv_heads)
+        per_group = (sides, spec.layers, spec.attention.kv_heads)
         shapes: dict[str, tuple[int, ...]] = {}
         if rotates(spec):
             shapes["rotation"] = (sides, spec.width, spec.width)
         if value_maps(spec) == "general":
-            shapes["vo"] = (*per_group, spec.head_dim, spec.head_dim)
+            shapes["vo"] = (*per_group, spec.attention.head_dim, spec.attention.head_dim)
         if query_key_maps(spec) == "general":
-            pairs, rest = len(spec.inv_freq), spec.head_dim - spec.rotary_dim
+            pairs, rest = len(spec.rope.inv_freq), spec.attention.head_dim - spec.rope.rotary_dim
             if rest:
                 shapes["qk"] = (*per_group, rest, rest)
             if pairs:
                 shapes |= {"pair_scale": (*per_group, pairs), "pair_angle": (*per_group, pairs)}
         if unit_scale_signs(spec) != "none":
-            if spec.ffn_width:
-                shapes["unit_scale"] = (sides, spec.layers, spec.ffn_width)
-            if spec.experts:
-                shapes["expert_scale"] = (sides, spec.layers, spec.experts, spec.expert_width)
+            if spec.ffn.width:
+                shapes["unit_scale"] = (sides, spec.layers, spec.ffn.width)
+            if spec.ffn.experts.count:
+                shapes["expert_scale"] = (sides, spec.layers, spec.ffn.experts.count, spec.ffn.experts.width)
         self.tensors = {
             name: torch.zeros(shape, dtype=dtype, device=device, requires_grad=True) for name, shape in shapes.items()
         }
@@ -113,7 +113,7 @@ class Chart:
 
     def _projected(self, free: Tensor) -> Tensor:
         """LayerNorm: rows and columns without mean, so that the rotation fixes the ones vector."""
-        if self.spec.norm != "layernorm":
+        if self.spec.norms.kind != "layernorm":
             return free
         free = free - free.mean(-1, keepdim=True)
         return free - free.mean(-2, keepdim=True)
@@ -124,7 +124,7 @@ class Chart:
             rest, rest_inverse = _polar_map(t["qk"])
         else:
             rest = rest_inverse = t["pair_angle"].new_zeros(*t["pair_angle"].shape[:-1], 0, 0)
-        if not spec.inv_freq:
+        if not spec.rope.inv_freq:
             return rest, rest_inverse
         grow, angle = t["pair_scale"], t["pair_angle"]
         cos, sin = angle.cos(), angle.sin()

@@ -30,9 +30,9 @@ def residual_group(spec: Spec) -> str:
     A norm's gain in the stream's own path cannot be folded away, and only moves with coordinates. One norm of token
     embeddings alone can: the embedding table is solved anew behind it (see canonical).
     """
-    if spec.placement == "pre" and not _stream_is_normed(spec):
-        return FIXING_ONES if spec.norm == "layernorm" else ORTHOGONAL
-    return PERMUTATION if spec.norm == "layernorm" else SIGNED
+    if spec.norms.placement == "pre" and not _stream_is_normed(spec):
+        return FIXING_ONES if spec.norms.kind == "layernorm" else ORTHOGONAL
+    return PERMUTATION if spec.norms.kind == "layernorm" else SIGNED
 
 
 def rotates(spec: Spec) -> bool:
@@ -43,45 +43,46 @@ def rotates(spec: Spec) -> bool:
 def resolves_embedding(spec: Spec) -> bool:
     """Each row of the embedding table is normalised on its own, so that the table can be solved for any outcome."""
     alone = not (spec.position_table or spec.types or spec.image)
-    return spec.embed_norm and spec.parametric and spec.placement == "pre" and spec.norm == "layernorm" and alone
+    norms = spec.norms
+    return norms.embedded and norms.parametric and norms.placement == "pre" and norms.kind == "layernorm" and alone
 
 
 def _stream_is_normed(spec: Spec) -> bool:
-    return spec.embed_norm and spec.parametric and not resolves_embedding(spec)
+    return spec.norms.embedded and spec.norms.parametric and not resolves_embedding(spec)
 
 
 def heads_move(spec: Spec) -> bool:
     """Heads may be permuted: ALiBi's slopes belong to a head's index."""
-    return not spec.alibi
+    return not spec.attention.alibi
 
 
 def value_maps(spec: Spec) -> str:
     """'general' (invertible) or 'signed' (permutation with signs) maps between value and output."""
-    return "signed" if spec.clip_qkv else "general"
+    return "signed" if spec.attention.clip_qkv else "general"
 
 
 def query_key_maps(spec: Spec) -> str:
     """'general' (commuting with RoPE), 'turns' (also signed permutations) or 'signs' (equal within a rotary pair)."""
-    if spec.qk_norm:
+    if spec.attention.qk_norm:
         return "signs"
-    return "turns" if spec.clip_qkv else "general"
+    return "turns" if spec.attention.clip_qkv else "general"
 
 
 def unit_scale_signs(spec: Spec) -> str:
     """'any' (non-zero), 'positive' or 'none': the legal scales between up and down projection."""
-    if spec.gated:
+    if spec.ffn.gated:
         return "any"
-    return "positive" if spec.activation == "relu" else "none"
+    return "positive" if spec.ffn.activation == "relu" else "none"
 
 
 def folds_value_bias(spec: Spec) -> bool:
     """Attention rows sum to one: a value bias is an output bias, unless values are clamped in between."""
-    return not spec.clip_qkv
+    return not spec.attention.clip_qkv
 
 
 def hides_key_bias(spec: Spec) -> bool:
     """q·b adds the same to every score, which the softmax does not see, unless something nonlinear sees it first."""
-    return not (spec.qk_norm or spec.clip_qkv or spec.attn_softcap)
+    return not (spec.attention.qk_norm or spec.attention.clip_qkv or spec.attention.softcap)
 
 
 def hides_head_mean(spec: Spec) -> bool:
@@ -98,10 +99,10 @@ def legal_groups(spec: Spec) -> list[Group]:
         Group("heads", *_heads(spec)),
         Group(
             "queries",
-            spec.queries_per_group > 1 and heads_move(spec),
-            f"permutations of {spec.queries_per_group} query heads within each group",
+            spec.attention.queries_per_group > 1 and heads_move(spec),
+            f"permutations of {spec.attention.queries_per_group} query heads within each group",
             "one query head per key head"
-            if spec.queries_per_group == 1
+            if spec.attention.queries_per_group == 1
             else "they share one key and value"
             if heads_move(spec)
             else "ALiBi's slope belongs to the head's index",
@@ -114,12 +115,14 @@ def legal_groups(spec: Spec) -> list[Group]:
 
 
 def _absorption(spec: Spec) -> tuple[bool, str, str]:
-    if not spec.parametric:
-        return False, "gains and biases fold into their readers", f"the {spec.norm} has none"
-    if spec.placement in ("pre", "sandwich"):
-        return True, "gains and biases fold into their readers", f"pre-{spec.norm}"
+    if not spec.norms.parametric:
+        return False, "gains and biases fold into their readers", f"the {spec.norms.kind} has none"
+    if spec.norms.placement in ("pre", "sandwich"):
+        return True, "gains and biases fold into their readers", f"pre-{spec.norms.kind}"
     what = (
-        "the final norm's gain folds into the head" if spec.placement == "branch" else "the head's norm folds into it"
+        "the final norm's gain folds into the head"
+        if spec.norms.placement == "branch"
+        else "the head's norm folds into it"
     )
     return True, what, "the other norms lie in the stream's own path"
 
@@ -133,7 +136,9 @@ def _residual(spec: Spec) -> tuple[bool, str, str]:
         if resolves_embedding(spec):
             why += "; the embedding table is solved anew behind its norm"
         return True, f"O({d}) fixing the ones vector", why
-    gains = "the input's norm has a gain" if spec.placement == "pre" else f"{spec.placement}-norms have gains"
+    gains = (
+        "the input's norm has a gain" if spec.norms.placement == "pre" else f"{spec.norms.placement}-norms have gains"
+    )
     if kind == SIGNED:
         return True, f"signed permutations of {d} channels", f"{gains} in the stream, which only move with channels"
     return True, f"permutations of {d} channels, or one's negative", f"{gains} and biases in the stream"
@@ -141,17 +146,17 @@ def _residual(spec: Spec) -> tuple[bool, str, str]:
 
 def _heads(spec: Spec) -> tuple[bool, str, str]:
     why = "attention sums over heads" if heads_move(spec) else "ALiBi's slope belongs to the head's index"
-    return heads_move(spec), f"permutations of {spec.kv_heads} key/value groups", why
+    return heads_move(spec), f"permutations of {spec.attention.kv_heads} key/value groups", why
 
 
 def _value_maps(spec: Spec) -> tuple[str, str]:
     if value_maps(spec) == "general":
-        return f"GL({spec.head_dim}) per key/value group", "no nonlinearity between value and output"
-    return f"signed permutations of {spec.head_dim} per key/value group", "values are clamped"
+        return f"GL({spec.attention.head_dim}) per key/value group", "no nonlinearity between value and output"
+    return f"signed permutations of {spec.attention.head_dim} per key/value group", "values are clamped"
 
 
 def _query_key_maps(spec: Spec) -> tuple[str, str]:
-    e, rotary = spec.head_dim, spec.rotary_dim
+    e, rotary = spec.attention.head_dim, spec.rope.rotary_dim
     rest, kind = e - rotary, query_key_maps(spec)
     if kind == "signs":
         pairs = f"{rotary // 2} rotary pairs" + (f" and {rest} channels" if rest else "")
@@ -167,20 +172,20 @@ def _query_key_maps(spec: Spec) -> tuple[str, str]:
 
 
 def _units(spec: Spec) -> list[Group]:
-    if not spec.ffn_width:
+    if not spec.ffn.width:
         return []
     return [
-        Group("FFN units", True, f"permutations of {spec.ffn_width} units", "the FFN sums over units"),
+        Group("FFN units", True, f"permutations of {spec.ffn.width} units", "the FFN sums over units"),
         Group("FFN scales", *_unit_scales(spec)),
     ]
 
 
 def _mixture(spec: Spec) -> list[Group]:
-    if not spec.experts:
+    if not spec.ffn.experts.count:
         return []
-    each = f"in each expert: permutations of {spec.expert_width} units, any non-zero scales"
+    each = f"in each expert: permutations of {spec.ffn.experts.width} units, any non-zero scales"
     return [
-        Group("experts", True, f"permutations of {spec.experts} experts", "the router's rows move with them"),
+        Group("experts", True, f"permutations of {spec.ffn.experts.count} experts", "the router's rows move with them"),
         Group("expert units", True, each, "each expert is a gated FFN"),
         Group("router shift", True, "one vector added to every router row", "the softmax does not see it"),
     ]
@@ -192,4 +197,4 @@ def _unit_scales(spec: Spec) -> tuple[bool, str, str]:
         return True, "any non-zero factor between up and down", "the up projection meets no nonlinearity before down"
     if signs == "positive":
         return True, "positive factors between up and down", "ReLU is positively homogeneous"
-    return False, "factors between up and down", f"{spec.activation} is not homogeneous"
+    return False, "factors between up and down", f"{spec.ffn.activation} is not homogeneous"

@@ -69,8 +69,8 @@ class _Check:
         self.require((p.sort(-1)[0] == torch.arange(shape[-1], device=p.device)).all(), f"{at}: not a permutation")
 
     def heads(self, t: BlockTransform, at: str) -> None:
-        group, e = self.spec.kv_heads, self.spec.head_dim
-        for p, shape in ((t.heads, (group,)), (t.queries, (group, self.spec.queries_per_group))):
+        group, e = self.spec.attention.kv_heads, self.spec.attention.head_dim
+        for p, shape in ((t.heads, (group,)), (t.queries, (group, self.spec.attention.queries_per_group))):
             if p is not None:
                 self.permutation(p, shape, at)
                 stay = torch.equal(p, torch.arange(shape[-1], device=p.device).expand(shape))
@@ -89,9 +89,9 @@ class _Check:
             )
         if t.qk is None:
             return
-        if self.spec.rotary_dim:
+        if self.spec.rope.rotary_dim:
             self.require(
-                self.close(_nearest_rotary(t.qk, self.spec.rotary_dim), t.qk),
+                self.close(_nearest_rotary(t.qk, self.spec.rope.rotary_dim), t.qk),
                 f"{at}: a query/key map mixes rotary planes",
             )
         kind = query_key_maps(self.spec)
@@ -103,22 +103,23 @@ class _Check:
 
     def units(self, t: BlockTransform, at: str) -> None:
         for p, shape in (
-            (t.units, (self.spec.ffn_width,)),
-            (t.experts, (self.spec.experts,)),
-            (t.expert_units, (self.spec.experts, self.spec.expert_width)),
+            (t.units, (self.spec.ffn.width,)),
+            (t.experts, (self.spec.ffn.experts.count,)),
+            (t.expert_units, (self.spec.ffn.experts.count, self.spec.ffn.experts.width)),
         ):
             if p is not None:
                 self.require(all(shape), f"{at}: it permutes units or experts that the model does not have")
                 self.permutation(p, shape, at)
         signs = unit_scale_signs(self.spec)
         for scale, shape in (
-            (t.unit_scale, (self.spec.ffn_width,)),
-            (t.expert_scale, (self.spec.experts, self.spec.expert_width)),
+            (t.unit_scale, (self.spec.ffn.width,)),
+            (t.expert_scale, (self.spec.ffn.experts.count, self.spec.ffn.experts.width)),
         ):
             if scale is not None:
                 self.require(scale.shape == shape and all(shape), f"{at}: a scale has shape {list(scale.shape)}")
                 self.require(
-                    signs != "none", f"{at}: {self.spec.activation} is not homogeneous, so its units cannot be scaled"
+                    signs != "none",
+                    f"{at}: {self.spec.ffn.activation} is not homogeneous, so its units cannot be scaled",
                 )
                 self.require(signs == "any" or (scale > 0).all(), f"{at}: ReLU units need positive scales")
                 self.require((scale != 0).all(), f"{at}: a unit scale is zero")

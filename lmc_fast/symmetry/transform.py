@@ -161,9 +161,9 @@ def map_inside(spec: Spec, t: BlockTransform, name: str, w: Tensor) -> Tensor:
         return _move_output(spec, t, w)
     if part in ("up", "gate") or name == "down":
         return _move_units(w, name, t.units, t.unit_scale)
-    if name in ("q_norm", "k_norm") and spec.qk_norm == "full":
-        count = spec.queries_per_group if name == "q_norm" else 1
-        return _permute_heads(t, w.view(spec.kv_heads, count, spec.head_dim)).reshape(-1)
+    if name in ("q_norm", "k_norm") and spec.attention.qk_norm == "full":
+        count = spec.attention.queries_per_group if name == "q_norm" else 1
+        return _permute_heads(t, w.view(spec.attention.kv_heads, count, spec.attention.head_dim)).reshape(-1)
     return w
 
 
@@ -181,11 +181,12 @@ def turn(spec: Spec, rotation: Tensor | None, name: str, w: Tensor) -> Tensor:
 
 def _move_heads(spec: Spec, t: BlockTransform, slot: str, w: Tensor) -> Tensor:
     """Rows of q, k or v, or their bias."""
-    count = spec.queries_per_group if slot == "q" else 1
+    count = spec.attention.queries_per_group if slot == "q" else 1
     maps = head_maps(t, slot)
     if maps is None and t.heads is None and (t.queries is None or count == 1):
         return w
-    rows = _permute_heads(t, w.view(spec.kv_heads, count, spec.head_dim, -1))  # last: the width, or 1 for a bias
+    heads = w.view(spec.attention.kv_heads, count, spec.attention.head_dim, -1)  # last: the width, or 1 for a bias
+    rows = _permute_heads(t, heads)
     return (rows if maps is None else maps[:, None] @ rows).reshape(w.shape)
 
 
@@ -200,7 +201,8 @@ def _move_output(spec: Spec, t: BlockTransform, w: Tensor) -> Tensor:
     """Columns of o."""
     if t.heads is None and t.queries is None and t.vo_inverse is None:
         return w
-    columns = w.view(-1, spec.kv_heads, spec.queries_per_group, spec.head_dim).permute(1, 2, 0, 3)
+    att = spec.attention
+    columns = w.view(-1, att.kv_heads, att.queries_per_group, att.head_dim).permute(1, 2, 0, 3)
     columns = _permute_heads(t, columns)
     if t.vo_inverse is not None:
         columns = columns @ t.vo_inverse[:, None]

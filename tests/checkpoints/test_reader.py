@@ -152,7 +152,7 @@ def test_names_without_the_prefix_as_on_the_hub(copy):
 
 def test_opening_reads_headers_only(make_checkpoint, monkeypatch):
     monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("a tensor was read"))
-    assert Model(make_checkpoint("llama")).spec.kv_heads == 2
+    assert Model(make_checkpoint("llama")).spec.attention.kv_heads == 2
 
 
 def test_rows_are_read_alone_and_a_file_that_shrinks_is_noticed(copy):

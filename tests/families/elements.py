@@ -131,7 +131,7 @@ class Random:
 def random_element(known: Known, spec: Spec, seed: int) -> Transform:
     """An element of the group with nothing left at the identity."""
     draw = Random(seed)
-    groups, r, e = spec.kv_heads, spec.queries_per_group, spec.head_dim
+    groups, r, e = spec.attention.kv_heads, spec.attention.queries_per_group, spec.attention.head_dim
 
     def unit_scale(*shape: int) -> Tensor | None:
         if known.scale == "none" or not all(shape):
@@ -140,14 +140,14 @@ def random_element(known: Known, spec: Spec, seed: int) -> Transform:
 
     def block() -> BlockTransform:
         value = draw.general if known.vo == "gl" else draw.signed
-        experts, width = spec.experts, spec.expert_width
+        experts, width = spec.ffn.experts.count, spec.ffn.experts.width
         return BlockTransform(
             heads=draw.places(groups) if known.heads else None,
             queries=torch.stack([draw.places(r) for _ in range(groups)]) if known.heads and r > 1 else None,
             vo=torch.stack([value(e) for _ in range(groups)]),
-            qk=torch.stack([draw.query_key(known.qk, e, spec.rotary_dim) for _ in range(groups)]),
-            units=draw.places(spec.ffn_width) if spec.ffn_width else None,
-            unit_scale=unit_scale(spec.ffn_width),
+            qk=torch.stack([draw.query_key(known.qk, e, spec.rope.rotary_dim) for _ in range(groups)]),
+            units=draw.places(spec.ffn.width) if spec.ffn.width else None,
+            unit_scale=unit_scale(spec.ffn.width),
             experts=draw.places(experts) if experts else None,
             expert_units=torch.stack([draw.places(width) for _ in range(experts)]) if experts else None,
             expert_scale=unit_scale(experts, width),

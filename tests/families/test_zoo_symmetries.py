@@ -107,7 +107,7 @@ def _with_map(element, kind, maps):
 def _illegal(name, spec, element):
     """(what, a broken element, whether it must change the function visibly) for everything this family forbids."""
     known, draw = KNOWN[name], Random(7)
-    groups, e, rotary = spec.kv_heads, spec.head_dim, spec.rotary_dim
+    groups, e, rotary = spec.attention.kv_heads, spec.attention.head_dim, spec.rope.rotary_dim
     each = lambda make: torch.stack([make() for _ in range(groups)])  # noqa: E731
     for kind in ("any", "ones", "signed"):
         wider = {"any": (), "ones": ("any", "signed"), "signed": ("any", "ones"), "plain": ("any", "ones", "signed")}
@@ -128,9 +128,9 @@ def _illegal(name, spec, element):
     if not known.heads and groups > 1:
         yield "heads under ALiBi", _first_block(element, heads=torch.arange(groups).roll(1))
     if known.scale == "none":
-        yield "scaled units", _first_block(element, unit_scale=draw.scales(spec.ffn_width) + 1)
+        yield "scaled units", _first_block(element, unit_scale=draw.scales(spec.ffn.width) + 1)
     if known.scale == "positive":
-        yield "negative scale", _first_block(element, unit_scale=-draw.scales(spec.ffn_width))
+        yield "negative scale", _first_block(element, unit_scale=-draw.scales(spec.ffn.width))
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)

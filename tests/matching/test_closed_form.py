@@ -77,11 +77,11 @@ def test_balance_equalises_both_sides_of_every_head(variant, make_checkpoint):
     element = balance(weights)
     check_legal(element, spec)
     for block in element.apply(weights).blocks:
-        v = block["v"].view(spec.kv_heads, spec.head_dim, -1)
-        o = block["o"].view(-1, spec.kv_heads, spec.queries_per_group, spec.head_dim)
+        v = block["v"].view(spec.attention.kv_heads, spec.attention.head_dim, -1)
+        o = block["o"].view(-1, spec.attention.kv_heads, spec.attention.queries_per_group, spec.attention.head_dim)
         outer = torch.einsum("dgre,dgrf->gef", o, o)
         assert torch.allclose(v @ v.mT, outer, rtol=1e-5, atol=1e-7 * outer.abs().max().item())
-        if spec.gated:
+        if spec.ffn.gated:
             assert torch.allclose(block["up"].norm(dim=1), block["down"].norm(dim=0), rtol=1e-5)
 
 
@@ -94,7 +94,7 @@ def test_a_planted_transform_is_found(variant, evidence, make_checkpoint, tokens
     for block in planted.blocks:
         block.unit_scale = None if unit_scale_signs(a.spec) != "any" else block.unit_scale.sign()
         block.vo = nearest_orthogonal(block.vo)
-        block.qk = nearest_rotary(block.qk, a.spec.rotary_dim)
+        block.qk = nearest_rotary(block.qk, a.spec.rope.rotary_dim)
         block.vo_inverse, block.qk_inverse = block.vo.mT, block.qk.mT
     b = planted.apply(a)
     statistics = gather_statistics(a, b, torch.randint(40, (64, 20), generator=torch.Generator().manual_seed(1)))

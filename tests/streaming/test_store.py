@@ -171,7 +171,7 @@ def test_foreign_and_damaged_stores(make_store):
     assert fingerprint(spec) == fingerprint(replace(spec, tied=True))
     for arguments, words in [
         ((path / "no", spec), "no/index.json"),
-        ((path, replace(spec, norm_eps=1e-3)), "another architecture"),
+        ((path, spec.changed(norms={"eps": 1e-3})), "another architecture"),
         ((path, spec, "pair 2"), "another pair"),
     ]:
         with pytest.raises(LmcError, match=words):

@@ -17,7 +17,8 @@ def rotation_fixing_ones(n: int, seed: int) -> torch.Tensor:
 
 def random_element(spec: Spec, seed: int) -> Transform:
     g = torch.Generator().manual_seed(seed)
-    groups, r, e, rotary = spec.kv_heads, spec.queries_per_group, spec.head_dim, spec.rotary_dim
+    groups, r, e = spec.attention.kv_heads, spec.attention.queries_per_group, spec.attention.head_dim
+    rotary = spec.rope.rotary_dim
 
     def general(n):
         q1, q2 = (torch.linalg.qr(torch.randn(n, n, generator=g, dtype=torch.float64))[0] for _ in range(2))
@@ -38,7 +39,7 @@ def random_element(spec: Spec, seed: int) -> Transform:
 
     def block():
         signs = unit_scale_signs(spec)
-        scale = None if signs == "none" else 0.5 + torch.rand(spec.ffn_width, generator=g, dtype=torch.float64)
+        scale = None if signs == "none" else 0.5 + torch.rand(spec.ffn.width, generator=g, dtype=torch.float64)
         if signs == "any":
             scale[::2] *= -1
         return BlockTransform(
@@ -46,11 +47,11 @@ def random_element(spec: Spec, seed: int) -> Transform:
             queries=permutations(groups, r) if r > 1 else None,
             vo=torch.stack([general(e) for _ in range(groups)]),
             qk=torch.stack([query_key() for _ in range(groups)]),
-            units=torch.randperm(spec.ffn_width, generator=g),
+            units=torch.randperm(spec.ffn.width, generator=g),
             unit_scale=scale,
         )
 
-    if spec.norm == "layernorm":
+    if spec.norms.kind == "layernorm":
         rotation = rotation_fixing_ones(spec.width, seed)
     else:
         rotation = torch.from_numpy(special_ortho_group.rvs(spec.width, random_state=seed))

@@ -27,12 +27,12 @@ def test_form(variant, make_checkpoint):
         assert (block["attn_norm"] == 1).all() and (block["ffn_norm"] == 1).all()
         if "v_bias" in block:
             assert (block["v_bias"] == 0).all()
-            assert (block["k_bias"].view(spec.kv_heads, -1)[:, spec.rotary_dim :] == 0).all()
-        if spec.norm == "layernorm":
+            assert (block["k_bias"].view(spec.attention.kv_heads, -1)[:, spec.rope.rotary_dim :] == 0).all()
+        if spec.norms.kind == "layernorm":
             assert block["o"].mean(0).abs().max() < 1e-14 and block["down"].mean(0).abs().max() < 1e-14
     assert (weights.ends["final_norm"] == 1).all()
     assert weights.ends["head"].mean(0).abs().max() < 1e-14
-    if spec.norm == "layernorm":
+    if spec.norms.kind == "layernorm":
         assert weights.ends["embed"].mean(1).abs().max() < 1e-14
     else:  # centring is not function-preserving without a mean-subtracting norm
         assert weights.ends["embed"].mean(1).abs().max() > 1e-3

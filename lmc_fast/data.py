@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,21 @@ from torch import Tensor
 from .checkpoints import Model
 from .errors import LmcError
 from .examples import Data, Examples
+from .files import MIB, read_object, require_regular
 from .images import read_images
+from .streaming.meter import require_memory
 
 MASKED_SHARE = 0.15  # of the tokens that a masked language model has to guess
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+_TOKENIZER_JSON = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+)
+_TOKENIZER_FILES = ("*token*", "*vocab*", "merges.txt", "*.model", "*.tiktoken", "*.jinja", "config.json")
+_TOKENIZER_BYTES = 512 * MIB
 
 
 def read_data(path: str | Path, model: Model, length: int, at_least: int = 1) -> Data:
@@ -54,14 +67,16 @@ def read_tokens(path: str | Path, model: Model, length: int, at_least: int = 1) 
     Raises LmcError for a missing, unreadable, empty or too short file, or ids outside the vocabulary.
     """
     file = Path(path)
-    if not file.is_file():
-        raise LmcError(f"{file} does not exist; give a .txt, .jsonl or .npy file")
+    size = require_regular(file, "give a .txt, .jsonl or .npy file")
     if length < 2 or length > model.spec.max_positions:
         raise LmcError(f"block length {length} is out of range: the model has {model.spec.max_positions} positions")
+    require_memory(size, file)
     ids = _load_ids(file) if file.suffix == ".npy" else _tokenize(file, model)
     vocab = model.spec.table or model.spec.vocab
-    if len(ids) and (ids.min() < 0 or ids.max() >= vocab):
-        raise LmcError(f"{file} holds token id {int(ids.max())}, outside the vocabulary of {vocab}")
+    if len(ids):
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= vocab:
+            raise LmcError(f"{file} holds token id {low if low < 0 else high}, outside the vocabulary of {vocab}")
     count = len(ids) // length
     if count < at_least:
         raise LmcError(f"{file} has {len(ids)} tokens; at least {at_least * length} are needed (blocks of {length})")
@@ -76,12 +91,15 @@ def split_validation(blocks: Data, share: float = 0.03, least: int = 16) -> tupl
 
 def _load_ids(file: Path) -> np.ndarray:
     try:
-        ids = np.load(file, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        found = np.load(file, mmap_mode="r", allow_pickle=False)  # mapped: the file must be as long as its header says
+    except Exception as error:  # numpy raises a dozen kinds for a damaged header
         raise LmcError(f"{file} is not a readable .npy file ({error})") from error
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise LmcError(f"{file} holds {ids.dtype}, not integer token ids")
-    return ids.reshape(-1)
+    if not isinstance(found, np.ndarray):
+        found.close()
+        raise LmcError(f"{file} is not a readable .npy file (it holds several arrays); save one with numpy.save")
+    if found.dtype.kind not in "iu":
+        raise LmcError(f"{file} holds {found.dtype}, not integer token ids")
+    return np.array(found).reshape(-1)
 
 
 def _tokenizer(model: Model, remedy: str) -> Any:
@@ -89,34 +107,72 @@ def _tokenizer(model: Model, remedy: str) -> Any:
 
     if not any((model.path / name).exists() for name in _TOKENIZERS):  # transformers would make up an empty one
         raise LmcError(f"{model.path} has no tokenizer; {remedy}")
-    try:
+    for file in sorted({file for pattern in _TOKENIZER_FILES for file in model.path.glob(pattern)}):
+        if file.name in _TOKENIZER_JSON:
+            read_object(file, _TOKENIZER_BYTES, remedy)
+        elif not file.is_dir():
+            require_regular(file, remedy)
+    with _refusals(f"{model.path}: the tokenizer does not load", remedy):
         return AutoTokenizer.from_pretrained(model.path, trust_remote_code=False)
-    except Exception as error:  # transformers raises many types for a missing or damaged tokenizer
-        raise LmcError(f"{model.path}: the tokenizer does not load ({type(error).__name__}); {remedy}") from error
+
+
+@contextmanager
+def _refusals(what: str, remedy: str) -> Iterator[None]:
+    """Whatever a tokenizer raises, as one sentence: many types, and panics of Rust that are no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise LmcError(f"{what} ({type(error).__name__}: {error}); {remedy}") from error
 
 
 def _tokenize(file: Path, model: Model) -> np.ndarray:
-    documents = _read_documents(file)
-    tokenizer = _tokenizer(model, "give .npy token ids")
+    documents = list(_read_documents(file))
+    remedy = "give .npy token ids"
+    tokenizer = _tokenizer(model, remedy)
     end = [] if tokenizer.eos_token_id is None or len(documents) < 2 else [tokenizer.eos_token_id]
     ids: list[int] = []
-    for document in documents:
-        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
+    with _refusals(f"{model.path}: the tokenizer fails on {file}", remedy):
+        for document in documents:
+            ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
     return np.array(ids, dtype=np.int64)
 
 
-def _read_documents(file: Path) -> list[str]:
+def _read_documents(file: Path) -> Iterator[str]:
+    """The whole text, or the "text" of every line; a byte-order mark is no part of it."""
     try:
-        text = file.read_text(encoding="utf-8")
+        with open(file, encoding="utf-8-sig") as lines:
+            if file.suffix == ".jsonl":
+                # lines end where JSON Lines says: not at U+2028 or U+0085, which strings may hold
+                yield from (
+                    _document(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
+                )
+            else:
+                yield lines.read()
     except (UnicodeDecodeError, OSError) as error:
         raise LmcError(f"{file} is not readable UTF-8 text ({error})") from error
-    if file.suffix != ".jsonl":
-        return [text]
-    documents = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                documents.append(str(json.loads(line)["text"]))
-            except (ValueError, KeyError, TypeError) as error:
-                raise LmcError(f"{file}, line {number}: not a JSON object with a 'text' field") from error
-    return documents
+
+
+def _document(line: str, at: str) -> str:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise LmcError(f"{at}: not a JSON object with a 'text' field ({type(error).__name__})") from error
+    if not isinstance(found, dict) or "text" not in found:
+        raise LmcError(f"{at}: not a JSON object with a 'text' field")
+    text = found["text"]
+    if not isinstance(text, str):
+        raise LmcError(f"{at}: 'text' is {_json_kind(text)}, not a string; remove the line or give it a text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise LmcError(f"{at}: 'text' holds half of a surrogate pair, which is no character; remove it") from None
+    return text
+
+
+def _json_kind(value: object) -> str:
+    if value is None:
+        return "null"
+    kinds = {bool: "true or false", dict: "an object", list: "a list"}
+    return kinds.get(type(value), "a number")

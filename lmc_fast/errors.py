@@ -1,2 +1,22 @@
+_LONGEST = 1000  # characters of a message: names in hostile files may have megabytes
+
+
 class LmcError(Exception):
-    """Something the user can mend. The message is one sentence that names the culprit and the remedy."""
+    """Something the user can mend. The message is one sentence that names the culprit and the remedy.
+
+    Names in it come from files: what would act on a terminal (line breaks, escape codes) is shown as an escape.
+    """
+
+    def __init__(self, message: str = ""):
+        super().__init__(printable(message))
+
+
+def printable(text: object) -> str:
+    """One line without control characters, cut in the middle where it is very long."""
+    line = "".join(c if c.isprintable() else _escaped(c) for c in str(text))
+    half = _LONGEST // 2
+    return line if len(line) <= _LONGEST else f"{line[:half]} [...] {line[-half:]}"
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")

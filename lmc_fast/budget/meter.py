@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..errors import LmcError
 from .sizes import show_bytes
 
 _PROC = Path("/proc")
@@ -148,6 +149,14 @@ def available_memory() -> int:
         pass
     room = cgroup_room()
     return free if room is None else min(free, room)
+
+
+def require_memory(size: int, file: Path) -> None:
+    """Raises LmcError where `size` bytes that `file` claims are more than this process can still take."""
+    if size > available_memory():
+        raise LmcError(
+            f"{file} holds {show_bytes(size)}, more than the {show_bytes(available_memory())} of free memory"
+        )
 
 
 def budget_warning(budget: int, device: torch.device | str = "cpu") -> str | None:

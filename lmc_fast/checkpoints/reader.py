@@ -6,17 +6,16 @@ file is open.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import LmcError
+from ..files import MIB, read_object
 from .pickled import PickledFile
 from .tensor_file import FLOATS, TensorFile
 
@@ -26,6 +25,7 @@ _PICKLED = "pytorch_model.bin"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 _HUB_FILES = ["*.safetensors", _INDEX, "*.json", "*.txt", "*.model", "*.jinja"]
 _GGUF = "GGUF is not read; convert with transformers: from_pretrained(DIR, gguf_file=FILE), then save_pretrained"
+_INDEX_BYTES = 64 * MIB
 RUN_ELEMENTS = 1 << 22  # of a tensor that is read by runs
 
 
@@ -62,7 +62,7 @@ class Checkpoint:
         self.path = resolve(path)
         if any(self.path.glob("*.gguf")) and not any(self.path.glob("*.safetensors")):
             raise LmcError(f"{path}: {_GGUF}")
-        self.config = self._read_json(self.path / "config.json")
+        self.config = read_object(self.path / "config.json", remedy=f"is {self.source} a checkpoint directory?")
         if self.config.get("quantization_config"):
             method = self.config["quantization_config"]
             method = method.get("quant_method", "") if isinstance(method, dict) else ""
@@ -142,7 +142,7 @@ class Checkpoint:
     def _indexed(self, name: str, ending: str) -> tuple[list[str], set[str]]:
         """As _locate, from an index, which names no file outside the directory."""
         index = self.path / name
-        weight_map = self._read_json(index).get("weight_map")
+        weight_map = read_object(index, _INDEX_BYTES, "download it again").get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise LmcError(f"{index} has no weight_map; download it again")
         for tensor, file in weight_map.items():
@@ -151,17 +151,6 @@ class Checkpoint:
             if not file.endswith(ending):
                 raise LmcError(f"{index} names '{file}', which does not end in {ending}; refused")
         return sorted(set(weight_map.values())), set(weight_map)
-
-    def _read_json(self, file: Path) -> dict[str, Any]:
-        if not file.exists():
-            raise LmcError(f"{file} is missing; is {self.source} a checkpoint directory?")
-        try:
-            value = json.loads(file.read_text())
-        except (ValueError, OSError) as error:
-            raise LmcError(f"{file} is not valid JSON ({error})") from error
-        if not isinstance(value, dict):
-            raise LmcError(f"{file} is not a JSON object")
-        return value
 
 
 def _opened(file: Path) -> TensorFile | PickledFile:

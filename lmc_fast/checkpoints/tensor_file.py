@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from io import FileIO
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import LmcError
+from ..files import MIB, parse_json, require_regular
 
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 OTHERS = {
@@ -25,6 +25,7 @@ OTHERS = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in (FLOATS | OTHERS).items()}  # as the format calls them
 _LFS = b"version https://git-lfs"
+_HEADER_BYTES = 32 * MIB  # a quarter of a million tensors; the format allows 100 MB
 _CHECKED = 1 << 20  # elements that are looked at together for NaN
 
 
@@ -44,9 +45,8 @@ def read_elements(handle: FileIO, offset: int, count: int, dtype: torch.dtype) -
 
 
 def require_weights(file: Path) -> None:
-    """Raises LmcError where there is no file, or what git leaves in place of a large one."""
-    if not file.is_file():
-        raise LmcError(f"{file} is missing; download the checkpoint again")
+    """Raises LmcError where there is no ordinary file, or what git leaves in place of a large one."""
+    require_regular(file, "download the checkpoint again")
     with FileIO(file) as handle:
         if handle.read(len(_LFS)) == _LFS:
             raise LmcError(f"{file} is a pointer of Git LFS, not the weights; run git lfs pull there")
@@ -68,14 +68,16 @@ class TensorFile:
     def __init__(self, file: Path):
         self.file = file
         require_weights(file)
-        try:
-            with safe_open(file, framework="pt"):  # checks offsets, sizes and the file's length
-                self._handle = FileIO(file)
-        except (SafetensorError, OSError) as error:
-            raise LmcError(f"{file} is corrupt or truncated ({error}); download it again") from error
         # the format: length of the header (8 bytes, little-endian), header in JSON, bytes of the tensors
-        length = int.from_bytes(self._handle.read(8), "little")
-        header = json.loads(self._handle.read(length))
+        try:
+            self._handle = FileIO(file)
+            length = int.from_bytes(self._handle.read(8), "little")
+            if length > _HEADER_BYTES:
+                raise SafetensorError(f"its header would have {length:,} bytes")
+            with safe_open(file, framework="pt"):  # checks offsets, sizes and the file's length
+                header = parse_json(self._handle.read(length), file)
+        except (SafetensorError, OSError, UnicodeError) as error:  # UnicodeError: a path that safetensors does not take
+            raise LmcError(f"{file} is corrupt or truncated ({error}); download it again") from error
         self._entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         self._first = 8 + length
 

@@ -18,6 +18,9 @@ from .coverage import cover
 from .lazy import TABLES, LazyBlocks, Slots, Table
 from .reader import Checkpoint
 
+_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_experts", "num_local_experts")
+_MOST_LABELS = 10_000_000
+
 
 @dataclass
 class Weights:
@@ -107,7 +110,8 @@ class Model:
     def __init__(self, path: str | Path):
         self.checkpoint = Checkpoint(path)
         self.family, self.config = read_config(self.checkpoint)
-        self.coverage, self.spec = cover(self.checkpoint, self.family, self.family.spec(self.config))
+        spec = _spec(self.family, self.config, self.checkpoint.path / "config.json")
+        self.coverage, self.spec = cover(self.checkpoint, self.family, spec)
 
     @property
     def path(self) -> Path:
@@ -179,7 +183,9 @@ def read_config(checkpoint: Checkpoint) -> tuple[Family, Any]:
     """
     from transformers import AutoConfig
 
-    kind = checkpoint.config.get("model_type")
+    kind, file = checkpoint.config.get("model_type"), checkpoint.path / "config.json"
+    if not isinstance(kind, str):
+        raise LmcError(f"{file}: model_type is {kind!r}, not a name; is {checkpoint.source} a model?")
     nested = [name for name in ("text_config", "vision_config") if name in checkpoint.config]
     if nested and kind not in FAMILIES:
         raise LmcError(
@@ -191,6 +197,9 @@ def read_config(checkpoint: Checkpoint) -> tuple[Family, Any]:
         raise LmcError(f"{checkpoint.path}: model_type {kind!r} is not supported; supported are {known}")
     family = FAMILIES[kind]
     names = checkpoint.config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise LmcError(f"{file}: architectures is {names!r}, not a list of class names")
+    _require_countable(checkpoint)
     if names and not any(name.endswith(family.architectures) for name in names):
         ends = " or ".join(family.architectures)
         wanted = "causal language model" if "ForCausalLM" in family.architectures else f"{kind} model with its head"
@@ -198,6 +207,31 @@ def read_config(checkpoint: Checkpoint) -> tuple[Family, Any]:
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     except Exception as error:  # transformers validates with many exception types
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise LmcError(f"{checkpoint.path / 'config.json'} is refused by transformers: {reason}") from error
+        raise LmcError(f"{file} is refused by transformers: {_last_line(error)}") from error
     return family, config
+
+
+def _spec(family: Family, config: Any, file: Path) -> Spec:
+    try:
+        return family.spec(config)
+    except LmcError as error:
+        raise LmcError(f"{file}: {error}") from error
+    except Exception as error:  # a value of a type or size that transformers let pass
+        raise LmcError(f"{file} describes no {family.name} model ({_last_line(error)}); download it again") from error
+
+
+def _require_countable(checkpoint: Checkpoint) -> None:
+    """Raises LmcError for numbers that transformers would count to before it looks at anything else."""
+    tensors = len(checkpoint.names)  # every block and every expert has one at least
+    limits = dict.fromkeys(_COUNTS, tensors) | {"num_labels": _MOST_LABELS}
+    for key, most in limits.items():
+        value = checkpoint.config.get(key)
+        if isinstance(value, (int, float)) and value > most:
+            raise LmcError(
+                f"{checkpoint.path / 'config.json'}: {key} is {value}, which does not fit files of {tensors} tensors"
+            )
+
+
+def _last_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .budget.meter import require_memory
 from .checkpoints import Model
 from .errors import LmcError
 from .examples import Data, Examples
 from .files import MIB, read_object, require_regular
 from .images import read_images
-from .streaming.meter import require_memory
 
 MASKED_SHARE = 0.15  # of the tokens that a masked language model has to guess
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from .architectures import ImageInput
+from .budget.meter import require_memory
 from .checkpoints import Model
 from .errors import LmcError
 from .examples import Examples
 from .files import MIB, read_object, require_regular
-from .streaming.meter import require_memory
 
 _FILES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 _FORMATS = ("PNG", "JPEG", "MPO", "BMP", "WEBP", "GIF")  # whatever the name says; not those that run programs

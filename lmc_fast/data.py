@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +68,8 @@ def read_tokens(path: str | Path, model: Model, length: int, at_least: int = 1) 
     Raises LmcError for a missing, unreadable, empty or too short file, or ids outside the vocabulary.
     """
     file = Path(path)
+    if not os.path.exists(file):
+        raise LmcError(f"{file} does not exist; give a .txt, .jsonl or .npy file")
     size = require_regular(file, "give a .txt, .jsonl or .npy file")
     if length < 2 or length > model.spec.max_positions:
         raise LmcError(f"block length {length} is out of range: the model has {model.spec.max_positions} positions")

@@ -13,6 +13,7 @@ from .pair import Pair, open_pair
 from .pipeline.align import align
 from .pipeline.evaluate import barrier, verify
 from .pipeline.export import export, merge
+from .pipeline.run import run
 from .solvers import cayley, expm, polar
 from .version import __version__
 
@@ -39,5 +40,6 @@ __all__ = [
     "read_data",
     "read_images",
     "read_tokens",
+    "run",
     "verify",
 ]

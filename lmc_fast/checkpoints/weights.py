@@ -108,6 +108,7 @@ class Model:
     """
 
     def __init__(self, path: str | Path):
+        self.source = str(path)  # as it was asked for: a directory or a hub id
         self.checkpoint = Checkpoint(path)
         self.family, self.config = read_config(self.checkpoint)
         spec = _spec(self.family, self.config, self.checkpoint.path / "config.json")

@@ -32,7 +32,8 @@ from ..symmetry.storage import load_tensors, pack, save_tensors, unpack
 from ..symmetry.transform import Transform
 from .budgeted import disk_bytes, effort_of, on_disk, path_of, plan_learning, require_room, tokens_to_gather
 
-METHODS = ("dual", "one-sided", "activation", "weight")
+LEARNING = ("dual", "one-sided")
+METHODS = (*LEARNING, "activation", "weight")
 STATISTICS_TOKENS = 32_768  # enough for cross-covariances; more changes the matching little
 VALIDATION_BLOCKS = 64
 VALIDATIONS = 10
@@ -42,13 +43,15 @@ SAVE_SHARE = 20
 
 @dataclass(frozen=True)
 class Progress:
-    """Handed to the `progress` callback: after each step, and once (`step` 0) when matching is done."""
+    """Handed to the `progress` callback: once (`step` 0) when matching is done, after each step of learning, and by
+    `run` after each point of a curve (stage "measuring")."""
 
     step: int
     steps: int
-    loss: float | None
-    excess: float | None  # of the last validation, in nats
-    tokens: int  # read in this step
+    loss: float | None = None
+    excess: float | None = None  # of the last validation, in nats
+    tokens: int = 0  # read in this step
+    stage: str = "learning"
 
 
 def align(
@@ -87,7 +90,7 @@ def align(
     schedule = schedule or Schedule(sides=1 if method == "one-sided" else 2, **options)
     device, meter = torch.device(device), meter or Meter(device)
     tokens = tokens.to(device)
-    learns = method in ("dual", "one-sided")
+    learns = method in LEARNING
     run: dict[str, Any] = {"method": method}
     if learns:
         run |= {"schedule": asdict(schedule), "calibration_blocks": list(tokens.shape)}

@@ -13,18 +13,61 @@ from ..alignment import Alignment
 from ..checkpoints import Checkpoint, Model, Stored, atomic_directory, disk_errors, write_checkpoint
 from ..checkpoints import export as export_weights
 from ..errors import LmcError
+from ..evaluation import Difference
+from ..examples import Data
 from ..pair import Pair, open_pair
-from ..symmetry import Transform, canonicalize
+from ..symmetry import Transform, canonicalize, check_legal
+from .evaluate import verify
+
+PROOF_SEQUENCES = 16
 
 
-def export(pair: Pair, alignment: Alignment, out: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Writes out/a and out/b (stock checkpoints, all or nothing) and out/alignment.safetensors.
+def export(
+    pair: Pair,
+    alignment: Alignment,
+    out: str | Path,
+    dtype: torch.dtype | None = None,
+    *,
+    tokens: Data | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, Difference]:
+    """Writes out/a and out/b (stock checkpoints) and out/alignment.safetensors, once both are proven; see `prove`.
 
-    dtype: of the weights on disk, each endpoint's own by default. Raises LmcError if `out` exists and is not empty.
+    dtype: of the weights on disk, each endpoint's own by default. tokens: data to prove it on, by default random.
+
+    Raises LmcError, and leaves nothing behind, if `out` exists and is not empty, if the alignment is none of this pair,
+    or if what was written does not keep its function.
     """
+    for transform in (alignment.a, alignment.b):
+        check_legal(transform, pair.spec)
     with atomic_directory(Path(out)) as work:
         export_into(pair, alignment, work, dtype)
+        proof = prove(pair, work, tokens, device)
         alignment.save(work / "alignment.safetensors")
+    return proof
+
+
+def prove(
+    pair: Pair, directory: Path, tokens: Data | None = None, device: torch.device | str = "cpu"
+) -> dict[str, Difference]:
+    """How far directory/a and directory/b, as they are read back, are from the pair's endpoints.
+
+    tokens: compared on at most PROOF_SEQUENCES of these, by default on random ones. Raises LmcError where an endpoint
+    does not keep its function.
+    """
+    sample = None if tokens is None else tokens[:PROOF_SEQUENCES]
+    proof = {}
+    for name, original in (("a", pair.a), ("b", pair.b)):
+        found, same = verify(original.path, directory / name, sample, device)
+        if not same:
+            short = Model(directory / name).dtype.itemsize < 4
+            remedy = "write it in float32 (--dtype float32)" if short else "please report this as a bug"
+            raise LmcError(
+                f"the aligned {original.source} does not keep its function: KL {found.kl:.1e} nats to the original; "
+                f"nothing is published; {remedy}"
+            )
+        proof[name] = found
+    return proof
 
 
 def export_into(pair: Pair, alignment: Alignment, directory: Path, dtype: torch.dtype | None = None) -> None:

@@ -1,0 +1,146 @@
+"""The whole way: from a pair and calibration data to a published directory with proof, curves and report."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..alignment import Alignment
+from ..budget.meter import Meter
+from ..data import split_validation
+from ..evaluation import Curve
+from ..evaluation.curve import DEFINITION, plot_curves
+from ..evaluation.plots import plot_learning
+from ..examples import Data
+from ..learning import parallel
+from ..learning.learner import History, Schedule
+from ..pair import Pair
+from ..version import __version__
+from .align import LEARNING, Progress, align
+from .evaluate import barrier
+from .export import export_into, prove
+from .run_directory import RunDirectory
+
+POINTS = 11  # of each curve
+_log = logging.getLogger("lmc_fast")
+
+
+def run(
+    pair: Pair,
+    tokens: Data,
+    out: str | Path,
+    *,
+    method: str = "dual",
+    schedule: Schedule | None = None,
+    validation: Data | None = None,
+    test: Data | None = None,
+    activations: float = 0.3,
+    device: torch.device | str = "cpu",
+    memory: int | None = None,
+    dtype: torch.dtype | None = None,
+    resume: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    meter: Meter | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Aligns a pair as `lmc-fast align` does: `out` appears complete and proven, or not at all. Returns the report.
+
+    tokens, method, schedule, activations, memory, options: as in `align`. validation picks the best state of learning;
+    by default it is the end of `tokens`, held out from learning. test: what curves are measured on, by default the
+    validation data. dtype: of the written weights, by default each endpoint's own. resume: go on with the unfinished
+    run that out.partial holds. progress: called while learning and while measuring, see Progress.
+
+    `out` gets a/ and b/ (stock checkpoints), alignment.safetensors, curve.png, learning.png and report.json. The report
+    has the method and schedule, the naive, matched and learned curves, how far each written endpoint is from its
+    original (`proof`) and what each stage took (`costs`). Under torchrun the processes share the work; all but the
+    first return an empty report.
+
+    Raises LmcError as `align` and `export` do; what was learned until then stays in out.partial.
+    """
+    if validation is None:
+        tokens, validation = split_validation(tokens)
+    test = validation if test is None else test
+    if pair.spec.task == "features":
+        validation = test = None  # features have no loss
+    meter = meter or Meter(device)
+    find = partial(
+        align,
+        pair,
+        tokens,
+        method=method,
+        schedule=schedule,
+        validation=validation,
+        activations=activations,
+        device=device,
+        memory=memory,
+        progress=progress,
+        meter=meter,
+        **options,
+    )
+    with parallel.together(device):
+        if parallel.place()[0]:  # the first process does what is done once
+            parallel.wait()
+            find(state_file=RunDirectory(out, resume=True).state_file)
+            return {}
+        with RunDirectory(out, resume) as directory:
+            parallel.wait()
+            try:
+                alignment = find(state_file=directory.state_file)
+            except KeyboardInterrupt:
+                if directory.state_file.exists():
+                    _log.info("interrupted; the state is in %s: go on with --resume", directory.path)
+                raise
+            directory.drop_store()
+            report: dict[str, Any] = {"a": pair.a.source, "b": pair.b.source, "version": __version__, **alignment.info}
+            if test is not None:
+                with meter.stage("measuring"):
+                    curves = measure(pair, test, alignment, device, memory, progress)
+                report |= {"curves": [curve.to_json() for curve in curves], "definition": DEFINITION}
+                plot_curves(curves, directory.path / "curve.png")
+            if "history" in alignment.info:
+                plot_learning(History(**alignment.info["history"]), directory.path / "learning.png")
+            _log.info("writing the aligned endpoints")
+            with meter.stage("writing"):
+                export_into(pair, alignment, directory.path, dtype)
+            alignment.save(directory.path / "alignment.safetensors")
+            with meter.stage("verifying"):
+                proof = prove(pair, directory.path, test, device)
+            report |= {"proof": {name: found.to_json() for name, found in proof.items()}, "costs": meter.to_json()}
+            (directory.path / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+            directory.publish()
+    return report
+
+
+def measure(
+    pair: Pair,
+    tokens: Data,
+    alignment: Alignment,
+    device: torch.device | str = "cpu",
+    memory: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> list[Curve]:
+    """Curves of the pair as it is, as matching left it and, where something was learned, as learning left it."""
+    stages: list[tuple[str, Alignment | None]] = [
+        ("naive", None),
+        ("matched", Alignment(*alignment.matched, alignment.matched)),
+    ]
+    if alignment.info.get("method") in LEARNING:
+        stages.append(("learned", alignment))
+    curves: list[Curve] = []
+    done = 0
+
+    def point(_: float) -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress(Progress(done, POINTS * len(stages), stage="measuring"))
+
+    for name, stage in stages:
+        curves.append(barrier(pair, tokens, stage, POINTS, name=name, device=device, memory=memory, progress=point))
+    return curves

@@ -65,7 +65,7 @@ def random_weights(spec: Spec, seed: int) -> Weights:
             return torch.full(shape, 1.0 if name.endswith("norm") else 0.0)
         return torch.randn(shape, generator=generator) * shape[-1] ** -0.5
 
-    names = spec._shapes
+    names = spec.shapes
     ends = {n: slot(n) for n in names if n in ("embed", "head") or n.startswith("final_norm")}
     block = [n for n in names if n not in ends]
     return canonicalize(Weights(spec, ends, [{n: slot(n) for n in block} for _ in range(spec.layers)]))

@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -160,7 +161,7 @@ def matching(pair: Path, length: int) -> tuple[int, int, float]:
     planned = Demand(a.spec, Job(length, length), FP32, counted_bytes("cpu")).matching_bytes(tokens.numel())
     lazy = [canonicalize(model.open_weights(torch.float32)) for model in (a, b)]
     with tempfile.TemporaryDirectory(dir=pair) as keep:
-        match = lambda: match_endpoints(*lazy, tokens, Evidence(1, 0.3), keep=Path(keep), rounds=1)  # noqa: E731
+        match = partial(match_endpoints, *lazy, tokens, Evidence(1, 0.3), keep=Path(keep), rounds=1)
         took = interleave({"match": match}, 1, warm_up=False)
     return planned, peak_bytes(), took["match"][0] / 1e3
 

@@ -81,7 +81,7 @@ class Planted:
 
     @torch.no_grad()
     def block(self, i: int, moved: bool) -> dict[str, Tensor]:
-        names = [n for n in self.spec._shapes if not n.startswith(("embed", "head", "final"))]
+        names = [n for n in self.spec.shapes if not n.startswith(("embed", "head", "final"))]
         slots = canonical_block(self.spec, self._random(i, names, False))
         if not moved:
             return slots
@@ -97,7 +97,7 @@ class Planted:
 
     @torch.no_grad()
     def ends(self, moved: bool) -> dict[str, Tensor]:
-        names = [n for n in self.spec._shapes if n.startswith(("embed", "head", "final"))]
+        names = [n for n in self.spec.shapes if n.startswith(("embed", "head", "final"))]
         slots = canonical_ends(self.spec, self._random(-1, names, False), Survey())
         return self._noisy(-1, apply_ends(self.spec, self.rotation, slots)) if moved else slots
 

@@ -44,14 +44,14 @@ class Backends:
 
 def backends() -> Backends:
     """The active implementations. Reports only: never warns, never builds."""
-    native = _import_extension()
+    native = import_extension()
     return Backends(
         extension=native is not None,
         isa=native.isa() if native else "none",
         threads=torch.get_num_threads(),
-        triton=_has_triton(),
+        triton=has_triton(),
         gpu_solvers=_gpu_solvers(),
-        kernels=wanted() if _has_triton() else (),
+        kernels=wanted() if has_triton() else (),
         cuda=torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     )
 
@@ -63,23 +63,23 @@ def triton_takes(X: Tensor) -> bool:  # (batch, n, n)
 
 
 def _gpu_solvers() -> str:
-    wanted = os.environ.get(GPU_SOLVERS, "triton" if _has_triton() else "torch")
+    wanted = os.environ.get(GPU_SOLVERS, "triton" if has_triton() else "torch")
     if wanted not in ("triton", "torch"):
         raise ValueError(f'{GPU_SOLVERS} is "{wanted}"; expected "triton" or "torch"')
-    if wanted == "triton" and not _has_triton():
+    if wanted == "triton" and not has_triton():
         raise ValueError(f"{GPU_SOLVERS} asks for Triton, which is not installed; pip install triton, or unset it")
     return wanted
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
 @cache
 def extension() -> ModuleType | None:
     """The C++ solvers, or None after one RuntimeWarning that says how to get them."""
-    native = _import_extension()
+    native = import_extension()
     if native is None:
         warnings.warn(
             "lmc_fast: the C++ solvers (lmc_fast._C) are not built; the slower torch formulation is used. "
@@ -91,7 +91,7 @@ def extension() -> ModuleType | None:
 
 
 @cache
-def _import_extension() -> ModuleType | None:
+def import_extension() -> ModuleType | None:
     try:
         return importlib.import_module("lmc_fast._C")
     except ImportError:

@@ -17,7 +17,10 @@ from lmc_fast.engine.model import logits
 
 def problem(dtype=torch.float64, bias=True, tokens=37, width=11, vocab=53):
     g = torch.Generator().manual_seed(0)
-    make = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()  # noqa: E731
+
+    def make(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+
     target = torch.randint(vocab, (tokens,), generator=g)
     return make(tokens, width), make(vocab, width), make(vocab) if bias else None, target
 

@@ -283,7 +283,10 @@ def test_every_slice_has_its_table():
 def test_all_formulations_of_an_operation_agree(op):
     """What is compared computes the same: output and gradients, in float64."""
     made = (contests.OPERATIONS | contests.ONCE)[op](contests.MODELS["tiny"], 24, contests.Draw(CPU, torch.float64))
-    fresh = lambda: {name: t.clone() for name, t in made.inputs.items()}  # noqa: E731
+
+    def fresh():
+        return {name: t.clone() for name, t in made.inputs.items()}
+
     inputs = made.inputs if made.wanted else None
     slope = contests.Draw(CPU, torch.float64)(*made.truth(inputs or fresh()).shape)
     truth, gradients = kernels.outcome(made.truth, inputs or fresh(), made.wanted, slope if made.wanted else None)

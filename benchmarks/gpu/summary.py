@@ -77,8 +77,8 @@ def _counts(rows: Sequence[Row]) -> list[str]:
 
 
 def _table(heads: Sequence[str], body: Sequence[Sequence[object]]) -> list[str]:
-    line = lambda cells: "| " + " | ".join(str(c) for c in cells) + " |"  # noqa: E731
-    return [line(heads), "|" + "---|" * len(heads), *(line(cells) for cells in body)]
+    head, *lines = ("| " + " | ".join(map(str, cells)) + " |" for cells in (heads, *body))
+    return [head, "|" + "---|" * len(heads), *lines]
 
 
 def _tests(rows: Sequence[Row]) -> list[str]:

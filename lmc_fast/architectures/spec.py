@@ -175,10 +175,11 @@ class Spec:
 
     def shape(self, slot: str) -> tuple[int, ...] | None:
         """Shape of a slot, or None where this architecture has none of that name."""
-        return self._shapes.get(slot)
+        return self.shapes.get(slot)
 
     @cached_property
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every slot of this architecture and its shape."""
         a, ffn, experts = self.attention, self.ffn, self.ffn.experts
         d, q, kv = self.width, a.query_width, a.kv_width
         linear = {"q": (q, d), "k": (kv, d), "v": (kv, d), "o": (d, q)}

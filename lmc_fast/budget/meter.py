@@ -17,8 +17,8 @@ import torch
 from ..errors import LmcError
 from .sizes import show_bytes
 
-_PROC = Path("/proc")
-_CGROUP = Path("/sys/fs/cgroup")
+PROC = Path("/proc")
+CGROUP = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 60  # cgroup v1 writes a number near 2^63 for "no limit"
 _MMAP_THRESHOLD = -3  # of mallopt
 FIRST_USE = 56 << 20  # code and buffers of libraries that come into memory with the first computation (measured)
@@ -40,7 +40,7 @@ _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 def _status(field: str) -> int | None:
     try:
-        for line in (_PROC / "self/status").read_text().splitlines():
+        for line in (PROC / "self/status").read_text().splitlines():
             if line.startswith(f"{field}:"):
                 return int(line.split()[1]) * 1024
     except (OSError, ValueError):
@@ -51,7 +51,7 @@ def _status(field: str) -> int | None:
 def reset_peak() -> bool:
     """Makes peak_bytes count from now. False where the system does not allow it."""
     try:
-        (_PROC / "self/clear_refs").write_text("5")
+        (PROC / "self/clear_refs").write_text("5")
         return True
     except OSError:
         return False
@@ -116,14 +116,14 @@ def cgroup_room() -> int | None:
 def _groups() -> Iterator[tuple[Path, str, str]]:
     """(directory, its limit file, its usage file) of the group and those above it, of both versions."""
     try:
-        lines = (_PROC / "self/cgroup").read_text().splitlines()
+        lines = (PROC / "self/cgroup").read_text().splitlines()
     except OSError:
         return
     for line in lines:
         _, controllers, own = (line + "::").split(":")[:3]
         if controllers and "memory" not in controllers.split(","):
             continue
-        root = _CGROUP / "memory" if controllers else _CGROUP
+        root = CGROUP / "memory" if controllers else CGROUP
         files = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
         path = root / own.strip("/")
         while path != root.parent:
@@ -142,7 +142,7 @@ def available_memory() -> int:
     """Main memory that this process can still take: what is free, within the control group's limit."""
     free = _UNLIMITED
     try:
-        for line in (_PROC / "meminfo").read_text().splitlines():
+        for line in (PROC / "meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 free = int(line.split()[1]) * 1024
     except (OSError, ValueError):

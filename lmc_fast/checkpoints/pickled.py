@@ -18,7 +18,7 @@ from ..errors import LmcError
 from .tensor_file import DTYPE_NAMES, read_elements, require_finite, require_weights
 
 _log = logging.getLogger("lmc_fast")
-_SAFE = (2, 6)  # of torch: before, weights_only could be tricked into running code (CVE-2025-32434)
+SAFE_TORCH = (2, 6)  # of torch: before, weights_only could be tricked into running code (CVE-2025-32434)
 _REMEDY = "load it where you trust it and save it again with transformers' save_pretrained, as safetensors"
 
 
@@ -32,7 +32,7 @@ class PickledFile:
     def __init__(self, file: Path):
         self.file = file
         require_weights(file)
-        if tuple(int(n) for n in torch.__version__.split(".")[:2]) < _SAFE:
+        if tuple(int(n) for n in torch.__version__.split(".")[:2]) < SAFE_TORCH:
             raise LmcError(f"{file} is not safe to read with torch {torch.__version__}; install torch 2.6 or later")
         self._tensors = _load(file, "meta") if _in_parts(file) else {}  # places and shapes, without data
         if not self._tensors or any(_offset(t) is None for t in self._tensors.values()):

@@ -96,7 +96,10 @@ def _each(slots: Slots, function: Callable[[Tensor], Tensor]) -> Slots:
 
 def lerp(a: Weights, b: Weights, weight: float) -> Weights:
     """(1 - weight) a + weight b, slot by slot."""
-    mix = lambda x, y: {name: torch.lerp(x[name], y[name], weight) for name in x}  # noqa: E731
+
+    def mix(x: Slots, y: Slots) -> Slots:
+        return {name: torch.lerp(x[name], y[name], weight) for name in x}
+
     return Weights(a.spec, mix(a.ends, b.ends), [mix(x, y) for x, y in zip(a.blocks, b.blocks, strict=True)])
 
 

@@ -55,8 +55,9 @@ class Resident:
         self.spec, self.a, self.b = a.spec, a, b
         self.ends: tuple[Slots, Slots] = (_small(a), _small(b))
         head = a.tables.get("head")
-        self._runs = [(0, a.spec.vocab)] if head is None else list(head.runs(HEAD_ROWS))
-        self.head_parts = len(self._runs)
+        # the rows of the head in each of its units
+        self.head_runs = [(0, a.spec.vocab)] if head is None else list(head.runs(HEAD_ROWS))
+        self.head_parts = len(self.head_runs)
 
     @property
     def sample(self) -> Tensor:
@@ -72,7 +73,7 @@ class Resident:
         if unit < self.spec.layers:
             yield self.a.blocks[unit], self.b.blocks[unit]
         else:
-            run = self._runs[unit - self.spec.layers]
+            run = self.head_runs[unit - self.spec.layers]
             yield _head(self.a, *run), _head(self.b, *run)
 
     def embed_rows(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,5 +105,5 @@ def paired(a: Weights, b: Weights) -> tuple[Weights, Weights]:
 
 def _paired_slots(a: Slots, b: Slots) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     both = {n: torch.stack([a[n], b[n]], dim=1) if a[n].dim() == 2 else torch.stack([a[n], b[n]]) for n in a}
-    half = lambda k: {n: t[:, k] if a[n].dim() == 2 else t[k] for n, t in both.items()}  # noqa: E731
-    return half(0), half(1)
+    x, y = ({n: t.select(1 if a[n].dim() == 2 else 0, k) for n, t in both.items()} for k in range(2))
+    return x, y

@@ -49,7 +49,7 @@ def choose(tokens: int, width: int, dtype: torch.dtype, device: torch.device, ke
         return Choice(forced, "set by LMC_FAST_PATH")
     ratio, counted = tokens / width, COUNTED[keep]
     if counted / CLOSE < ratio < counted * CLOSE and width <= WIDEST.get(device.type, width):
-        crossover, how = _crossover(width, dtype, device, keep), "measured"
+        crossover, how = crossover_of(width, dtype, device, keep), "measured"
     else:
         crossover, how = counted, "counted"
     path = activation_path(width, dtype, device) if ratio < crossover else "weight"
@@ -65,13 +65,13 @@ def forced_path() -> str | None:
 
 
 @cache
-def _crossover(width: int, dtype: torch.dtype, device: torch.device, keep: bool) -> float:
+def crossover_of(width: int, dtype: torch.dtype, device: torch.device, keep: bool) -> float:
     """Tokens per width at which both sides take the same time."""
     key = f"block crossover {'keep' if keep else 'recompute'} {_place(width, dtype, device)}"
-    return _cached(key, lambda: _measure_crossover(width, dtype, device, keep))
+    return _cached(key, lambda: measure_crossover(width, dtype, device, keep))
 
 
-def _measure_crossover(width: int, dtype: torch.dtype, device: torch.device, keep: bool) -> float:
+def measure_crossover(width: int, dtype: torch.dtype, device: torch.device, keep: bool) -> float:
     case = _Case(width, dtype, device)
     few, many = width // 2 + 1, 2 * width
     ways = {
@@ -108,15 +108,16 @@ class _Case:
     """Three layers' worth of rows behind one rotation, as q, k and v are: what a block is on average."""
 
     def __init__(self, width: int, dtype: torch.dtype, device: torch.device):
-        generator = torch.Generator().manual_seed(0)
-        random = lambda *shape: torch.randn(shape, generator=generator).to(device, dtype)  # noqa: E731
-        both = random(3 * width, 2, width)
+        self.generator, self.dtype, self.device = torch.Generator().manual_seed(0), dtype, device
+        both = self._random(3 * width, 2, width)
         self.a, self.b = both[:, 0], both[:, 1]
-        self.rotation = (random(width, width) * width**-0.5).requires_grad_()
-        self.random = random
+        self.rotation = (self._random(width, width) * width**-0.5).requires_grad_()
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
 
     def _input(self, tokens: int) -> Tensor:
-        return self.random(tokens, self.a.shape[1]).requires_grad_()
+        return self._random(tokens, self.a.shape[1]).requires_grad_()
 
     def product(self, tokens: int, path: str) -> None:
         x = self._input(tokens)

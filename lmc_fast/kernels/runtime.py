@@ -80,11 +80,11 @@ def tiles(major: int, itemsize: int = 2, largest: int = 128 * 256) -> tuple[Tile
 @cache
 def _tuned(kernel: Any, choices: tuple[Tile, ...], key: tuple[str, ...], zeroed: tuple[str, ...]) -> Any:
     configs = [triton.Config(t.blocks(), num_warps=t.warps, num_stages=t.stages) for t in choices]
-    made = triton.autotune(configs=configs, key=list(key), reset_to_zero=list(zeroed) or None, do_bench=_milliseconds)
+    made = triton.autotune(configs=configs, key=list(key), reset_to_zero=list(zeroed) or None, do_bench=milliseconds)
     return made(kernel)
 
 
-def _milliseconds(launch: Callable[[], object], quantiles: tuple[float, ...]) -> list[float]:
+def milliseconds(launch: Callable[[], object], quantiles: tuple[float, ...]) -> list[float]:
     """Of one launch, at its best, once for each quantile.
 
     Triton's own timer clears the cache with a buffer of 256 MiB, which no memory budget has room for.

@@ -238,7 +238,7 @@ def _packed(base: tuple[Transform, Transform]) -> dict[str, Tensor]:
 def _require_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """A resumed run must be the run that was interrupted; only learning rates may change."""
     free = ("matrix_lr", "scale_lr", "path", "way")  # the last two are taken from the saved run
-    flat = lambda run: {**run["schedule"], **{k: v for k, v in run.items() if k != "schedule"}}  # noqa: E731
-    for key, value in flat(saved).items():
-        if key not in free and flat(now).get(key) != value:
-            raise LmcError(f"cannot resume: {key} was {value}, now it is {flat(now).get(key)}; repeat the same options")
+    before, now = (run["schedule"] | {k: v for k, v in run.items() if k != "schedule"} for run in (saved, now))
+    for key, value in before.items():
+        if key not in free and now.get(key) != value:
+            raise LmcError(f"cannot resume: {key} was {value}, now it is {now.get(key)}; repeat the same options")

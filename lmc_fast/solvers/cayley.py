@@ -6,7 +6,7 @@ from torch.autograd.function import FunctionCtx
 
 from lmc_fast.backends import extension, triton_takes
 from lmc_fast.solvers import cayley_torch, pairs
-from lmc_fast.solvers._checks import as_batch, on_cpu, once_differentiable, suffix
+from lmc_fast.solvers.checks import as_batch, on_cpu, once_differentiable, suffix
 
 
 def cayley(X: Tensor) -> Tensor:  # (..., n, n) -> (..., n, n)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lmc_fast.solvers._checks import is_skew, require_finite
+from lmc_fast.solvers.checks import is_skew, require_finite
 
 _LAPACK_LEAF = 64
 _CUDA_LEAF = 128

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lmc_fast.solvers._triton import (
+from lmc_fast.solvers.triton_matrices import (
     DEPTH,
     all_finite,
     identity,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lmc_fast.backends import extension, triton_takes
 from lmc_fast.solvers import expm_torch, pairs
-from lmc_fast.solvers._checks import (
+from lmc_fast.solvers.checks import (
     as_batch,
     on_cpu,
     once_differentiable,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lmc_fast.solvers._checks import require_expm_norm, require_exponential_fits, require_finite
+from lmc_fast.solvers.checks import require_expm_norm, require_exponential_fits, require_finite
 from lmc_fast.solvers.taylor import SCHEMES, Row, Scheme
 
 Plan = tuple[int, int]  # (index into SCHEMES, number of squarings)

@@ -15,8 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lmc_fast.solvers._checks import require_expm_norm, require_exponential_fits, require_finite
-from lmc_fast.solvers._triton import (
+from lmc_fast.solvers.checks import require_expm_norm, require_exponential_fits, require_finite
+from lmc_fast.solvers.expm_torch import one_norm, plan_for
+from lmc_fast.solvers.taylor import SCHEMES, Row
+from lmc_fast.solvers.triton_matrices import (
     DEPTH,
     all_finite,
     load_padded,
@@ -26,8 +28,6 @@ from lmc_fast.solvers._triton import (
     store,
     store_unpadded,
 )
-from lmc_fast.solvers.expm_torch import one_norm, plan_for
-from lmc_fast.solvers.taylor import SCHEMES, Row
 
 # The table as numbers: for each scheme the left rows, the right rows, the result, the bound, the number of products.
 _PRODUCTS = max(len(scheme.left) for scheme in SCHEMES)
@@ -42,7 +42,7 @@ _BASE_SLOTS = tl.constexpr(_PRODUCTS + 1)  # A and the products
 
 
 @cache
-def _table(device: torch.device) -> Tensor:
+def coefficients(device: torch.device) -> Tensor:
     def fill(row: Row) -> list[float]:
         return [float(value) for value in row] + [0.0] * (_PRODUCTS + 2 - len(row))
 
@@ -77,7 +77,7 @@ def forward(X: Tensor, keep_tape: bool) -> tuple[Tensor, Tensor, Tensor]:  # (ba
             tape,
             plans,
             overflow,
-            _table(X.device),
+            coefficients(X.device),
             n,
             tape.shape[1],
             keep_tape,
@@ -98,7 +98,7 @@ def backward(tape: Tensor, plans: Tensor, G: Tensor) -> Tensor:  # G (batch, n, 
     bars = G.new_empty(batch, _PRODUCTS + 1, N, N)
     with torch.cuda.device_of(G):
         backward_kernel[(batch,)](
-            tape, plans, G, X_bar, bars, _table(G.device), n, tape.shape[1], N, DEPTH, **options(N, forward=False)
+            tape, plans, G, X_bar, bars, coefficients(G.device), n, tape.shape[1], N, DEPTH, **options(N, forward=False)
         )
     return X_bar
 

@@ -6,7 +6,7 @@ Element-wise over the batch, in float64 whatever the input: one rounding at the 
 import torch
 from torch import Tensor
 
-from lmc_fast.solvers._checks import require_expm_norm, require_exponential_fits, require_finite
+from lmc_fast.solvers.checks import require_expm_norm, require_exponential_fits, require_finite
 
 
 def cayley(X: Tensor) -> Tensor:  # (batch, 2, 2)

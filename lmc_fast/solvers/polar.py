@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from lmc_fast.solvers._checks import is_skew
 from lmc_fast.solvers.cayley import cayley
+from lmc_fast.solvers.checks import is_skew
 from lmc_fast.solvers.expm import expm
 
 

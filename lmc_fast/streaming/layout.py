@@ -15,7 +15,7 @@ from ..checkpoints.weights import Slots
 ALIGNMENT = 256  # bytes: what vectorised loads and copies of every device are content with
 HEAD = ("head", "head_bias")
 _OTHER_ENDS = ("embed_norm", "final_norm", "head", "head_transform", "head_norm", "pooler", "relation")
-_ENDS = {*END_ROWS, *END_WRITERS, *_OTHER_ENDS}
+END_SLOTS = {*END_ROWS, *END_WRITERS, *_OTHER_ENDS}
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def slot_shapes(spec: Spec) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple
     """Shapes of the slots at the ends, and of those of one block. Optional slots are included."""
     ends: dict[str, tuple[int, ...]] = {}
     block: dict[str, tuple[int, ...]] = {}
-    for name, shape in spec._shapes.items():
-        (ends if name.removesuffix("_bias") in _ENDS else block)[name] = shape
+    for name, shape in spec.shapes.items():
+        (ends if name.removesuffix("_bias") in END_SLOTS else block)[name] = shape
     return ends, block
 
 

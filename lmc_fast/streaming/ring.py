@@ -89,16 +89,16 @@ class Streamed:
         self._loader = Thread(target=self._load_all, name="load", daemon=True)
         with ExitStack() as undo:
             undo.callback(self._reader.close)
-            self._transport: Direct | Copied = Direct(self._reader)
+            self.transport: Direct | Copied = Direct(self._reader)
             if self.device.type == "cuda":
-                self._transport = Copied(self._reader, self.device, self.slots, max(store.unit_bytes), pinned)
-            undo.callback(self._transport.close)
+                self.transport = Copied(self._reader, self.device, self.slots, max(store.unit_bytes), pinned)
+            undo.callback(self.transport.close)
             self.ends: tuple[Slots, Slots] = self._to_device(store.ends())
-            self._ring = [self._transport.allocate(max(streamed)) for _ in range(self.slots)]
+            self._ring = [self.transport.allocate(max(streamed)) for _ in range(self.slots)]
             self._kept: dict[int, Tensor] = {}
             for unit in sorted(self.resident):
-                self._kept[unit] = self._transport.allocate(store.unit_bytes[unit])
-                self._transport.load_now(unit, self._kept[unit])
+                self._kept[unit] = self.transport.allocate(store.unit_bytes[unit])
+                self.transport.load_now(unit, self._kept[unit])
                 self._traffic.bytes += store.unit_bytes[unit]
             undo.pop_all()
         self._loader.start()
@@ -118,7 +118,7 @@ class Streamed:
         self._jobs.put(None)
         self._loader.join()
         self._reader.close()
-        self._transport.close()
+        self.transport.close()
         self._actions.clear()
         self._ring, self._kept = [], {}
 
@@ -158,7 +158,7 @@ class Streamed:
         finally:
             self._inside = False
             if action.slot is not None:
-                self._transport.after_compute(action.slot)
+                self.transport.after_compute(action.slot)
         self._issue()
 
     def embed_rows(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,7 +173,7 @@ class Streamed:
         """What was moved so far (on CUDA this waits for the device)."""
         self._traffic.read_seconds = self._reader.seconds
         counted = Traffic(**asdict(self._traffic))
-        counted.stall_seconds += self._transport.stall_seconds()
+        counted.stall_seconds += self.transport.stall_seconds()
         return counted
 
     def _to_device(self, ends: tuple[Slots, Slots]) -> tuple[Slots, Slots]:
@@ -199,7 +199,7 @@ class Streamed:
             elif isinstance(action, Release) and self.poison:
                 self._await(action.slot)  # a load that is under way would overwrite it
                 self._ring[action.slot].fill_(POISON)
-                self._transport.after_compute(action.slot)
+                self.transport.after_compute(action.slot)
 
     def _await(self, slot: int) -> None:
         ticket = self._tickets[slot]
@@ -212,7 +212,7 @@ class Streamed:
             self._actions.clear()
             kind = LmcError if isinstance(ticket.error, LmcError) else RuntimeError
             raise kind(f"{ticket.error}") from ticket.error
-        self._transport.before_compute(slot)
+        self.transport.before_compute(slot)
 
     def _load_all(self) -> None:
         """The loader's thread: one load after the other, in the order of the schedule. After a failure all fail."""
@@ -220,7 +220,7 @@ class Streamed:
         while (ticket := self._jobs.get()) is not None:
             try:
                 if failure is None:
-                    self._transport.load(ticket.unit, ticket.slot, self._ring[ticket.slot])
+                    self.transport.load(ticket.unit, ticket.slot, self._ring[ticket.slot])
             except BaseException as error:
                 failure = error
             ticket.error = failure

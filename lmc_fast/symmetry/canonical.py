@@ -118,8 +118,11 @@ def _survey(weights: Weights) -> Survey:
         bias = bias + torch.cat(parts)
     mean = None
     if hides_head_mean(spec):
-        scaled = lambda rows: rows.double() * _for_reader(ends[norm], rows) if norm else rows.double()  # noqa: E731
-        mean = torch.stack([scaled(rows).sum(0) for _, rows in head.chunks()]).sum(0) / head.shape[0]
+        sums = []
+        for _, rows in head.chunks():
+            rows = rows.double()
+            sums.append((rows * _for_reader(ends[norm], rows) if norm else rows).sum(0))
+        mean = torch.stack(sums).sum(0) / head.shape[0]
         bias = None if bias is None else bias - bias.mean()
     if resolves_embedding(spec):
         assert embed is not None

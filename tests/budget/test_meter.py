@@ -43,7 +43,7 @@ def test_what_counts_towards_a_budget():
 
 
 def test_where_the_peak_cannot_be_reset(monkeypatch, tmp_path):
-    monkeypatch.setattr(meter_module, "_PROC", tmp_path)
+    monkeypatch.setattr(meter_module, "PROC", tmp_path)
     assert not reset_peak() and peak_bytes() > 1 << 20 and resident_bytes() > 1 << 20
     meter = Meter()
     with meter.stage("x"):
@@ -67,8 +67,8 @@ def test_limits_of_control_groups(line, root, files, monkeypatch, tmp_path):
     (proc / "meminfo").write_text("MemTotal: 99 kB\nMemAvailable:    8000 kB\n")
     own = groups / root / "job" / "step"
     own.mkdir(parents=True)
-    monkeypatch.setattr(meter_module, "_PROC", proc)
-    monkeypatch.setattr(meter_module, "_CGROUP", groups)
+    monkeypatch.setattr(meter_module, "PROC", proc)
+    monkeypatch.setattr(meter_module, "CGROUP", groups)
     assert cgroup_room() is None and available_memory() == 8000 * 1024
     for directory, limit, use in (
         (own, "max", "5"),

@@ -53,7 +53,9 @@ def test_functions_reach_every_row_and_keep_the_dtype(make_checkpoint):
         assert all(t.dtype == torch.float64 for t in w.values())
         return {name: t + 1 for name, t in w.items()}
 
-    change = lambda w: w.in_dtype(torch.float64, ends, lambda i, b: {name: t * (i + 2) for name, t in b.items()})  # noqa: E731
+    def change(w):
+        return w.in_dtype(torch.float64, ends, lambda i, b: {name: t * (i + 2) for name, t in b.items()})
+
     lazy, eager = change(model.open_weights()), change(model.load())
     assert isinstance(lazy.blocks, LazyBlocks) and isinstance(eager, Weights)
     seen.clear()

@@ -164,7 +164,7 @@ def test_a_file_that_shrinks_and_one_that_is_missing(as_pickled):
 
 
 def test_an_old_torch_is_refused(as_pickled, monkeypatch):
-    monkeypatch.setattr(pickled, "_SAFE", (99, 0))
+    monkeypatch.setattr(pickled, "SAFE_TORCH", (99, 0))
     with pytest.raises(LmcError, match="not safe to read"):
         Model(as_pickled())
 

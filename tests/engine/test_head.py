@@ -12,11 +12,17 @@ SHARES = [0.7, 0.3]
 
 def case(softcap):
     g = torch.Generator().manual_seed(0)
-    random = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64)  # noqa: E731
+
+    def random(*shape):
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
     xs, ws, bias = [random(ROWS, WIDTH) for _ in range(2)], [random(VOCAB, WIDTH) for _ in range(2)], random(VOCAB)
     taught = [random(ROWS, WIDTH) for _ in range(2)]
     target = torch.randint(VOCAB, (ROWS,), generator=g)
-    cap = lambda x: softcap * torch.tanh(x / softcap) if softcap else x  # noqa: E731
+
+    def cap(x):
+        return softcap * torch.tanh(x / softcap) if softcap else x
+
     return xs, ws, bias, taught, target, cap
 
 

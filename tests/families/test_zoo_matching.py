@@ -34,8 +34,13 @@ def test_a_planted_element_is_found_from_the_weights(name, checkpoint_of):
 
 def _orthogonal(element):
     """The element without its stretches, which balancing takes out anyway where it can."""
-    unit = lambda m: None if m is None else torch.linalg.svd(m)[0] @ torch.linalg.svd(m)[2]  # noqa: E731
-    sign = lambda s: None if s is None else s.sign()  # noqa: E731
+
+    def unit(m):
+        return None if m is None else torch.linalg.svd(m)[0] @ torch.linalg.svd(m)[2]
+
+    def sign(s):
+        return None if s is None else s.sign()
+
     blocks = [
         dataclasses.replace(
             t,
@@ -60,6 +65,11 @@ def test_matching_two_models_is_legal_and_brings_them_closer(name, checkpoint_of
     check_legal(found, a.spec)
     moved = found.apply(b)
     assert changed(name, moved, expected_of(name, 2)) < 1e-9
-    apart = lambda x, y: sum((x[k] - y[k]).square().sum().item() for k in x)  # noqa: E731
-    far = lambda y: sum(map(apart, [a.ends, *a.blocks], [y.ends, *y.blocks]))  # noqa: E731
+
+    def apart(x, y):
+        return sum((x[k] - y[k]).square().sum().item() for k in x)
+
+    def far(y):
+        return sum(map(apart, [a.ends, *a.blocks], [y.ends, *y.blocks]))
+
     assert far(moved) < far(b)

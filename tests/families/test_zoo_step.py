@@ -107,7 +107,7 @@ def test_a_head_that_is_interpolated_as_weights(name, runs, case, monkeypatch):
     a, b, chart, items = case(name)
     monkeypatch.setattr(passes, "WHOLE_HEAD", {True: 0, False: 0})
     source = Resident(a, b)
-    source._runs = [(k * a.spec.vocab // runs, (k + 1) * a.spec.vocab // runs) for k in range(runs)]
+    source.head_runs = [(k * a.spec.vocab // runs, (k + 1) * a.spec.vocab // runs) for k in range(runs)]
     source.head_parts = runs
     for text in (True, False):
         loss, gradients = materialised(a, b, chart, items, text)

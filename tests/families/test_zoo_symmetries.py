@@ -108,7 +108,10 @@ def _illegal(name, spec, element):
     """(what, a broken element, whether it must change the function visibly) for everything this family forbids."""
     known, draw = KNOWN[name], Random(7)
     groups, e, rotary = spec.attention.kv_heads, spec.attention.head_dim, spec.rope.rotary_dim
-    each = lambda make: torch.stack([make() for _ in range(groups)])  # noqa: E731
+
+    def each(make):
+        return torch.stack([make() for _ in range(groups)])
+
     for kind in ("any", "ones", "signed"):
         wider = {"any": (), "ones": ("any", "signed"), "signed": ("any", "ones"), "plain": ("any", "ones", "signed")}
         if kind in wider[known.residual]:

@@ -14,9 +14,9 @@ HERE = (torch.float32, torch.device("cpu"))
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("LMC_FAST_PATH", raising=False)
-    dispatch._crossover.cache_clear()
+    dispatch.crossover_of.cache_clear()
     yield
-    dispatch._crossover.cache_clear()
+    dispatch.crossover_of.cache_clear()
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -28,11 +28,11 @@ def test_far_from_the_crossover_counting_decides(keep):
 
 def test_near_it_a_measurement_decides_once(monkeypatch):
     calls = []
-    monkeypatch.setattr(dispatch, "_measure_crossover", lambda *a: calls.append(a) or 2.0)
+    monkeypatch.setattr(dispatch, "measure_crossover", lambda *a: calls.append(a) or 2.0)
     for _ in range(2):
         assert dispatch.choose(96, 64, *HERE).path == "fused"
         assert dispatch.choose(150, 64, *HERE).path == "weight"
-    dispatch._crossover.cache_clear()  # another process
+    dispatch.crossover_of.cache_clear()  # another process
     assert dispatch.choose(96, 64, *HERE).why.endswith("measured at 2.00")
     assert len(calls) == 1
     assert list(json.loads(dispatch.cache_file().read_text()).values()) == [2.0]
@@ -42,14 +42,14 @@ def test_near_it_a_measurement_decides_once(monkeypatch):
 def test_a_spoilt_cache_is_replaced(content, monkeypatch):
     dispatch.cache_file().parent.mkdir()
     dispatch.cache_file().write_text(content)
-    monkeypatch.setattr(dispatch, "_measure_crossover", lambda *a: 2.0)
+    monkeypatch.setattr(dispatch, "measure_crossover", lambda *a: 2.0)
     assert dispatch.choose(96, 64, *HERE).path == "fused"
     assert 2.0 in json.loads(dispatch.cache_file().read_text()).values()
 
 
 def test_a_real_measurement_is_finite_and_positive():
     for keep in (False, True):
-        assert 0 < dispatch._measure_crossover(32, *HERE, keep) < float("inf")
+        assert 0 < dispatch.measure_crossover(32, *HERE, keep) < float("inf")
 
 
 def test_environment_overrides(monkeypatch):

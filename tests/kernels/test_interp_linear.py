@@ -12,7 +12,9 @@ KINDS = ("none", "dense", "blocks", "scale", "permutation")
 
 
 def factor(kind, generator, size=N):
-    random = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    def random(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
     if kind == "none":
         return None, torch.eye(size, dtype=torch.float64)
     if kind == "dense":

@@ -142,7 +142,9 @@ def test_head_in_chunks_and_runs(softcap, sizes, teachers, learns, launched, mon
     shares = [[], [1.0], [0.7, 0.3]][teachers]
 
     def found(dtype):
-        cast = lambda t: t.to(dtype)  # noqa: E731
+        def cast(t):
+            return t.to(dtype)
+
         pupils = [(s, Reading([cast(t)], [1.0])) for s, t in zip(shares, taught, strict=False)]
         reading = Reading([cast(x) for x in xs], [0.6, 0.4])
         h = HeadLoss(reading, target, pupils, softcap=softcap, learn=learns, chunk=3 * 13)

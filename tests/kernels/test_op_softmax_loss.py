@@ -64,7 +64,10 @@ def test_references_are_torchs_losses(softcap):
     draw = values(3)
     x, one, two = (3 * draw(6, 11) for _ in range(3))
     target = labels(6, 11)
-    cap = lambda t: softcap * torch.tanh(t / softcap) if softcap else t  # noqa: E731
+
+    def cap(t):
+        return softcap * torch.tanh(t / softcap) if softcap else t
+
     aim = 0.4 * cap(one).softmax(1) + 0.6 * cap(two).softmax(1)
     x.requires_grad_()
     for expected, (loss, slope) in (

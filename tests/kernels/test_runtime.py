@@ -29,5 +29,5 @@ def test_tiles_are_timed_without_memory(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch, "empty", None)
-    assert runtime._milliseconds(launch, (0.5, 0.2, 0.8)) == [2.0] * 3
+    assert runtime.milliseconds(launch, (0.5, 0.2, 0.8)) == [2.0] * 3
     assert next(costs, None) is None

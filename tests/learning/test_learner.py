@@ -89,7 +89,10 @@ def test_gradients_are_those_of_the_materialised_stock_model(variant, make_check
 def test_gradient_of_the_divergence_by_differences(make_checkpoint, tokens):
     a, b = (canonical(make_checkpoint("llama", seed)) for seed in (1, 2))
     chart = random_chart(a.spec)
-    value = lambda: learn(Resident(a, b), [Item(tokens, 0.4)], chart)  # noqa: E731
+
+    def value():
+        return learn(Resident(a, b), [Item(tokens, 0.4)], chart)
+
     gradients = value()[1]
     for name, leaf in chart.tensors.items():
         direction = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(1)).double()

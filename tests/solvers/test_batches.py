@@ -110,7 +110,10 @@ def test_no_order_hides_a_nan_or_a_large_norm(threads):
     eye = torch.eye(20)
     sizes = torch.tensor([100.0, float("nan"), 1.0] * 200)  # enough for threads
     X = sizes[:, None, None] * eye
-    norm = lambda X: native.one_norm_float32(X.data_ptr(), len(X), 20, threads)  # noqa: E731
+
+    def norm(X):
+        return native.one_norm_float32(X.data_ptr(), len(X), 20, threads)
+
     assert norm(X) != norm(X)
     assert norm(X[::3].contiguous()) == 100 and norm(X[2::3].contiguous()) == 1
     torch.set_num_threads(threads)
@@ -172,7 +175,10 @@ def test_nothing_is_read_before_it_is_written(name, n, monkeypatch):
 def test_skew_matrices_are_recognised_whatever_the_signs_of_their_zeros(n):
     X = torch.stack([-skew(1, n, 1.0, torch.float32)[0], torch.full((n, n), -0.0)])
     Q = torch.empty_like(X)
-    status = lambda: native.cayley_forward_float32(X.data_ptr(), Q.data_ptr(), 2, n, 1)  # noqa: E731
+
+    def status():
+        return native.cayley_forward_float32(X.data_ptr(), Q.data_ptr(), 2, n, 1)
+
     assert status() == (-1, 0)
     assert torch.equal(Q[1], torch.eye(n))
     X[1, 0, 1] = torch.finfo(torch.float32).tiny
@@ -201,7 +207,7 @@ def test_nothing_is_written_outside(n):
 
 @pytest.fixture
 def without_extension(monkeypatch):
-    monkeypatch.setattr(backends, "_import_extension", lambda: None)
+    monkeypatch.setattr(backends, "import_extension", lambda: None)
     backends.extension.cache_clear()
     yield
     backends.extension.cache_clear()

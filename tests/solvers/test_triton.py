@@ -35,7 +35,8 @@ def test_kernels(file, interpret):
 
 
 def test_importing_the_package_does_not_import_triton():
-    run(["-c", "import sys, lmc_fast.backends, lmc_fast.solvers; sys.exit('lmc_fast.solvers._triton' in sys.modules)"])
+    imports = "import sys, lmc_fast.backends, lmc_fast.solvers; "
+    run(["-c", imports + "sys.exit('lmc_fast.solvers.triton_matrices' in sys.modules)"])
 
 
 class OnGpu:
@@ -55,7 +56,7 @@ def cuda_build(monkeypatch):
 
 
 def test_which_tensors_triton_takes(cuda_build):
-    cuda_build.setattr(native, "_has_triton", lambda: True)
+    cuda_build.setattr(native, "has_triton", lambda: True)
     assert native.triton_takes(OnGpu(64)) and native.triton_takes(OnGpu(1))
     assert not native.triton_takes(OnGpu(65))
     assert not native.triton_takes(OnGpu(0))
@@ -67,7 +68,7 @@ def test_which_tensors_triton_takes(cuda_build):
 
 
 def test_the_environment_chooses(cuda_build):
-    cuda_build.setattr(native, "_has_triton", lambda: True)
+    cuda_build.setattr(native, "has_triton", lambda: True)
     assert native.backends().gpu.startswith("Triton")
     cuda_build.setenv(native.GPU_SOLVERS, "torch")
     assert native.backends().gpu == "torch" and not native.triton_takes(OnGpu(8))
@@ -77,7 +78,7 @@ def test_the_environment_chooses(cuda_build):
 
 
 def test_without_triton_the_torch_formulation(cuda_build):
-    cuda_build.setattr(native, "_has_triton", lambda: False)
+    cuda_build.setattr(native, "has_triton", lambda: False)
     assert native.backends().gpu == "torch" and not native.triton_takes(OnGpu(8))
     cuda_build.setenv(native.GPU_SOLVERS, "triton")
     with pytest.raises(ValueError, match="not installed"):

@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lmc_fast.solvers import cayley_triton, expm_triton
-from lmc_fast.solvers._triton import DEPTH, options
+from lmc_fast.solvers.triton_matrices import DEPTH, options
 
 KERNELS = {
     "cayley-forward": (cayley_triton.forward_kernel, "B", {}),

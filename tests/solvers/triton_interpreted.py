@@ -9,8 +9,8 @@ import triton
 from solvers.references import assert_as_good_as, cayley_lu, error, expm_scipy, general, skew
 
 from lmc_fast.solvers import cayley, cayley_triton, expm, expm_torch, expm_triton
-from lmc_fast.solvers._triton import DEPTH, options, padded
 from lmc_fast.solvers.taylor import SCHEMES
+from lmc_fast.solvers.triton_matrices import DEPTH, options, padded
 
 OLD_INTERPRETER = triton.__version__ < "3.7" and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4)
 pytestmark = pytest.mark.skipif(OLD_INTERPRETER, reason="triton 3.6 cannot interpret range(loaded number) on numpy 2.4")
@@ -128,7 +128,7 @@ def test_nothing_is_written_outside(n):
     work, tape, bars = guarded(batch, N, N), guarded(batch, 12, N, N), guarded(batch, 6, N, N)
     (_, Q), (_, cayley_bar), (_, E), (_, expm_bar) = buffers
     flags, plans = torch.zeros(batch, dtype=torch.int32), torch.zeros(batch, 2, dtype=torch.int32)
-    table = expm_triton._table(X.device)
+    table = expm_triton.coefficients(X.device)
     forward, reverse = options(N, forward=True), options(N, forward=False)
     cayley_triton.forward_kernel[(batch,)](X, Q, work[1], flags, n, N, DEPTH, **forward)
     cayley_triton.backward_kernel[(batch,)](Q, G, cayley_bar, n, N, DEPTH, **reverse)

@@ -134,8 +134,8 @@ def test_a_slot_is_poisoned_when_it_is_released(deep):
     """Views that outlive their visit show it at the latest when their slot is given away."""
     with Streamed(deep[0], slots=2, poison=True) as ring:
         seen = []
-        real = ring._transport.load
-        ring._transport.load = lambda unit, slot, buffer: (seen.append(buffer.clone()), real(unit, slot, buffer))
+        real = ring.transport.load
+        ring.transport.load = lambda unit, slot, buffer: (seen.append(buffer.clone()), real(unit, slot, buffer))
         ring.begin(visit_order(5, 4, learn=False))
         for unit in visit_order(5, 4, learn=False):
             with ring.visit(unit):
@@ -250,7 +250,7 @@ def test_an_input_error_in_the_middle_of_a_run(make_store, monkeypatch):
 def test_a_fault_of_our_own_is_not_the_users(make_store, monkeypatch):
     store, _, _ = make_store()
     with Streamed(store) as ring:
-        monkeypatch.setattr(ring._transport, "load", lambda *_: 1 / 0)
+        monkeypatch.setattr(ring.transport, "load", lambda *_: 1 / 0)
         with pytest.raises(RuntimeError, match="division"):
             visit_all(ring)
 

@@ -146,7 +146,10 @@ def test_it_is_deterministic_and_its_parts_compose():
         # a pass that is the same pass three times over asks for the same loads in the same order
         whole, _ = schedule(visits * PASSES, slots, resident)
         parts = [a for part in once[0] for a in part]
-        loads = lambda actions: [a for a in actions if isinstance(a, Load)]  # noqa: E731
+
+        def loads(actions):
+            return [a for a in actions if isinstance(a, Load)]
+
         shorter = min(len(loads(whole)), len(loads(parts)))
         assert loads(whole)[:shorter] == loads(parts)[:shorter]
 

@@ -18,7 +18,7 @@ from lmc_fast.errors import LmcError
 from lmc_fast.kernels.paths import side_by_side
 from lmc_fast.streaming import packing
 from lmc_fast.streaming import store as store_module
-from lmc_fast.streaming.layout import _ENDS, ALIGNMENT, head_rows, slot_shapes, unit_bytes
+from lmc_fast.streaming.layout import ALIGNMENT, END_SLOTS, head_rows, slot_shapes, unit_bytes
 from lmc_fast.streaming.packing import fingerprint, pieces
 from lmc_fast.streaming.store import Store
 
@@ -86,8 +86,8 @@ def test_matrices_lie_side_by_side_and_aligned(make_store):
 def test_ends_and_blocks_are_told_apart_as_in_the_tables(family):
     ends = {slot for entry in FAMILIES[family].ends for slot in entry.slots}
     blocks = {slot for entry in FAMILIES[family].block for slot in entry.slots}
-    assert {s.removesuffix("_bias") for s in ends} <= _ENDS
-    assert not {s.removesuffix("_bias") for s in blocks} & _ENDS
+    assert {s.removesuffix("_bias") for s in ends} <= END_SLOTS
+    assert not {s.removesuffix("_bias") for s in blocks} & END_SLOTS
 
 
 def test_the_head_in_parts(make_store):

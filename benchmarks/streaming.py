@@ -33,13 +33,13 @@ from lmc_fast.budget.demand import FP32, Demand, Job
 from lmc_fast.budget.devices import here, profile
 from lmc_fast.budget.meter import counted_bytes, peak_bytes, return_freed_memory
 from lmc_fast.budget.planner import Plan, plan
-from lmc_fast.budget.sizes import parse_bytes
 from lmc_fast.checkpoints import Model
 from lmc_fast.engine.passes import Item
 from lmc_fast.engine.source import Resident, paired
 from lmc_fast.learning.step import learn
 from lmc_fast.matching.closed_form import Evidence
 from lmc_fast.pipeline.align import match_endpoints
+from lmc_fast.sizes import parse_bytes
 from lmc_fast.streaming.packing import Piece, pieces
 from lmc_fast.streaming.ring import Streamed
 from lmc_fast.streaming.store import Store

@@ -7,6 +7,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "lmc_fast"
 LAYERS = [
     "errors",
+    "files",
+    "sizes",
     "version",
     "examples",
     "kernels",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import LmcError
-from .sizes import show_bytes
+from ..sizes import show_bytes
 
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")

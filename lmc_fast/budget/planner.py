@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 from ..architectures import Spec
 from ..engine.passes import visit_order
 from ..errors import LmcError
+from ..sizes import show_bytes
 from ..streaming.layout import ALIGNMENT
 from ..streaming.schedule import steady_loads
 from ..symmetry.groups import rotates
 from .demand import ACTIVATION, FP32, LOGITS, SLACK, WEIGHT, Demand, Item, Job
 from .devices import Device
-from .sizes import show_bytes
 
 SLOTS = 2  # one to compute with, one to load: what is left is better spent on resident blocks
 _CHUNKS = tuple(1 << power for power in (24, 23, 22, 21, 20, 19, 18))  # logits at a time

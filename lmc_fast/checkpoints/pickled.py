@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..budget.sizes import show_bytes
 from ..errors import LmcError
+from ..sizes import show_bytes
 from .tensor_file import DTYPE_NAMES, read_elements, require_finite, require_weights
 
 _log = logging.getLogger("lmc_fast")

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ..budget.sizes import parse_bytes, show_bytes
 from ..checkpoints import check_target
 from ..data import block_length, read_data
 from ..learning import parallel
@@ -16,6 +15,7 @@ from ..learning.learner import Schedule
 from ..pair import open_pair
 from ..pipeline.align import LEARNING, Progress
 from ..pipeline.run import run
+from ..sizes import parse_bytes, show_bytes
 from .console import Console, unit_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -12,7 +12,6 @@ from ..budget.demand import Job
 from ..budget.devices import profile
 from ..budget.meter import budget_warning
 from ..budget.planner import plan
-from ..budget.sizes import parse_bytes, show_bytes
 from ..checkpoints import Model
 from ..data import block_length, read_data
 from ..errors import LmcError
@@ -21,6 +20,7 @@ from ..learning.learner import Schedule
 from ..pair import Pair, mismatch, open_pair
 from ..pipeline.evaluate import barrier, verify
 from ..pipeline.export import merge
+from ..sizes import parse_bytes, show_bytes
 from ..symmetry import legal_groups
 from .console import BAD_INPUT, DIFFERENT, Console, unit_of
 

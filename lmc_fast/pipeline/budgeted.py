@@ -16,7 +16,6 @@ from ..budget.demand import ACTIVATION, FP32, Demand, Job
 from ..budget.devices import here
 from ..budget.meter import available_memory
 from ..budget.planner import Plan, TooSmall, Way, plan
-from ..budget.sizes import show_bytes
 from ..checkpoints import Weights
 from ..errors import LmcError
 from ..kernels.dispatch import activation_path
@@ -24,6 +23,7 @@ from ..learning import parallel
 from ..learning.learner import Effort, Schedule
 from ..matching.activations import GATHERED
 from ..matching.closed_form import Evidence
+from ..sizes import show_bytes
 from ..streaming.ring import Streamed
 from ..streaming.store import Store
 from ..symmetry import Transform

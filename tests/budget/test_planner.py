@@ -12,11 +12,11 @@ from lmc_fast.architectures import FAMILIES
 from lmc_fast.budget.demand import ACTIVATION, WEIGHT, Demand, Job
 from lmc_fast.budget.devices import PROFILES, Device, profile
 from lmc_fast.budget.planner import TooSmall, plan, portions, residency
-from lmc_fast.budget.sizes import parse_bytes, show_bytes
 from lmc_fast.engine.attention import Positions
 from lmc_fast.engine.block import block
 from lmc_fast.engine.passes import visit_order
 from lmc_fast.errors import LmcError
+from lmc_fast.sizes import parse_bytes, show_bytes
 from lmc_fast.streaming.layout import slot_shapes, unit_bytes
 from lmc_fast.streaming.schedule import steady_loads
 

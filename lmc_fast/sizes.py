@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ..errors import LmcError
+from .errors import LmcError
 
 _UNITS = {"": 1, "b": 1} | {
     f"{prefix}{ending}": base**power

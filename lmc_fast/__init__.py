@@ -8,7 +8,7 @@ from .evaluation import Curve, Difference
 from .examples import Examples
 from .images import read_images
 from .kernels.interp_linear import interp_linear
-from .learning.learner import Schedule
+from .learning.schedule import Schedule
 from .pair import Pair, open_pair
 from .pipeline.align import align
 from .pipeline.evaluate import barrier, verify

@@ -10,6 +10,7 @@ LAYERS = [
     "files",
     "sizes",
     "version",
+    "files",
     "examples",
     "kernels",
     "backends",

@@ -11,7 +11,7 @@ import torch
 from ..checkpoints import check_target
 from ..data import block_length, read_data
 from ..learning import parallel
-from ..learning.learner import Schedule
+from ..learning.schedule import Schedule
 from ..pair import open_pair
 from ..pipeline.align import LEARNING, Progress
 from ..pipeline.run import run

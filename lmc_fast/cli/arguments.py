@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..budget.devices import PROFILES
-from ..learning.learner import OBJECTIVES, Schedule
+from ..learning.schedule import OBJECTIVES, Schedule
 from ..pipeline.align import METHODS
 from ..version import __version__
 from .align import DTYPES, align_command

@@ -16,7 +16,7 @@ from ..checkpoints import Model
 from ..data import block_length, read_data
 from ..errors import LmcError
 from ..evaluation.curve import DEFINITION
-from ..learning.learner import Schedule
+from ..learning.schedule import Schedule
 from ..pair import Pair, mismatch, open_pair
 from ..pipeline.evaluate import barrier, verify
 from ..pipeline.export import merge
@@ -91,7 +91,7 @@ def plan_command(args: argparse.Namespace, console: Console) -> int:
     device = profile(args.device_profile, args.device)
     schedule = Schedule()
     length = pair.spec.position_rows if pair.spec.image else block_length(pair.a, args.block)
-    found = plan(pair.spec, Job(args.tokens or schedule.batch * length, length, schedule.sides), device, budget)
+    found = plan(pair.spec, Job(args.tokens or schedule.batch * length, length, schedule.moving), device, budget)
     warning = budget_warning(budget, args.device) if args.device_profile == "here" else None
     if budget > device.memory and not warning:
         warning = f"{device.name} has {show_bytes(device.memory)}, less than the budget of {show_bytes(budget)}"

@@ -25,54 +25,16 @@ from ..examples import Data
 from ..symmetry.charts import Chart
 from . import parallel
 from .muon import muon_step
+from .schedule import Schedule
 from .step import learn
 
-OBJECTIVES = ("endpoints", "text")
 _log = logging.getLogger("lmc_fast")
 _MATRICES = ("rotation", "vo", "qk")  # moved by Muon; what else a chart has, by Adam
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class NonFiniteLoss(ArithmeticError):
     """The loss or a gradient became NaN or infinite; nothing was updated with it."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How to learn. benchmarks/learning.py measures the defaults against their neighbours."""
-
-    steps: int = 1200
-    batch: int = 16  # token blocks per step
-    sides: int = 2  # 2: dual, 1: B alone
-    low: float = 0.35  # lambda is drawn from [low, high]
-    high: float = 0.65
-    objective: str = "endpoints"  # or "text"
-    matrix_lr: float = 0.035  # of rotations and head maps: radians per step, see muon
-    scale_lr: float = 1e-2  # of scales and RoPE angles (Adam)
-    warmup: int = 10
-    final: float = 0.02  # the last learning rate, as a share of the first
-    seed: int = 0
-
-    def rate(self, step: int) -> float:
-        """Share of the learning rate at a step: linear warm-up, then cosine."""
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2
-
-    def position(self, step: int) -> float:
-        """Lambda of a step: a golden-ratio sequence, which covers [low, high] evenly at every length."""
-        return self.low + (self.high - self.low) * ((0.5 + (step + self.seed) * _GOLDEN) % 1)
-
-    def rows(self, step: int, count: int) -> Tensor:
-        """Which of `count` token blocks a step reads: every epoch a new permutation, determined by seed and step."""
-        wanted = range(step * self.batch, (step + 1) * self.batch)
-        orders = {}
-        for epoch in range(wanted[0] // count, wanted[-1] // count + 1):
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            orders[epoch] = torch.randperm(count, generator=generator)
-        return torch.stack([orders[i // count][i % count] for i in wanted])
 
 
 @dataclass
@@ -120,7 +82,7 @@ class Learner:
             _log.info("interpolated layers by path %s: %s", *choice)
         self.path = path
         sample = source.sample
-        self.chart = Chart(source.spec, schedule.sides, accurate(sample.dtype), sample.device)
+        self.chart = Chart(source.spec, schedule.moving, accurate(sample.dtype), sample.device)
         self.history = History()
         self.best: dict[str, Tensor] | None = None
         leaves = self.chart.tensors
@@ -200,7 +162,7 @@ class Learner:
     def final_chart(self) -> Chart:
         """The best validated coordinates where there was validation, else the last ones; in float64."""
         tensors = self.best or self.chart.tensors
-        chart = Chart(self.source.spec, self.schedule.sides, torch.float64)
+        chart = Chart(self.source.spec, self.schedule.moving, torch.float64)
         for name, t in chart.tensors.items():
             t.data.copy_(tensors[name].detach())
         return chart

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from numbers import Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +23,9 @@ from ..engine.source import Resident, paired
 from ..errors import LmcError
 from ..examples import Data, inputs_of
 from ..learning import parallel
-from ..learning.learner import History, Learner, NonFiniteLoss, Schedule
+from ..learning.learner import History, Learner, NonFiniteLoss
+from ..learning.schedule import METHODS as LEARNING
+from ..learning.schedule import Schedule
 from ..matching.activations import gather_statistics
 from ..matching.balance import balance
 from ..matching.closed_form import MAX_ROUNDS, Evidence, match
@@ -32,7 +36,6 @@ from ..symmetry.storage import load_tensors, pack, save_tensors, unpack
 from ..symmetry.transform import Transform
 from .budgeted import disk_bytes, effort_of, on_disk, path_of, plan_learning, require_room, tokens_to_gather
 
-LEARNING = ("dual", "one-sided")
 METHODS = (*LEARNING, "activation", "weight")
 STATISTICS_TOKENS = 32_768  # enough for cross-covariances; more changes the matching little
 VALIDATION_BLOCKS = 64
@@ -73,21 +76,24 @@ def align(
 
     tokens: calibration data, see data.read_data: text (n, T) int64, or examples. method: one of METHODS; the last two
     use no gradients.
-    `options` are fields of Schedule (steps, batch, ...). validation (m, T): picks the best of VALIDATIONS states.
+    schedule, or its fields as `options` (steps, batch, ...): how to learn; `sides` follows from the method.
+    validation (m, T): picks the best of VALIDATIONS states.
     activations: how much activation evidence counts beside the weights in the matching that learning starts from.
     memory: bytes that this process (on a GPU: its memory there) may take; the pair is then prepared on disk, beside the
     state file, and streams through. None: whole models are held.
     state_file: written about every SAVE_SECONDS and on interruption; if it exists, the run goes on from there, to the
     same result as if it had not stopped. meter: told what each stage takes.
 
-    Raises LmcError for a bad method or state file, a budget that is too small and for a loss that becomes NaN or
-    infinite (the state is kept).
+    Raises LmcError for a bad method, schedule, option or state file, a budget that is too small and for a loss that
+    becomes NaN or infinite (the state is kept).
     """
     if method not in METHODS:
         raise LmcError(f"method {method!r} is unknown; choose one of {', '.join(METHODS)}")
     if pair.spec.task == "features" and method not in ("weight", "activation"):
         raise LmcError(f"{pair.spec.family} computes features and has no loss to learn from; use --method weight")
-    schedule = schedule or Schedule(sides=1 if method == "one-sided" else 2, **options)
+    if not (isinstance(activations, Real) and 0 <= activations < math.inf):
+        raise LmcError(f"activations must be a finite number of at least 0, not {activations!r}")
+    schedule = Schedule.of(method, schedule, options)
     device, meter = torch.device(device), meter or Meter(device)
     tokens = tokens.to(device)
     learns = method in LEARNING

@@ -20,7 +20,8 @@ from ..checkpoints import Weights
 from ..errors import LmcError
 from ..kernels.dispatch import activation_path
 from ..learning import parallel
-from ..learning.learner import Effort, Schedule
+from ..learning.learner import Effort
+from ..learning.schedule import Schedule
 from ..matching.activations import GATHERED
 from ..matching.closed_form import Evidence
 from ..sizes import show_bytes
@@ -41,7 +42,7 @@ def plan_learning(
 ) -> Plan:
     """How to learn within a budget on the device at hand. Raises TooSmall, which names the smallest that works."""
     sequences = -(-schedule.batch // parallel.place()[1])
-    job = Job(sequences * length, length, schedule.sides, 2 if schedule.objective == "endpoints" else 0)
+    job = Job(sequences * length, length, schedule.moving, 2 if schedule.objective == "endpoints" else 0)
     found = plan(spec, job, here(device), budget, way)
     if way is None and found.matching_bytes > budget:  # a run that goes on has matched already
         raise TooSmall(budget, max(found.total, found.matching_bytes))

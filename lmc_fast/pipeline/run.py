@@ -19,7 +19,8 @@ from ..evaluation.curve import DEFINITION, plot_curves
 from ..evaluation.plots import plot_learning
 from ..examples import Data
 from ..learning import parallel
-from ..learning.learner import History, Schedule
+from ..learning.learner import History
+from ..learning.schedule import Schedule
 from ..pair import Pair
 from ..version import __version__
 from .align import LEARNING, Progress, align

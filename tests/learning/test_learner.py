@@ -14,8 +14,9 @@ from lmc_fast.checkpoints import Model, Weights, lerp
 from lmc_fast.engine.model import logits
 from lmc_fast.engine.passes import Item
 from lmc_fast.engine.source import Resident
-from lmc_fast.learning.learner import History, Learner, NonFiniteLoss, Schedule
+from lmc_fast.learning.learner import History, Learner, NonFiniteLoss
 from lmc_fast.learning.muon import muon_step, orthogonalized
+from lmc_fast.learning.schedule import Schedule
 from lmc_fast.learning.step import learn
 from lmc_fast.matching.balance import balance
 from lmc_fast.symmetry import canonicalize, check_legal

@@ -13,7 +13,8 @@ from lmc_fast.checkpoints import Model
 from lmc_fast.engine.source import Resident
 from lmc_fast.errors import LmcError
 from lmc_fast.learning import parallel
-from lmc_fast.learning.learner import Effort, Learner, Schedule
+from lmc_fast.learning.learner import Effort, Learner
+from lmc_fast.learning.schedule import Schedule
 from lmc_fast.symmetry import canonicalize
 
 

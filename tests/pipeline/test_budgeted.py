@@ -23,7 +23,7 @@ from lmc_fast.checkpoints import lazy
 from lmc_fast.cli import main
 from lmc_fast.data import block_length, read_data, split_validation
 from lmc_fast.errors import LmcError
-from lmc_fast.learning.learner import Schedule
+from lmc_fast.learning.schedule import Schedule
 from lmc_fast.matching import activations
 from lmc_fast.matching.closed_form import Evidence
 from lmc_fast.pipeline import budgeted

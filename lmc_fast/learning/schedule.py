@@ -1,0 +1,139 @@
+"""How long, how fast and where on the line to learn."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import LmcError
+
+OBJECTIVES = ("endpoints", "text")
+METHODS = {"dual": 2, "one-sided": 1}  # that learn, and how many endpoints they move
+_GOLDEN = (math.sqrt(5) - 1) / 2
+_SEEDS = 1 << 32
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How to learn. benchmarks/learning.py measures the defaults against their neighbours.
+
+    Raises LmcError for a field that makes no sense.
+    """
+
+    steps: int = 1200
+    batch: int = 16  # token blocks per step
+    sides: int | None = None  # 2: both endpoints move, 1: B alone; None: as the method says
+    low: float = 0.35  # lambda is drawn from [low, high]
+    high: float = 0.65
+    objective: str = "endpoints"  # or "text"
+    matrix_lr: float = 0.035  # of rotations and head maps: radians per step, see muon
+    scale_lr: float = 1e-2  # of scales and RoPE angles (Adam)
+    warmup: int = 10  # steps
+    final: float = 0.02  # the last learning rate, as a share of the first
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("batch", 1), ("warmup", 0), ("seed", 0)):
+            self._set_integer(name, least)
+        for name in ("low", "high", "matrix_lr", "scale_lr", "final"):
+            self._set_number(name)
+        if self.seed >= _SEEDS:
+            raise LmcError(f"seed must be less than {_SEEDS}, not {self.seed}")
+        if self.sides is not None:
+            self._set_integer("sides", 1)
+            if self.sides > 2:
+                raise LmcError(f"sides must be 1 (only B moves) or 2 (both endpoints move), not {self.sides}")
+        if not 0 <= self.low <= self.high <= 1:
+            raise LmcError(
+                f"lambda is drawn from low to high, with 0 <= low <= high <= 1; {self.low:g} to {self.high:g} is no "
+                "such range"
+            )
+        if self.objective not in OBJECTIVES:
+            raise LmcError(f"objective {self.objective!r} is unknown; choose {' or '.join(OBJECTIVES)}")
+        for name in ("matrix_lr", "scale_lr"):
+            if getattr(self, name) < 0:
+                raise LmcError(f"{name} must not be negative, but is {getattr(self, name):g}")
+        if not 0 <= self.final <= 1:
+            raise LmcError(f"final is a share of the first learning rate, from 0 to 1, not {self.final:g}")
+
+    def _set_integer(self, name: str, least: int) -> None:
+        """NumPy's integers are taken, and kept as what JSON can say."""
+        value = getattr(self, name)
+        try:
+            number = operator.index(value)
+        except TypeError:
+            number = least - 1
+        if number < least or isinstance(value, bool):
+            raise LmcError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        object.__setattr__(self, name, number)
+
+    def _set_number(self, name: str) -> None:
+        value = getattr(self, name)
+        try:
+            number = math.nan if isinstance(value, str | bool) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise LmcError(f"{name} must be a finite number, not {value!r}")
+        object.__setattr__(self, name, number)
+
+    @staticmethod
+    def of(method: str, schedule: Schedule | None, options: Mapping[str, Any]) -> Schedule:
+        """The schedule of a run: the one given, or one made of `options`; its sides are those of the method.
+
+        Raises LmcError for options that no schedule has, for options beside a schedule, and for sides that contradict
+        the method.
+        """
+        known = [f.name for f in fields(Schedule)]
+        for name in options:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"a schedule has {', '.join(known)}"
+                raise LmcError(f"option {name} is unknown; {hint}")
+        if schedule is not None and options:
+            raise LmcError(f"{', '.join(options)} and a schedule are both given; put everything into the schedule")
+        if not isinstance(schedule, Schedule | None):
+            raise LmcError(f"schedule must be a Schedule, not {schedule!r}")
+        found = Schedule(**options) if schedule is None else schedule
+        sides = METHODS.get(method, found.sides)
+        if found.sides not in (None, sides):
+            raise LmcError(
+                f"method {method} moves {_endpoints(sides)}, but the schedule has sides={found.sides}; leave sides out"
+            )
+        return replace(found, sides=sides)
+
+    @property
+    def moving(self) -> int:
+        """How many endpoints move."""
+        return self.sides or METHODS["dual"]
+
+    def rate(self, step: int) -> float:
+        """Share of the learning rate at a step: linear warm-up, then cosine."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2
+
+    def position(self, step: int) -> float:
+        """Lambda of a step: a golden-ratio sequence, which covers [low, high] evenly at every length."""
+        return self.low + (self.high - self.low) * ((0.5 + (step + self.seed) * _GOLDEN) % 1)
+
+    def rows(self, step: int, count: int) -> Tensor:
+        """Which of `count` token blocks a step reads: every epoch a new permutation, determined by seed and step."""
+        wanted = range(step * self.batch, (step + 1) * self.batch)
+        orders = {}
+        for epoch in range(wanted[0] // count, wanted[-1] // count + 1):
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            orders[epoch] = torch.randperm(count, generator=generator)
+        return torch.stack([orders[i // count][i % count] for i in wanted])
+
+
+def _endpoints(sides: int | None) -> str:
+    return "B alone" if sides == 1 else "both endpoints"

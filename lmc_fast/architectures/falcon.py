@@ -17,7 +17,9 @@ _LINEAR = frozenset({"q", "k", "v", "o", "up", "down"})
 def _falcon(config: Any) -> Spec:
     new = config.new_decoder_architecture
     head_dim = config.hidden_size // config.num_attention_heads
-    kv_heads = config.num_kv_heads if new else 1 if config.multi_query else config.num_attention_heads
+    kv_heads = config.num_kv_heads if new else config.num_attention_heads
+    if config.multi_query and not new:
+        kv_heads = 1
     norms = config.num_ln_in_parallel_attn or (2 if new else 1)
     if new and not config.parallel_attn:
         raise LmcError("Falcon with new_decoder_architecture and without parallel_attn is not supported")

@@ -105,11 +105,11 @@ class Meter:
 
 def cgroup_room() -> int | None:
     """Bytes that this process's control group, or one above it, still allows; None: no limit."""
-    rooms = [
-        limit - (_number(group / use) or 0)
-        for group, most, use in _groups()
-        if (limit := _number(group / most)) is not None and limit < _UNLIMITED
-    ]
+    rooms = []
+    for group, most, use in _groups():
+        limit = _number(group / most)
+        if limit is not None and limit < _UNLIMITED:
+            rooms.append(limit - (_number(group / use) or 0))
     return max(0, min(rooms)) if rooms else None
 
 

@@ -40,7 +40,7 @@ class TooSmall(LmcError):
         if smallest >= 1 << 30:
             needed += f" ({show_bytes(smallest)})"
         super().__init__(
-            f"{show_bytes(budget)} of memory are too little for this pair; the smallest budget that works is "
+            f"{show_bytes(budget)} of memory is too small for this pair; the smallest budget that works is "
             f"{needed} with this many tokens per step"
         )
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from ..architectures import Spec
 
 
+_ALIBI = "ALiBi's slope belongs to the head's index"
+
+
 @dataclass(frozen=True)
 class Group:
     """One factor of the symmetry group. `what` names it; `why` gives the reason, above all when it is not legal."""
@@ -97,21 +100,22 @@ def legal_groups(spec: Spec) -> list[Group]:
         Group("residual rotation", *_residual(spec)),
         Group("residual scale", False, "one factor on the stream", "inexact: the norms' epsilon stays as it is"),
         Group("heads", *_heads(spec)),
-        Group(
-            "queries",
-            spec.attention.queries_per_group > 1 and heads_move(spec),
-            f"permutations of {spec.attention.queries_per_group} query heads within each group",
-            "one query head per key head"
-            if spec.attention.queries_per_group == 1
-            else "they share one key and value"
-            if heads_move(spec)
-            else "ALiBi's slope belongs to the head's index",
-        ),
+        Group("queries", *_queries(spec)),
         Group("value/output maps", True, *_value_maps(spec)),
         Group("query/key maps", True, *_query_key_maps(spec)),
         *_units(spec),
         *_mixture(spec),
     ]
+
+
+def _queries(spec: Spec) -> tuple[bool, str, str]:
+    count = spec.attention.queries_per_group
+    what = f"permutations of {count} query heads within each group"
+    if count == 1:
+        return False, what, "one query head per key head"
+    if not heads_move(spec):
+        return False, what, _ALIBI
+    return True, what, "they share one key and value"
 
 
 def _absorption(spec: Spec) -> tuple[bool, str, str]:
@@ -145,7 +149,7 @@ def _residual(spec: Spec) -> tuple[bool, str, str]:
 
 
 def _heads(spec: Spec) -> tuple[bool, str, str]:
-    why = "attention sums over heads" if heads_move(spec) else "ALiBi's slope belongs to the head's index"
+    why = "attention sums over heads" if heads_move(spec) else _ALIBI
     return heads_move(spec), f"permutations of {spec.attention.kv_heads} key/value groups", why
 
 

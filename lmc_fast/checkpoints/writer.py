@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import LmcError
+from ..files import to_json
 from .tensor_file import DTYPE_NAMES
 
 SHARD_BYTES = 5_000_000_000
@@ -158,7 +159,7 @@ def write_checkpoint(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     config = {key: value for key, value in config.items() if key not in _ELSEWHERE}
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (directory / "config.json").write_text(to_json(config, indent=2) + "\n")
     for companion in {file for pattern in _COMPANIONS for file in companions_from.glob(pattern) if file.is_file()}:
         _copy_companion(companion, directory / companion.name)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..files import to_json
 from ..pair import Pair
 
 BAD_INPUT, INTERRUPTED, DIFFERENT = 2, 130, 1  # exit codes
@@ -42,7 +42,7 @@ class Console:
 
     def result(self, value: dict[str, Any]) -> None:
         if self.json:
-            print(json.dumps(value))
+            print(to_json(value))
 
     def bar(self, total: int, text: str, unit: str = "it") -> tqdm:
         hidden = self.quiet or self.json

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from ..errors import LmcError
 from ..examples import Data
 from ..symmetry.charts import Chart
 from .block import block
@@ -98,7 +100,17 @@ def line_scores(
         scores = evaluate(source, [Item(part, t) for t in sorted(points) for part in parts], chart, logits=logits)
         for k in range(len(points)):
             seen[k] += scores[k * len(parts) : (k + 1) * len(parts)]
-    return [_together(scores) for scores in seen]
+    found = [_together(scores) for scores in seen]
+    require_finite(points, [score.loss for score in found])
+    return found
+
+
+def require_finite(points: Sequence[float], losses: Sequence[float]) -> None:
+    """Raises LmcError, naming lambda, for a loss that is NaN or infinite: no barrier can be told from such a curve."""
+    for point, loss in zip(points, losses, strict=True):
+        if not math.isfinite(loss):
+            end = {0.0: " (endpoint A itself)", 1.0: " (endpoint B itself)"}.get(point, "")
+            raise LmcError(f"the loss at lambda {point:g}{end} is {loss}: numbers overflow; look for huge weights")
 
 
 def _together(scores: list[Score]) -> Score:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..engine.evaluate import require_finite
+from ..files import to_json
 from .plots import new_figure, save_figure
 
 DEFINITION = "barrier = max over the grid of L(lambda) - [(1 - lambda) L(A) + lambda L(B)], L in nats per token"
@@ -13,12 +14,17 @@ DEFINITION = "barrier = max over the grid of L(lambda) - [(1 - lambda) L(A) + la
 
 @dataclass(frozen=True)
 class Curve:
-    """Losses (nats per token) on a grid of lambda from 0 (A) to 1 (B)."""
+    """Losses (nats per token) on a grid of lambda from 0 (A) to 1 (B). Raises LmcError for one that is not finite."""
 
     lambdas: list[float]
     losses: list[float]
     name: str = "line"
     accuracies: list[float] | None = None  # top-1, of image classifiers
+
+    def __post_init__(self) -> None:
+        if not self.losses or len(self.losses) != len(self.lambdas):
+            raise ValueError(f"{len(self.losses)} losses at {len(self.lambdas)} places")
+        require_finite(self.lambdas, self.losses)
 
     @property
     def excess(self) -> list[float]:
@@ -40,7 +46,7 @@ class Curve:
         return asdict(self) | {"barrier": self.barrier, "at": self.at}
 
     def save(self, file: str | Path) -> None:
-        Path(file).write_text(json.dumps(self.to_json() | {"definition": DEFINITION}, indent=2) + "\n")
+        Path(file).write_text(to_json(self.to_json() | {"definition": DEFINITION}, indent=2) + "\n")
 
     def plot(self, file: str | Path) -> None:
         """Draws the curve to an image file."""

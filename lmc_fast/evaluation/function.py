@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
@@ -14,6 +15,7 @@ from ..checkpoints.lazy import CHUNK_ELEMENTS
 from ..engine.head import capped
 from ..engine.layerwise import head_inputs
 from ..engine.model import answers
+from ..errors import LmcError
 from ..examples import Data
 
 # Mean KL (nats per token) below which two checkpoints count as one function, by the coarser storage dtype: rounding
@@ -34,6 +36,13 @@ class Difference:
     kl: float
     loss_a: float
     loss_b: float
+
+    def __post_init__(self) -> None:
+        for what, value in (("first", self.loss_a), ("second", self.loss_b)):
+            if not math.isfinite(value):
+                raise LmcError(f"the loss of the {what} checkpoint is {value}: numbers overflow; look for huge weights")
+        if not math.isfinite(self.kl + self.max_log_probability):
+            raise LmcError("the outputs of these checkpoints are not finite; look for huge weights")
 
     def to_json(self) -> dict[str, float]:
         return asdict(self)

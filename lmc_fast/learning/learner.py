@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +22,7 @@ from ..engine.evaluate import line_scores
 from ..engine.head import CHUNK_ELEMENTS, accurate
 from ..engine.passes import Item, choose_path
 from ..engine.source import Source
+from ..errors import LmcError
 from ..examples import Data
 from ..symmetry.charts import Chart
 from . import parallel
@@ -46,6 +48,15 @@ class History:
 
     def __post_init__(self) -> None:
         self.excess = {int(step): value for step, value in self.excess.items()}  # JSON has no integer keys
+
+
+@contextmanager
+def _overflow(step: int) -> Iterator[None]:
+    """What solvers and losses say of coordinates that grew beyond all numbers."""
+    try:
+        yield
+    except (LmcError, ValueError, ArithmeticError, torch.linalg.LinAlgError) as error:
+        raise NonFiniteLoss(f"after step {step}, {error}") from error
 
 
 VALIDATION_POINTS = (0.25, 0.5, 0.75)
@@ -98,11 +109,13 @@ class Learner:
     def step(self) -> float:
         """Takes one step and returns its loss in nats per token. Raises NonFiniteLoss and changes nothing."""
         i = self.done
-        loss, gradients = self.gradients()
+        with _overflow(i):
+            loss, gradients = self.gradients()
         if not all(t.isfinite().all() for t in (loss, *gradients.values())):
             position = self.schedule.position(i)
             raise NonFiniteLoss(f"the loss became {loss.item()} at step {i + 1} (lambda {position:.2f})")
-        self._update(gradients, self.schedule.rate(i))
+        with _overflow(i):
+            self._update(gradients, self.schedule.rate(i))
         self.history.loss.append(loss.item())
         return self.history.loss[-1]
 
@@ -151,7 +164,8 @@ class Learner:
 
     def validate(self, tokens: Data, ends: Sequence[float]) -> float:
         """Mean excess over the straight line between the endpoints' losses `ends`; remembers the best chart."""
-        losses = self.losses(tokens, VALIDATION_POINTS, self.chart)
+        with _overflow(self.done):
+            losses = self.losses(tokens, VALIDATION_POINTS, self.chart)
         line = [(1 - point) * ends[0] + point * ends[1] for point in VALIDATION_POINTS]
         excess = sum(x - y for x, y in zip(losses, line, strict=True)) / len(line)
         if excess < min(self.history.excess.values(), default=math.inf):

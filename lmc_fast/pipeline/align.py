@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from numbers import Real
 from pathlib import Path
@@ -177,15 +177,30 @@ def match_endpoints(
     keep: a directory for statistics of activations, by default in memory; statistics_tokens: how many tokens these are
     taken from at most; rounds: see match.
     """
-    even_a, even_b = balance(a), balance(b)
+    with _overflow("A"):
+        even_a = balance(a)
+    with _overflow("B"):
+        even_b = balance(b)
     a, b = even_a.apply(a), even_b.apply(b)
     statistics = None
     if evidence.activations:
         length = a.spec.length(inputs_of(tokens).shape)
         count = max(1, min(len(tokens), statistics_tokens // length))
         statistics = gather_statistics(a, b, tokens[:: len(tokens) // count][:count], keep=keep)
-    found = match(a, b, evidence, statistics, rounds).compose(even_b)
+    with _overflow("A and B"):
+        found = match(a, b, evidence, statistics, rounds).compose(even_b)
     return even_a.map(_plain), found.map(_plain)
+
+
+@contextmanager
+def _overflow(ends: str) -> Iterator[None]:
+    """What solvers say of NaN and infinity, as one sentence."""
+    try:
+        yield
+    except (torch.linalg.LinAlgError, ValueError) as error:
+        if isinstance(error, ValueError) and "finite" not in str(error):
+            raise
+        raise LmcError(f"{ends} cannot be matched: products of weights overflow; look for huge weights") from error
 
 
 def _plain(t: Tensor) -> Tensor:

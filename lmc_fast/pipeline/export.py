@@ -112,6 +112,12 @@ def _mixed(left: Checkpoint, right: Checkpoint, name: str, weight: float) -> Ite
     for x, y in zip(left.read_runs(name), right.read_runs(name), strict=True):
         if x.is_floating_point():
             wide = torch.promote_types(x.dtype, torch.float32)
-            yield torch.lerp(x.to(wide), y.to(wide), weight).to(x.dtype)
+            mixed = torch.lerp(x.to(wide), y.to(wide), weight)
+            if not mixed.isfinite().all():  # the difference of two huge numbers; their average is none
+                mixed = torch.lerp(x.double(), y.double(), weight)
+            mixed = mixed.to(x.dtype)
+            if not mixed.isfinite().all():
+                raise LmcError(f"the average of tensor {name} overflows in {x.dtype}; merge with the other model first")
+            yield mixed
         else:
             yield x

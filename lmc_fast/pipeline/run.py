@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +17,7 @@ from ..evaluation import Curve
 from ..evaluation.curve import DEFINITION, plot_curves
 from ..evaluation.plots import plot_learning
 from ..examples import Data
+from ..files import to_json
 from ..learning import parallel
 from ..learning.learner import History
 from ..learning.schedule import Schedule
@@ -113,7 +113,7 @@ def run(
             with meter.stage("verifying"):
                 proof = prove(pair, directory.path, test, device)
             report |= {"proof": {name: found.to_json() for name, found in proof.items()}, "costs": meter.to_json()}
-            (directory.path / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+            (directory.path / "report.json").write_text(to_json(report, indent=2) + "\n")
             directory.publish()
     return report
 

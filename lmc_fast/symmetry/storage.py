@@ -14,6 +14,7 @@ from torch import Tensor
 from ..checkpoints.tensor_file import TensorFile
 from ..checkpoints.writer import disk_errors, save_tensor_file
 from ..errors import LmcError
+from ..files import to_json
 from .transform import BlockTransform, Transform
 
 
@@ -42,7 +43,7 @@ def save_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
     partial = file.with_name(file.name + ".tmp")
     try:
         with disk_errors(file):
-            save_tensor_file(tensors, partial, {"lmc_fast": json.dumps(metadata)})
+            save_tensor_file(tensors, partial, {"lmc_fast": to_json(metadata)})
             os.replace(partial, file)
     except BaseException:
         partial.unlink(missing_ok=True)

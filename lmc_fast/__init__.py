@@ -1,5 +1,6 @@
 """lmc_fast: align two transformers so that a plain average of their weights is a good model."""
 
+from . import importing  # isort: skip  # noqa: F401  (it takes signals while the rest, which is slow, is imported)
 from .alignment import Alignment
 from .backends import Backends, backends
 from .data import read_data, read_tokens

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import signal
-import sys
+from functools import partial
 
 import torch
 
 from ..backends import backends
 from ..errors import LmcError
+from ..importing import release
 from ..kernels.dispatch import forced_path
 from .arguments import parser
-from .console import BAD_INPUT, INTERRUPTED, Console
+from .boundary import guarded
+from .console import Console
 
 
 def _terminate(*_: object) -> None:
@@ -36,18 +38,16 @@ def _require_settings() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. 0: done; 1: verify found a difference; 2: bad input, in one sentence; 130: interrupted."""
-    args = parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        import transformers
+    return guarded(partial(_main, argv))
 
-        transformers.logging.set_verbosity_error()
-        _require_device(args.device)
-        _require_settings()
-        return args.function(args, Console(args))
-    except LmcError as error:
-        print(f"lmc-fast: error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        print("lmc-fast: interrupted", file=sys.stderr)
-        return INTERRUPTED
+
+def _main(argv: list[str] | None) -> int:
+    args = parser().parse_args(argv)
+    release()
+    signal.signal(signal.SIGTERM, _terminate)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    _require_device(args.device)
+    _require_settings()
+    return args.function(args, Console(args))

@@ -22,7 +22,8 @@ from ..pipeline.evaluate import barrier, verify
 from ..pipeline.export import merge
 from ..sizes import parse_bytes, show_bytes
 from ..symmetry import legal_groups
-from .console import BAD_INPUT, DIFFERENT, Console, unit_of
+from .boundary import BAD_INPUT
+from .console import DIFFERENT, Console, unit_of
 
 
 def inspect_command(args: argparse.Namespace, console: Console) -> int:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..files import to_json
 from ..pair import Pair
 
-BAD_INPUT, INTERRUPTED, DIFFERENT = 2, 130, 1  # exit codes
+DIFFERENT = 1  # exit code
 
 
 class _Lines(logging.Handler):

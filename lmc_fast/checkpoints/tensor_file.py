@@ -25,7 +25,8 @@ OTHERS = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in (FLOATS | OTHERS).items()}  # as the format calls them
 _LFS = b"version https://git-lfs"
-_HEADER_BYTES = 32 * MIB  # a quarter of a million tensors; the format allows 100 MB
+HEADER_BYTES = 100_000_000  # the format allows no more
+_USUAL_HEADER = 32 * MIB  # has room for a quarter of a million tensors
 _CHECKED = 1 << 20  # elements that are looked at together for NaN
 
 
@@ -60,25 +61,26 @@ def require_finite(file: Path, name: str, tensor: Tensor) -> None:
 
 
 class TensorFile:
-    """An open safetensors file. What is read is a copy: nothing of the file stays mapped.
+    """An open safetensors file. What is read is a copy: nothing of the file stays mapped. `metadata`: of its header.
 
     Raises LmcError for a missing, corrupt or truncated file.
     """
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, header_bytes: int = _USUAL_HEADER):
         self.file = file
         require_weights(file)
         # the format: length of the header (8 bytes, little-endian), header in JSON, bytes of the tensors
         try:
             self._handle = FileIO(file)
             length = int.from_bytes(self._handle.read(8), "little")
-            if length > _HEADER_BYTES:
+            if length > header_bytes:
                 raise SafetensorError(f"its header would have {length:,} bytes")
             with safe_open(file, framework="pt"):  # checks offsets, sizes and the file's length
                 header = parse_json(self._handle.read(length), file)
         except (SafetensorError, OSError, UnicodeError) as error:  # UnicodeError: a path that safetensors does not take
             raise LmcError(f"{file} is corrupt or truncated ({error}); download it again") from error
-        self._entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        self._entries: dict[str, dict] = header
         self._first = 8 + length
 
     @property

@@ -50,6 +50,13 @@ class History:
         self.excess = {int(step): value for step, value in self.excess.items()}  # JSON has no integer keys
 
 
+def _like(t: Tensor, found: Tensor) -> Tensor:
+    """`found`, which copying would broadcast or cast without a word. Raises ValueError unless it is as `t`."""
+    if (found.shape, found.dtype) != (t.shape, t.dtype):
+        raise ValueError(f"{found.dtype} of shape {tuple(found.shape)}, not {t.dtype} of shape {tuple(t.shape)}")
+    return found
+
+
 @contextmanager
 def _overflow(step: int) -> Iterator[None]:
     """What solvers and losses say of coordinates that grew beyond all numbers."""
@@ -196,14 +203,14 @@ class Learner:
         """Puts a `state()` back."""
         self.history = history
         for name, t in self.chart.tensors.items():
-            t.data.copy_(state[f"chart.{name}"])
+            t.data.copy_(_like(t, state[f"chart.{name}"]))
             if name in self._momentum:
-                self._momentum[name].copy_(state[f"momentum.{name}"])
+                self._momentum[name].copy_(_like(t, state[f"momentum.{name}"]))
             if self._adam and f"adam.exp_avg.{name}" in state:
-                moments = {key: state[f"adam.{key}.{name}"].to(t.device, copy=True) for key in _MOMENTS}
+                moments = {key: _like(t, state[f"adam.{key}.{name}"]).to(t.device, copy=True) for key in _MOMENTS}
                 self._adam.state[t] = {"step": torch.tensor(float(self.done)), **moments}
         best = {
-            name: state[f"best.{name}"].to(t.device)
+            name: _like(t, state[f"best.{name}"]).to(t.device)
             for name, t in self.chart.tensors.items()
             if f"best.{name}" in state
         }

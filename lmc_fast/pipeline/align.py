@@ -32,6 +32,8 @@ from ..matching.closed_form import MAX_ROUNDS, Evidence, match
 from ..pair import Pair
 from ..streaming.ring import Streamed
 from ..symmetry import canonicalize
+from ..symmetry.checksum import understood
+from ..symmetry.legality import check_legal
 from ..symmetry.storage import load_tensors, pack, save_tensors, unpack
 from ..symmetry.transform import Transform
 from .budgeted import disk_bytes, effort_of, on_disk, path_of, plan_learning, require_room, tokens_to_gather
@@ -103,7 +105,8 @@ def align(
     state = Path(state_file) if state_file else None
     saved, before = load_tensors(state) if state and state.exists() else ({}, {})
     if before:
-        _require_same_run(before["run"], run)
+        with understood(state or Path("the state"), "the state of this run"):
+            _require_same_run(before["run"], run)
     within, gathered, length = None, STATISTICS_TOKENS, pair.spec.length(inputs_of(tokens).shape)
     if memory is not None:
         return_freed_memory()
@@ -136,7 +139,10 @@ def align(
         parallel.wait()
         if not saved and state:
             saved, _ = load_tensors(state)  # the first process wrote it
-        base = unpack(saved, "base.a", pair.spec.layers), unpack(saved, "base.b", pair.spec.layers)
+        with understood(state or Path("the state"), "the state of this run"):
+            base = unpack(saved, "base.a", pair.spec.layers), unpack(saved, "base.b", pair.spec.layers)
+            for part in base if before else ():
+                check_legal(part, pair.spec)
         with meter.stage("preparing"):
             source: Resident | Streamed
             if within is None:
@@ -151,7 +157,8 @@ def align(
         learner = Learner(source, tokens, schedule, effort_of(within) if within else None, path)
         run["path"] = learner.path
         if "history" in before:
-            learner.restore(saved, History(**before["history"]))
+            with understood(state or Path("the state"), "the state of this run"):
+                learner.restore(saved, History(**before["history"]))
         with meter.stage("learning"):
             _learn(learner, validation, progress, lambda: _save(state, learner, base, run))
         if isinstance(source, Streamed):

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..checkpoints.tensor_file import TensorFile
+from ..checkpoints.tensor_file import HEADER_BYTES, TensorFile
 from ..checkpoints.writer import disk_errors, save_tensor_file
 from ..errors import LmcError
-from ..files import to_json
+from ..files import parse_json, to_json
+from .checksum import checksum
 from .transform import BlockTransform, Transform
 
 
@@ -43,7 +42,8 @@ def save_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
     partial = file.with_name(file.name + ".tmp")
     try:
         with disk_errors(file):
-            save_tensor_file(tensors, partial, {"lmc_fast": to_json(metadata)})
+            text = to_json(metadata)
+            save_tensor_file(tensors, partial, {"lmc_fast": text, "checksum": checksum(tensors, text)})
             os.replace(partial, file)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -51,13 +51,19 @@ def save_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
 
 
 def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save_tensors` wrote. Raises LmcError for a file that it did not write or that is damaged."""
+    """What `save_tensors` wrote. Raises LmcError for a file that it did not write, or that was damaged or edited."""
+    if not file.exists():
+        raise LmcError(f"{file} does not exist")
     try:
-        with safe_open(file, framework="pt") as handle:
-            metadata = json.loads((handle.metadata() or {})["lmc_fast"])
-        tensors = TensorFile(file)
-        return {name: tensors.read(name) for name in tensors.names}, metadata
-    except FileNotFoundError:
-        raise LmcError(f"{file} does not exist") from None
-    except (SafetensorError, LmcError, OSError, KeyError, ValueError) as error:
+        handle = TensorFile(file, HEADER_BYTES)
+        text = handle.metadata["lmc_fast"]
+        metadata = parse_json(text, file)
+        tensors = {name: handle.read(name) for name in handle.names}
+    except (LmcError, KeyError) as error:
         raise LmcError(f"{file} is damaged or not a file of lmc_fast ({error})") from error
+    if not isinstance(metadata, dict):
+        raise LmcError(f"{file} is damaged or not a file of lmc_fast (its metadata are no object)")
+    # the first version of alignments had none
+    if handle.metadata.get("checksum") != checksum(tensors, text) and metadata.get("version") != 1:
+        raise LmcError(f"{file} is damaged, edited or of an older version: its checksum does not fit; make it again")
+    return tensors, metadata

@@ -1,0 +1,155 @@
+"""alignment.safetensors and state.safetensors that were cut, flipped, edited or made for something else are refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from random_elements import random_element
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lmc_fast import Alignment, LmcError, align, open_pair
+from lmc_fast.checkpoints import Model
+from lmc_fast.symmetry.storage import load_tensors, save_tensors
+
+
+@pytest.fixture(scope="module")
+def spec(make_checkpoint):
+    return Model(make_checkpoint("llama")).spec
+
+
+@pytest.fixture
+def saved(spec, tmp_path):
+    file = tmp_path / "alignment.safetensors"
+    a, b = random_element(spec, 1), random_element(spec, 2)
+    Alignment(a, b, (a, b), {"method": "dual"}).save(file)
+    Alignment.load(file, spec)
+    return file
+
+
+def refused(file, spec):
+    with pytest.raises(LmcError, match=file.name):
+        Alignment.load(file, spec)
+    with pytest.raises(LmcError, match=file.name):
+        Alignment.load(file)
+
+
+def test_every_flipped_bit_and_every_cut_is_noticed(saved, spec):
+    whole = saved.read_bytes()
+    rng = np.random.default_rng(0)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for place in [*range(0, 8), *rng.integers(8, header, 40), *rng.integers(header, len(whole), 40)]:
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << rng.integers(8)
+        saved.write_bytes(flipped)
+        refused(saved, spec)
+    for length in (0, 7, 8, 100, header, len(whole) - 1):
+        saved.write_bytes(whole[:length])
+        refused(saved, spec)
+    saved.write_bytes(whole + b"\0")
+    refused(saved, spec)
+
+
+def test_edited_tensors_and_metadata_are_noticed(saved, spec):
+    tensors = load_file(saved)
+    with safe_open(saved, "pt") as handle:
+        metadata = handle.metadata()
+    first = sorted(tensors)[0]
+
+    def edited(change, meta=metadata):
+        kept = dict(tensors)
+        change(kept)
+        save_file(kept, saved, meta)
+        refused(saved, spec)
+
+    edited(lambda t: t.update({first: t[first] * 1.01}))
+    edited(lambda t: t.update({first: torch.zeros_like(t[first])}))
+    edited(lambda t: t.update({first: t[first].to(torch.float32)}))
+    edited(lambda t: t.update({first: t[first][None].clone()}))
+    edited(lambda t: t.pop(first))
+    edited(lambda t: t.update(x=torch.zeros(2)))
+    for key in ("lmc_fast", "checksum"):
+        edited(lambda t: None, {k: v for k, v in metadata.items() if k != key})
+    edited(lambda t: None, metadata | {"lmc_fast": metadata["lmc_fast"].replace('"dual"', '"weight"')})
+    edited(lambda t: None, metadata | {"checksum": "0" * 32})
+    edited(lambda t: None, None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": 99},
+        {"version": None},
+        {"layers": 3},
+        {"layers": 0},
+        {"layers": -1},
+        {"layers": "2"},
+        {"layers": 2.0},
+        {"layers": True},
+        {"layers": [2]},
+        {"layers": 10**9},
+        {"layers": None},
+        {"info": None},
+        {"info": [1]},
+    ],
+    ids=str,
+)
+def test_metadata_that_make_no_sense_are_refused_though_the_checksum_fits(change, saved, spec):
+    tensors, metadata = load_tensors(saved)
+    save_tensors(saved, tensors, metadata | change)
+    with pytest.raises(LmcError, match=saved.name):
+        Alignment.load(saved, spec)
+
+
+def test_tensors_that_make_no_sense_are_refused_though_the_checksum_fits(saved, spec):
+    tensors, metadata = load_tensors(saved)
+    names = [n for n in sorted(tensors) if n.startswith(("a.", "matched.b"))]
+    for name in names[:: max(1, len(names) // 25)]:
+        t = tensors[name]
+        for bad in (t[..., :-1], t[None], torch.zeros_like(t), t.flatten()[0], t.to(torch.bool)):
+            save_tensors(saved, tensors | {name: bad.clone()}, metadata)
+            with pytest.raises(LmcError):
+                Alignment.load(saved, spec)
+                pytest.fail(f"{name} {tuple(t.shape)} may be {bad.dtype} {tuple(bad.shape)}")
+    save_tensors(saved, tensors | {"a.blocks.7.vo": tensors[names[0]]}, metadata)
+    refused(saved, spec)
+
+
+def test_states_that_make_no_sense_are_refused_though_the_checksum_fits(make_checkpoint, tokens, tmp_path):
+    pair = open_pair(make_checkpoint("llama", 1), make_checkpoint("llama", 2))
+    file = tmp_path / "state.safetensors"
+
+    def go_on():
+        return align(pair, tokens, validation=tokens, steps=2, batch=1, state_file=file)
+
+    go_on()
+    tensors, metadata = load_tensors(file)
+    again = go_on()
+    assert again.info["history"]["loss"] == metadata["history"]["loss"]
+
+    def refused_state(tensors, metadata):
+        save_tensors(file, tensors, metadata)
+        with pytest.raises(LmcError, match=file.name):
+            go_on()
+
+    charts = [n for n in sorted(tensors) if n.startswith(("chart.", "momentum.", "best.", "adam."))]
+    for name in charts:
+        t = tensors[name]
+        for bad in (t.flatten()[:1].clone(), t[None].clone(), t.double(), None):
+            rest = {n: x for n, x in tensors.items() if n != name}
+            if bad is None and not name.startswith(("chart.", "momentum.")):
+                continue  # a best state and Adam's moments may not be there yet
+            refused_state(rest if bad is None else rest | {name: bad}, metadata)
+    base = next(n for n in sorted(tensors) if n.startswith("base.a") and tensors[n].is_floating_point())
+    refused_state(tensors | {base: torch.zeros_like(tensors[base])}, metadata)
+    for change in (
+        {"history": None},
+        {"history": {"loss": 5}},
+        {"history": {"losses": []}},
+        {"history": {"loss": [], "excess": {"x": 1}}},
+        {"run": None},
+        {"run": []},
+        {"run": {"method": "dual", "schedule": 5}},
+    ):
+        refused_state(tensors, json.loads(json.dumps(metadata)) | change)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from ..architectures import Spec
 
-
 _ALIBI = "ALiBi's slope belongs to the head's index"
 
 

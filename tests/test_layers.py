@@ -10,7 +10,7 @@ LAYERS = [
     "files",
     "sizes",
     "version",
-    "files",
+    "importing",
     "examples",
     "kernels",
     "backends",

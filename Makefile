@@ -41,6 +41,7 @@ bench: bench-solvers
 	$(BIN)/python -m benchmarks.families
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.streaming
+	$(BIN)/python -m benchmarks.budget
 
 bench-solvers: venv
 	$(BIN)/python -m benchmarks.solvers

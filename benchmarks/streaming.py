@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -25,14 +23,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.common import RESULTS, Row, interleave, options, provenance, read_csv, write_csv, write_json
+from benchmarks.common import (
+    RESULTS,
+    Row,
+    interleave,
+    lmc_fast,
+    options,
+    provenance,
+    read_csv,
+    write_csv,
+    write_json,
+)
 from benchmarks.step import random_weights, spec_of
 from benchmarks.synthetic import SHAPES, config_of, write_pair
 from lmc_fast.architectures import FAMILIES, Spec
-from lmc_fast.budget.demand import FP32, Demand, Job
+from lmc_fast.budget.demand import Job
 from lmc_fast.budget.devices import here, profile
 from lmc_fast.budget.meter import counted_bytes, peak_bytes, return_freed_memory
 from lmc_fast.budget.planner import Plan, plan
+from lmc_fast.budget.stages import Stages
 from lmc_fast.checkpoints import Model
 from lmc_fast.engine.passes import Item
 from lmc_fast.engine.source import Resident, paired
@@ -64,14 +73,10 @@ def within(part: str, case: str, peak: int, budget: int) -> Row:
 
 def command(*arguments: object) -> tuple[int, str]:
     """(peak memory in bytes, standard output) of lmc-fast in a process of its own."""
-    process = subprocess.Popen([sys.executable, "-m", "lmc_fast", *map(str, arguments)], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    text = process.stdout.read().decode()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"lmc-fast {arguments[0]} failed with exit status {process.returncode}")
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), text
+    status, peak, text, errors = lmc_fast(*arguments)
+    if status:
+        raise SystemExit(f"lmc-fast {arguments[0]} failed with exit status {status}: {errors}")
+    return peak, text
 
 
 def promise(directory: Path, quick: bool) -> list[Row]:
@@ -158,7 +163,7 @@ def matching(pair: Path, length: int) -> tuple[int, int, float]:
     a, b = (Model(pair / name) for name in "ab")
     tokens = torch.from_numpy(np.load(pair / "tokens.npy")[: 24 * length].astype(np.int64)).view(-1, length)
     return_freed_memory()
-    planned = Demand(a.spec, Job(length, length), FP32, counted_bytes("cpu")).matching_bytes(tokens.numel())
+    planned = Stages(a.spec, length, counted_bytes("cpu")).matching(tokens.numel())
     lazy = [canonicalize(model.open_weights(torch.float32)) for model in (a, b)]
     with tempfile.TemporaryDirectory(dir=pair) as keep:
         match = partial(match_endpoints, *lazy, tokens, Evidence(1, 0.3), keep=Path(keep), rounds=1)
@@ -171,7 +176,7 @@ def slices(directory: Path, quick: bool) -> list[Row]:
     seven = FAMILIES["gpt_neox"].spec(config_of("pythia-6.9b"))
     for device in ("h100-80gb", "rtx4090"):
         found = plan(seven, Job(16_384, 512), profile(device), 8 << 30)
-        total, before = found.total / 2**30, found.matching_bytes / 2**30
+        total, before = found.total / 2**30, found.stages["matching"] / 2**30
         rows.append(row("slice", f"7B in 8 GiB, {device}: planned memory", total, "GiB"))
         rows.append(row("slice", "  expected share of in-memory speed at 16,384 tokens", found.share, ""))
         rows.append(row("slice", "  expected time of a step", found.step_seconds, "s"))

@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,21 +25,30 @@ from lmc_fast.symmetry.canonical import Survey, canonical_block, canonical_ends
 from lmc_fast.symmetry.charts import Chart
 from lmc_fast.symmetry.transform import BlockTransform, apply_block, apply_ends
 
-SHAPES = {  # width, layers, heads
-    "tiny": (64, 3, 4),
-    "pythia-410m": (1024, 24, 16),
-    "pythia-1.4b": (2048, 24, 16),
-    "pythia-6.9b": (4096, 32, 32),
-    "slice-256": (256, 2, 4),
-    "slice-4096": (4096, 2, 32),
+
+class Shape(NamedTuple):
+    width: int
+    layers: int
+    heads: int
+    vocab: int = 50304
+
+
+SHAPES = {
+    "tiny": Shape(64, 3, 4, 512),
+    "pythia-410m": Shape(1024, 24, 16),
+    "pythia-1.4b": Shape(2048, 24, 16),
+    "pythia-6.9b": Shape(4096, 32, 32),
+    "slice-256": Shape(256, 2, 4),
+    "slice-4096": Shape(4096, 2, 32),
 }
 SHARD_BYTES = 500_000_000
 
 
-def config_of(shape: str) -> GPTNeoXConfig:
-    width, layers, heads = SHAPES[shape]
+def config_of(shape: str | Shape) -> GPTNeoXConfig:
+    """shape: one of SHAPES by name, or any other."""
+    width, layers, heads, vocab = SHAPES[shape] if isinstance(shape, str) else shape
     return GPTNeoXConfig(
-        vocab_size=512 if shape == "tiny" else 50304,
+        vocab_size=vocab,
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -108,7 +118,9 @@ class Planted:
         return slots
 
 
-def write_pair(out: Path, shape: str, dtype: torch.dtype = torch.bfloat16, tokens: int = 2**16) -> tuple[Path, Path]:
+def write_pair(
+    out: Path, shape: str | Shape, dtype: torch.dtype = torch.bfloat16, tokens: int = 2**16
+) -> tuple[Path, Path]:
     """out/a, out/b and out/tokens.npy (random ids)."""
     import numpy as np
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from .errors import LmcError
 
+_MOST, _DIGITS = 1 << 60, 40
 _UNITS = {"": 1, "b": 1} | {
     f"{prefix}{ending}": base**power
     for power, prefix in enumerate("kmgt", 1)
@@ -18,7 +20,10 @@ def parse_bytes(text: str | int) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower())
     if not match or match[2] not in _UNITS or ("." in match[1] and not match[2]):
         raise LmcError(f"memory {str(text)!r} is not a size; write for example 8GiB, 3GB, 512MiB or a number of bytes")
-    size = float(match[1]) * _UNITS[match[2]] if "." in match[1] else int(match[1]) * _UNITS[match[2]]
+    number: float = math.inf if len(match[1]) > _DIGITS else float(match[1]) if "." in match[1] else int(match[1])
+    size = number * _UNITS[match[2]]
+    if size > _MOST:
+        raise LmcError(f"memory {match[1][:9]}{match[2]} is more than any machine has; write for example 8GiB")
     if size < 1:
         raise LmcError(f"memory {str(text)!r} must be more than nothing; write for example 8GiB")
     return int(size)

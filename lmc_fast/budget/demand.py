@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..architectures import Spec
-from ..checkpoints.lazy import CHUNK_ELEMENTS, TABLES
-from ..matching.activations import GATHERED
 from ..matching.stream import work_dtype
 from ..streaming.layout import arrange, block_bytes, head_rows, slot_shapes, unit_bytes
 from ..symmetry.charts import Chart
@@ -20,10 +18,6 @@ LOGITS = 6  # tensors of a chunk's size, generously: logits, target, a teacher's
 _TAPE = 30  # matrices that a head map's forward and backward keep, for each of its own (measured 26)
 _UPDATE = 6  # (d, d) matrices of one side that Muon and the Cayley transform need beside their operands (measured 4.1)
 SLACK = 0.03  # allocators round up and fragment
-_PAIRS = 10  # bytes that matching takes for a pair of FFN units: float64, a sign, a check for NaN
-_HEAD_PAIRS = 10 * 8  # and for a pair of coordinates of heads: evidence from q, k, v, o, their sums, singular values
-_SQUARES = 8 * 8  # and for a pair of the stream's: evidence and rotations
-_TABLE_COPIES = 7  # float64 copies of a run of a table's rows (measured 6.5)
 _HEAD_MAPS = ("vo", "qk")
 
 
@@ -124,45 +118,12 @@ class Demand:
         special = [w for w in windows if w or att.alibi or att.softcap]
         return tables + len(special) * n * n * (self.itemsize * (att.heads if att.alibi else 1) + 16)
 
-    def matching_bytes(self, tokens: int = GATHERED) -> int:
-        """What matching takes before learning. tokens: how many statistics of activations are taken from."""
-        return self.base + math.ceil((1 + SLACK) * max(self._gathering(tokens), self._comparing(), self._tables()))
-
     @cached_property
     def statistics_bytes(self) -> int:
         """Statistics of activations on disk, as long as the pair is matched."""
         spec, att = self.spec, self.spec.attention
         pairs = 2 * att.query_width**2 + 2 * att.kv_width**2 + spec.ffn.width**2
         return spec.layers * pairs * work_dtype(spec).itemsize
-
-    def _gathering(self, tokens: int) -> int:
-        """Statistics of activations: both endpoints' block, streams of all tokens and parts of those at work."""
-        spec = self.spec
-        heads, kv, units = spec.attention.query_width, spec.attention.kv_width, spec.ffn.width
-        sums = 8 * (2 * heads**2 + 2 * kv**2 + units**2 + spec.width**2)
-        seen = 2 * heads + 2 * kv + 2 * spec.width + 2 * units
-        streams = 2 * FP32 * (tokens * spec.width + max(GATHERED, self.job.length) * seen)
-        return block_bytes(spec, FP32) + sums + streams + self._maps_found(2 * 2)
-
-    def _comparing(self) -> int:
-        """Every pair of a block's FFN units, experts or heads: both endpoints' block, and B's turned one."""
-        spec, size = self.spec, work_dtype(self.spec).itemsize
-        heads = _HEAD_PAIRS * spec.attention.query_width**2
-        experts = spec.ffn.experts.count * (size + 1) * spec.ffn.experts.width**2
-        pairs = max(_PAIRS * spec.ffn.width**2, heads, experts)
-        rest = _SQUARES * spec.width**2 + 4 * 8 * CHUNK_ELEMENTS
-        return 3 * block_bytes(spec, size) // 2 + pairs + rest + self._maps_found(2 * 2 + 1)
-
-    def _tables(self) -> int:
-        """Some rows of the embedding or the head on their way to the canonical form."""
-        shapes = [self.spec.shape(name) for name in TABLES]
-        largest = max((math.prod(shape) for shape in shapes if shape), default=0)
-        return _TABLE_COPIES * 8 * min(CHUNK_ELEMENTS, largest)
-
-    def _maps_found(self, count: int) -> int:
-        """Float64 maps of all heads, of values and of keys: two with inverses for what balances an endpoint."""
-        spec = self.spec
-        return 8 * len(_HEAD_MAPS) * count * spec.layers * spec.attention.kv_heads * spec.attention.head_dim**2
 
     @cached_property
     def boundary_bytes(self) -> int:

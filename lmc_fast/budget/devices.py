@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import LmcError
-from .meter import available_memory, counted_bytes, resident_bytes
+from .meter import UNCERTAIN, available_memory, counted_bytes, resident_bytes
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Device:
     bandwidth: float
     source: str
     base: int = 0
+    uncertain: int = 0  # bytes by which `base` may be more when the process is started again
 
     @property
     def itemsize(self) -> int:
@@ -45,7 +46,6 @@ PROFILES = {
     )
 }
 ASSUMED_DISK = 1e9  # bytes per second, where nothing was measured
-_ROUND = 16 << 20  # the process's own size is rounded up: it is never twice the same
 
 
 def profile(name: str, device: torch.device | str = "cpu") -> Device:
@@ -69,10 +69,11 @@ def here(device: torch.device, disk: float | None = None) -> Device:
         source = "pinned memory (measured)"
         return Device(properties.name, "cuda", dtype, properties.total_memory, flops, link, source)
     memory = available_memory() + resident_bytes()
-    base = -(-counted_bytes(device) // _ROUND) * _ROUND
     flops = _flops(device, torch.float32, 512)
     source = "disk (assumed)" if disk is None else "disk (measured)"
-    return Device("this CPU", "cpu", torch.float32, memory, flops, disk or ASSUMED_DISK, source, base)
+    return Device(
+        "this CPU", "cpu", torch.float32, memory, flops, disk or ASSUMED_DISK, source, counted_bytes(device), UNCERTAIN
+    )
 
 
 def _flops(device: torch.device, dtype: torch.dtype, size: int, seconds: float = 0.3) -> float:

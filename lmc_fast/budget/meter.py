@@ -22,6 +22,7 @@ CGROUP = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 60  # cgroup v1 writes a number near 2^63 for "no limit"
 _MMAP_THRESHOLD = -3  # of mallopt
 FIRST_USE = 56 << 20  # code and buffers of libraries that come into memory with the first computation (measured)
+UNCERTAIN = 16 << 20  # the process's own size is rounded up to multiples of it: it is never twice the same
 
 
 def resident_bytes() -> int:
@@ -31,10 +32,19 @@ def resident_bytes() -> int:
 
 
 def counted_bytes(device: torch.device | str) -> int:
-    """What a budget has to bear before anything is loaded: this process, or nothing where it is a GPU's memory."""
-    return 0 if torch.device(device).type == "cuda" else resident_bytes() + FIRST_USE
+    """What a budget has to bear before anything is loaded: this process, or nothing where it is a GPU's memory.
+
+    FIRST_USE comes on top of what the process took when it was first counted, not again in every stage.
+    """
+    global _first_counted
+    if torch.device(device).type == "cuda":
+        return 0
+    now = resident_bytes()
+    _first_counted = min(now, _first_counted or now)
+    return -(-max(now, _first_counted + FIRST_USE) // UNCERTAIN) * UNCERTAIN
 
 
+_first_counted: int | None = None
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 

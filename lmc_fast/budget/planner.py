@@ -13,36 +13,21 @@ from typing import Any, NamedTuple
 
 from ..architectures import Spec
 from ..engine.passes import visit_order
-from ..errors import LmcError
 from ..sizes import show_bytes
 from ..streaming.layout import ALIGNMENT
 from ..streaming.schedule import steady_loads
 from ..symmetry.groups import rotates
-from .demand import ACTIVATION, FP32, LOGITS, SLACK, WEIGHT, Demand, Item, Job
+from .demand import ACTIVATION, SLACK, WEIGHT, Demand, Item, Job
 from .devices import Device
+from .stages import Stages, TooSmall
 
 SLOTS = 2  # one to compute with, one to load: what is left is better spent on resident blocks
 _CHUNKS = tuple(1 << power for power in (24, 23, 22, 21, 20, 19, 18))  # logits at a time
-_SPARE = 0.1  # of what is left for an evaluation: its formulas are coarse
 _REPORTED = (
     *("slots", "resident", "layers", "head_parts", "loads", "moved"),
     *("compute_seconds", "transfer_seconds", "step_seconds", "share", "tokens_to_hide"),
-    *("host_bytes", "store_bytes", "statistics_bytes", "matching_bytes"),
+    *("host_bytes", "store_bytes", "statistics_bytes", "stages"),
 )
-
-
-class TooSmall(LmcError):
-    """No plan fits. smallest: the least budget, in bytes, for which one does."""
-
-    def __init__(self, budget: int, smallest: int):
-        self.smallest = smallest
-        needed = f"{-(-smallest // (1 << 20))}MiB"
-        if smallest >= 1 << 30:
-            needed += f" ({show_bytes(smallest)})"
-        super().__init__(
-            f"{show_bytes(budget)} of memory is too small for this pair; the smallest budget that works is "
-            f"{needed} with this many tokens per step"
-        )
 
 
 class Way(NamedTuple):
@@ -75,7 +60,7 @@ class Plan:
     host_bytes: int  # pinned main memory beside the budget (CUDA): units, and boundary activations if they are there
     store_bytes: int  # on disk, as are statistics before it
     statistics_bytes: int
-    matching_bytes: int  # that matching takes, before learning
+    stages: dict[str, int]  # the least memory that each stage but learning works with
 
     @property
     def step_seconds(self) -> float:
@@ -134,8 +119,8 @@ class Plan:
             f"a step of {self.job.tokens:,} tokens: computes {_show_seconds(self.compute_seconds)}, moves "
             f"{show_bytes(self.moved)} in {_show_seconds(self.transfer_seconds)} from {self.device.source} -> "
             f"{_show_seconds(self.step_seconds)}, {self.share:.0%} of in-memory speed",
-            f"before learning, matching takes about {show_bytes(self.matching_bytes)}"
-            + (", more than the budget: align will refuse" if self.matching_bytes > self.budget else ""),
+            "the other stages need at least: "
+            + ", ".join(f"{name} {show_bytes(size)}" for name, size in self.stages.items()),
             f"transfers are hidden from {self.tokens_to_hide:,} tokens per step on",
             f"figures: {self.device.flops:.3g} flop/s in {str(self.device.dtype).removeprefix('torch.')}, "
             f"{self.device.bandwidth:.3g} byte/s; disk space for the pair {show_bytes(self.store_bytes)}, "
@@ -149,13 +134,14 @@ class Plan:
 def plan(spec: Spec, job: Job, device: Device, budget: int, way: Way | None = None) -> Plan:
     """The plan with the shortest predicted step within `budget` bytes of memory; of equals the one that needs less.
 
-    way: computes like this and nothing else, as a run that goes on must.
+    way: computes like this and nothing else, as a run that goes on must; it has matched already.
 
-    Raises TooSmall, which names the smallest budget that works.
+    Raises TooSmall, which names the smallest budget that works for every stage of a run, not only for learning.
     """
     demand = Demand(spec, job, device.itemsize, device.base)
     fixed, choices = demand.fixed(), list(_residents(demand))
     units, layers = demand.units, spec.layers
+    stages = Stages(spec, job.length, device.base).all(device.kind, matched=way is not None)
     best: tuple[tuple[float, ...], Plan] | None = None
     smallest: int | None = None
     for chosen in [way] if way else _ways(spec, job, device):
@@ -190,12 +176,12 @@ def plan(spec: Spec, job: Job, device: Device, budget: int, way: Way | None = No
                 host_bytes=host,
                 store_bytes=demand.store_bytes,
                 statistics_bytes=demand.statistics_bytes,
-                matching_bytes=demand.matching_bytes(),
+                stages=stages,
             )
             best = rank, found
     assert smallest is not None
-    if best is None:
-        raise TooSmall(budget, smallest)
+    if best is None or max(stages.values()) > budget:
+        raise TooSmall(budget, max(smallest, *stages.values()), device.uncertain, learning=True)
     return best[1]
 
 
@@ -252,31 +238,3 @@ def _show_seconds(seconds: float) -> str:
     if seconds >= 100:
         return f"{seconds:,.0f} s"
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
-
-
-@dataclass(frozen=True)
-class Portions:
-    """How much of the data an evaluation takes at a time: see engine.evaluate.line_scores."""
-
-    batch: int
-    rows: int
-    logits: int
-
-
-def portions(spec: Spec, length: int, points: int, budget: int, base: int) -> Portions:
-    """For a barrier of a pair that is read block by block in float32, within `budget` bytes. base: see Device.
-
-    Raises TooSmall.
-    """
-    demand = Demand(spec, Job(length, length), FP32)
-    block = 3 * max(demand.units)  # of both endpoints; what they are made of is still there
-    sequence = length * demand.block_floats(WEIGHT) * FP32
-    row = 3 * points * length * spec.width * FP32  # streams, what the head reads of them, what a block adds
-    fewest = _CHUNKS[-1] * LOGITS * FP32
-    room = math.floor((budget - base) * (1 - _SPARE)) - block
-    if room < row + sequence + fewest:
-        raise TooSmall(budget, base + math.ceil((block + row + sequence + fewest) / (1 - _SPARE)) + 1)
-    logits = min(_CHUNKS[0], max(fewest, room // 4) // (LOGITS * FP32))
-    left = room - logits * LOGITS * FP32
-    batch = max(1, min(32, left // 2 // sequence))
-    return Portions(batch, max(batch, (left - batch * sequence) // row), logits)

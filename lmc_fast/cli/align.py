@@ -22,7 +22,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def align_command(args: argparse.Namespace, console: Console) -> int:
-    args.memory = parse_bytes(args.memory) if args.memory else None
+    args.memory = None if args.memory is None else parse_bytes(args.memory)
     args.device = parallel.own_device(args.device)
     with parallel.together(args.device):
         first = parallel.place()[0] == 0

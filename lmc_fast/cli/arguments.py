@@ -88,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("verify", verify_command, "do two checkpoints compute the same function?", "a", "b")
     sub.add_argument("--data", help="text to compare on (default: random tokens)")
+    sub.add_argument("--memory", help=limit)
     return whole
 
 

@@ -72,7 +72,7 @@ def barrier_command(args: argparse.Namespace, console: Console) -> int:
     tokens = read_data(args.data, pair.a, block_length(pair.a, args.block))
     alignment = Alignment.load(args.alignment, pair.spec) if args.alignment else None
     with console.bar(args.points, "measuring", "point") as bar:
-        how = {"device": args.device, "memory": parse_bytes(args.memory) if args.memory else None}
+        how = {"device": args.device, "memory": None if args.memory is None else parse_bytes(args.memory)}
         curve = barrier(pair, tokens, alignment, args.points, progress=lambda _: bar.update(), **how)
     console.say("lambda    loss  excess" + ("  accuracy" if curve.accuracies else ""))
     accuracies = [f"  {share:8.2%}" for share in curve.accuracies] if curve.accuracies else [""] * len(curve.lambdas)
@@ -109,7 +109,8 @@ def verify_command(args: argparse.Namespace, console: Console) -> int:
     if args.data:
         model = Model(args.a)
         tokens = read_data(args.data, model, block_length(model))[:64]
-    found, same = verify(args.a, args.b, tokens, args.device)
+    memory = None if args.memory is None else parse_bytes(args.memory)
+    found, same = verify(args.a, args.b, tokens, args.device, memory=memory)
     console.say(f"KL {found.kl:.2e} nats per token, max |log-probability difference| {found.max_log_probability:.2e}")
     console.say(f"loss {found.loss_a:.5f} and {found.loss_b:.5f} nats per token")
     console.say("same function" if same else "different functions")

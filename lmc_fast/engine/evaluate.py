@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..errors import LmcError
 from ..examples import Data
@@ -34,11 +35,7 @@ class _Evaluation(Pass):
     def run(self) -> list[Score]:
         source, spec = self.source, self.spec
         source.begin(visit_order(spec.layers, source.head_parts, learn=False))
-        ends = [self.ends(item) for item in self.items]
-        streams = [
-            embed(spec, line, read_part(item.data), rows)
-            for item, (line, _, _, rows) in zip(self.items, ends, strict=True)
-        ]
+        streams = [self._embedded(item) for item in self.items]
         for i in range(spec.layers):
             with source.visit(i) as (a, b):
                 maps = self.maps(i)
@@ -47,8 +44,10 @@ class _Evaluation(Pass):
                     for m in group:
                         streams[m] = block(spec, line, streams[m], self.positions(streams[m]), i)
         losses = []
-        for item, x, (line, _, _, _) in zip(self.items, streams, ends, strict=True):
-            rows = asked(read_out(spec, line, x, read_part(item.data)), item.data)
+        for m, item in enumerate(self.items):
+            line = self.line(*source.ends, item.position, None)
+            rows = asked(read_out(spec, line, streams[m], read_part(item.data)), item.data)
+            streams[m] = rows
             reading = self.reading(rows, item.position)
             losses.append(HeadLoss(reading, answers(item.data), softcap=spec.head_softcap, chunk=self.logits))
         start = 0
@@ -61,6 +60,11 @@ class _Evaluation(Pass):
                 start += len(a["head"])
         counts = [item.count for item in self.items]
         return [Score(h.loss.item() / n, h.right / n, n) for h, n in zip(losses, counts, strict=True)]
+
+    def _embedded(self, item: Item) -> Tensor:
+        """An item's stream in front of the first block; its rows of the embedding are dropped."""
+        line, _, _, rows = self.ends(item)
+        return embed(self.spec, line, read_part(item.data), rows)
 
 
 def evaluate(

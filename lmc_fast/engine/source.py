@@ -14,7 +14,6 @@ from ..checkpoints.weights import Weights
 from .slots import Slots
 
 TABLES = ("embed", "head", "head_bias")
-HEAD_ROWS = 8192  # of a lazy head, held at a time
 
 
 class Source(Protocol):
@@ -56,7 +55,7 @@ class Resident:
         self.ends: tuple[Slots, Slots] = (_small(a), _small(b))
         head = a.tables.get("head")
         # the rows of the head in each of its units
-        self.head_runs = [(0, a.spec.vocab)] if head is None else list(head.runs(HEAD_ROWS))
+        self.head_runs = [(0, a.spec.vocab)] if head is None else list(head.runs())
         self.head_parts = len(self.head_runs)
 
     @property

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..budget.stages import ELEMENTS
 from ..checkpoints import Weights
 from ..checkpoints.lazy import CHUNK_ELEMENTS
 from ..engine.head import capped
@@ -24,8 +25,6 @@ TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-8, torch.float16: 1e-4, tor
 
 
 ROWS = 2048  # predictions that are compared together
-ELEMENTS = 1 << 20  # of a run of logits of one model: 8 MiB in float64, whatever the width and the vocabulary
-HELD = 6  # tensors of a run's size, generously: logits in their own dtype and wide, of both, their gap, a share
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..alignment import Alignment
-from ..budget.meter import Meter, counted_bytes, return_freed_memory
+from ..budget.devices import here
+from ..budget.meter import Meter, return_freed_memory
 from ..budget.planner import Way
 from ..checkpoints import Model, Weights
 from ..engine.source import Resident, paired
@@ -116,8 +117,8 @@ def align(
             run["way"] = list(within.way)
             meter.facts["plan"] = within.to_json()
         if not before:
-            counted = within.device.base if within else counted_bytes(device)
-            gathered = tokens_to_gather(pair.spec, length, counted, memory, STATISTICS_TOKENS)
+            at_hand = within.device if within else here(device)
+            gathered = tokens_to_gather(pair.spec, length, at_hand, memory, STATISTICS_TOKENS)
 
     # without learning, or within a budget, one block at a time is enough
     load = Model.load if learns and within is None else Model.open_weights

@@ -13,9 +13,10 @@ import torch
 
 from ..architectures import Spec
 from ..budget.demand import ACTIVATION, FP32, Demand, Job
-from ..budget.devices import here
+from ..budget.devices import Device, here
 from ..budget.meter import available_memory
-from ..budget.planner import Plan, TooSmall, Way, plan
+from ..budget.planner import Plan, Way, plan
+from ..budget.stages import Stages, TooSmall
 from ..checkpoints import Weights
 from ..errors import LmcError
 from ..kernels.dispatch import activation_path
@@ -44,23 +45,22 @@ def plan_learning(
     sequences = -(-schedule.batch // parallel.place()[1])
     job = Job(sequences * length, length, schedule.moving, 2 if schedule.objective == "endpoints" else 0)
     found = plan(spec, job, here(device), budget, way)
-    if way is None and found.matching_bytes > budget:  # a run that goes on has matched already
-        raise TooSmall(budget, max(found.total, found.matching_bytes))
     _log.info("a plan for %s of memory, expected to take %s:", show_bytes(budget), show_bytes(found.total))
     for line in found.summary():
         _log.info("%s", line)
     return found
 
 
-def tokens_to_gather(spec: Spec, length: int, base: int, budget: int, most: int) -> int:
-    """How many tokens statistics of activations can be taken from within a budget, by halving. Raises TooSmall.
+def tokens_to_gather(spec: Spec, length: int, device: Device, budget: int, most: int) -> int:
+    """How many tokens statistics of activations can be taken from within a budget, by halving.
 
-    base: bytes that the process takes already.
+    Raises TooSmall, also where another stage needs more.
     """
-    demand = Demand(spec, Job(length, length), FP32, base)
-    if demand.matching_bytes() > budget:
-        raise TooSmall(budget, demand.matching_bytes())
-    while demand.matching_bytes(most) > budget:
+    stages = Stages(spec, length, device.base)
+    least = max(stages.all(device.kind).values())
+    if least > budget:
+        raise TooSmall(budget, least, device.uncertain)
+    while stages.matching(most) > budget:
         most = max(GATHERED, most // 2)
     return most
 

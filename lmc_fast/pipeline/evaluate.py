@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from ..alignment import Alignment
-from ..budget import planner
-from ..budget.meter import counted_bytes, return_freed_memory
+from ..architectures import Spec
+from ..budget.meter import UNCERTAIN, counted_bytes, return_freed_memory
+from ..budget.stages import POINTS, Stages, TooSmall
 from ..checkpoints import Model
 from ..errors import LmcError
 from ..evaluation import Curve, Difference, curve_between, difference
@@ -26,7 +27,7 @@ def barrier(
     pair: Pair,
     tokens: Data,
     alignment: Alignment | None = None,
-    points: int = 11,
+    points: int = POINTS,
     *,
     name: str = "line",
     device: Device = "cpu",
@@ -39,34 +40,84 @@ def barrier(
     """
     if points < 3:
         raise LmcError(f"{points} points make no curve; use at least 3")
+    if memory is not None:
+        _require(_stages(pair.spec, tokens, device).measuring(points, alignment is not None, held=True), memory, device)
+    return measure_line(pair, tokens, alignment, points, name, device, memory, progress)
+
+
+def measure_line(
+    pair: Pair,
+    tokens: Data,
+    alignment: Alignment | None,
+    points: int,
+    name: str,
+    device: Device,
+    memory: int | None,
+    progress: Callable[[float], None] | None = None,
+) -> Curve:
+    """As `barrier`; where `memory` is too little, the smallest portions are taken: a run has planned with them."""
     portions = {}
     if memory is not None:
-        return_freed_memory()
-        length = pair.spec.length(inputs_of(tokens).shape)
-        portions = asdict(planner.portions(pair.spec, length, points, memory, counted_bytes(device)))
+        stages = _stages(pair.spec, tokens, device)
+        portions = asdict(stages.portions_of_line(points, memory, alignment is not None))
     a, b = pair.a.open_weights(device=device), pair.b.open_weights(device=device)
     if alignment:
         a, b = alignment.apply(canonicalize(a), canonicalize(b))
     return curve_between(a, b, tokens.to(device), points, name, progress, **portions)
 
 
-def verify(a: str | Path, b: str | Path, tokens: Data | None = None, device: Device = "cpu") -> tuple[Difference, bool]:
+def verify(
+    a: str | Path,
+    b: str | Path,
+    tokens: Data | None = None,
+    device: Device = "cpu",
+    *,
+    memory: int | None = None,
+) -> tuple[Difference, bool]:
     """How far the functions of two checkpoints are apart, and whether that is within their dtypes' rounding.
 
-    tokens: data to compare on; by default random token ids or images.
+    tokens: data to compare on; by default random token ids or images. memory: bytes that this may take.
+
+    Raises LmcError.
     """
     x, y = Model(a), Model(b)
+    if memory is not None:
+        data = _inputs(x, y) if tokens is None else tokens
+        _require(max(_stages(m.spec, data, device).verifying(held=True) for m in (x, y)), memory, device)
+    return compare(x, y, tokens, device, memory)
+
+
+def compare(
+    x: Model, y: Model, tokens: Data | None, device: Device = "cpu", memory: int | None = None
+) -> tuple[Difference, bool]:
+    """As `verify`; where `memory` is too little, the smallest portions are taken: a run has planned with them."""
     if (x.spec.family, x.spec.vocab) != (y.spec.family, y.spec.vocab):
         raise LmcError(
-            f"{a} and {b} are not comparable: {x.spec.family}/{x.spec.vocab} and {y.spec.family}/{y.spec.vocab}"
+            f"{x.checkpoint.source} and {y.checkpoint.source} are not comparable: "
+            f"{x.spec.family}/{x.spec.vocab} and {y.spec.family}/{y.spec.vocab}"
         )
     if tokens is None:
-        tokens = _random_inputs(x, y)
-    found = difference(x.open_weights(device=device), y.open_weights(device=device), tokens.to(device))
+        tokens = _inputs(x, y)
+    portions = {}
+    if memory is not None:
+        wider = x.spec if x.spec.width >= y.spec.width else y.spec
+        portions = asdict(_stages(wider, tokens, device).portions_of_comparison(memory))
+    found = difference(x.open_weights(device=device), y.open_weights(device=device), tokens.to(device), **portions)
     return found, found.kl <= tolerance(x.coarsest_dtype, y.coarsest_dtype)
 
 
-def _random_inputs(x: Model, y: Model) -> Data:
+def _stages(spec: Spec, tokens: Data, device: Device) -> Stages:
+    """What measuring on this data takes, in this process as it is now."""
+    return_freed_memory()
+    return Stages(spec, spec.length(inputs_of(tokens).shape), counted_bytes(device))
+
+
+def _require(least: int, memory: int, device: Device) -> None:
+    if least > memory:
+        raise TooSmall(memory, least, 0 if torch.device(device).type == "cuda" else UNCERTAIN)
+
+
+def _inputs(x: Model, y: Model) -> Data:
     """Random tokens, or random images with random labels."""
     generator, spec = torch.Generator().manual_seed(0), x.spec
     if spec.image:

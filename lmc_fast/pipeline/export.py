@@ -17,7 +17,7 @@ from ..evaluation import Difference
 from ..examples import Data
 from ..pair import Pair, open_pair
 from ..symmetry import Transform, canonicalize, check_legal
-from .evaluate import verify
+from .evaluate import compare
 
 PROOF_SEQUENCES = 16
 
@@ -48,19 +48,24 @@ def export(
 
 
 def prove(
-    pair: Pair, directory: Path, tokens: Data | None = None, device: torch.device | str = "cpu"
+    pair: Pair,
+    directory: Path,
+    tokens: Data | None = None,
+    device: torch.device | str = "cpu",
+    memory: int | None = None,
 ) -> dict[str, Difference]:
     """How far directory/a and directory/b, as they are read back, are from the pair's endpoints.
 
-    tokens: compared on at most PROOF_SEQUENCES of these, by default on random ones. Raises LmcError where an endpoint
-    does not keep its function.
+    tokens: compared on at most PROOF_SEQUENCES of these, by default on random ones. memory: bytes that this may take;
+    a run has planned with them. Raises LmcError where an endpoint does not keep its function.
     """
     sample = None if tokens is None else tokens[:PROOF_SEQUENCES]
     proof = {}
     for name, original in (("a", pair.a), ("b", pair.b)):
-        found, same = verify(original.path, directory / name, sample, device)
+        written = Model(directory / name)
+        found, same = compare(original, written, sample, device, memory)
         if not same:
-            short = Model(directory / name).dtype.itemsize < 4
+            short = written.dtype.itemsize < 4
             remedy = "write it in float32 (--dtype float32)" if short else "please report this as a bug"
             raise LmcError(
                 f"the aligned {original.source} does not keep its function: KL {found.kl:.1e} nats to the original; "

@@ -12,6 +12,7 @@ import torch
 
 from ..alignment import Alignment
 from ..budget.meter import Meter
+from ..budget.stages import POINTS
 from ..data import split_validation
 from ..evaluation import Curve
 from ..evaluation.curve import DEFINITION, plot_curves
@@ -24,11 +25,10 @@ from ..learning.schedule import Schedule
 from ..pair import Pair
 from ..version import __version__
 from .align import LEARNING, Progress, align
-from .evaluate import barrier
+from .evaluate import measure_line
 from .export import export_into, prove
 from .run_directory import RunDirectory
 
-POINTS = 11  # of each curve
 _log = logging.getLogger("lmc_fast")
 
 
@@ -111,7 +111,7 @@ def run(
                 export_into(pair, alignment, directory.path, dtype)
             alignment.save(directory.path / "alignment.safetensors")
             with meter.stage("verifying"):
-                proof = prove(pair, directory.path, test, device)
+                proof = prove(pair, directory.path, test, device, memory)
             report |= {"proof": {name: found.to_json() for name, found in proof.items()}, "costs": meter.to_json()}
             (directory.path / "report.json").write_text(to_json(report, indent=2) + "\n")
             directory.publish()
@@ -143,5 +143,5 @@ def measure(
             progress(Progress(done, POINTS * len(stages), stage="measuring"))
 
     for name, stage in stages:
-        curves.append(barrier(pair, tokens, stage, POINTS, name=name, device=device, memory=memory, progress=point))
+        curves.append(measure_line(pair, tokens, stage, POINTS, name, device, memory, point))
     return curves

@@ -2,9 +2,11 @@
 
 import errno
 import json
+import re
 import subprocess
 import sys
 from collections import namedtuple
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,21 +15,25 @@ from live import LiveBytes
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import lmc_fast as lmc
+from lmc_fast.alignment import Alignment
 from lmc_fast.architectures import FAMILIES
-from lmc_fast.budget import demand
-from lmc_fast.budget.demand import Demand, Job
+from lmc_fast.budget import stages as stages_module
 from lmc_fast.budget.devices import PROFILES
 from lmc_fast.budget.meter import Meter
-from lmc_fast.budget.planner import TooSmall
+from lmc_fast.budget.stages import Stages, TooSmall
 from lmc_fast.checkpoints import lazy
 from lmc_fast.cli import main
 from lmc_fast.data import block_length, read_data, split_validation
 from lmc_fast.errors import LmcError
+from lmc_fast.evaluation import function
 from lmc_fast.learning.schedule import Schedule
 from lmc_fast.matching import activations
 from lmc_fast.matching.closed_form import Evidence
 from lmc_fast.pipeline import budgeted
 from lmc_fast.pipeline.align import align, match_endpoints
+from lmc_fast.pipeline.evaluate import compare, measure_line
+from lmc_fast.pipeline.export import export_into
+from lmc_fast.pipeline.prepare import prepare
 from lmc_fast.streaming.store import Store
 from lmc_fast.symmetry import canonicalize
 
@@ -72,18 +78,18 @@ def test_too_little_is_refused_before_anything_is_read(case, tmp_path, capsys, m
     assert not list(tmp_path.glob("out*"))
 
 
-def test_what_matching_takes_is_refused_before_it_begins(monkeypatch):
+def test_one_number_that_works_for_every_stage(monkeypatch):
     spec = FAMILIES["gpt_neox"].spec(GPTNeoXConfig(hidden_size=64, num_attention_heads=4, intermediate_size=256))
     device, schedule = torch.device("cpu"), Schedule(batch=2)
     monkeypatch.setattr(budgeted, "here", lambda _: PROFILES["t4"])
-    needed = Demand(spec, Job(2 * 16, 16), 2).matching_bytes()
+    with pytest.raises(TooSmall) as refused:
+        budgeted.plan_learning(spec, schedule, 16, device, 1)
+    needed = refused.value.smallest
     found = budgeted.plan_learning(spec, schedule, 16, device, needed)
-    assert found.total < found.matching_bytes == needed
+    assert needed == max(found.total, *found.stages.values())
     with pytest.raises(TooSmall) as refused:
         budgeted.plan_learning(spec, schedule, 16, device, needed - 1)
     assert refused.value.smallest == needed
-    way = found.way  # a run that goes on has matched already
-    assert budgeted.plan_learning(spec, schedule, 16, device, needed - 1, way).way == way
 
 
 def test_a_disk_without_room_for_the_store(case, monkeypatch):
@@ -117,28 +123,51 @@ def test_statistics_need_what_is_planned(case, monkeypatch, tmp_path):
 
 def test_statistics_are_taken_from_what_fits():
     spec = FAMILIES["gpt_neox"].spec(GPTNeoXConfig(hidden_size=64, num_attention_heads=4, intermediate_size=256))
-    needs = Demand(spec, Job(128, 128), 4, 1000).matching_bytes
-    assert budgeted.tokens_to_gather(spec, 128, 1000, needs(1 << 20), 1 << 22) == 1 << 20
-    assert budgeted.tokens_to_gather(spec, 128, 1000, needs(), 100) == 100
-    with pytest.raises(LmcError, match="smallest budget"):
-        budgeted.tokens_to_gather(spec, 128, 1000, needs() - 1, 1 << 15)
+    device = replace(PROFILES["t4"], base=1000)
+    stages = Stages(spec, 128, 1000)
+    least = max(stages.all("cuda").values())
+    assert budgeted.tokens_to_gather(spec, 128, device, stages.matching(1 << 20), 1 << 22) == 1 << 20
+    assert budgeted.tokens_to_gather(spec, 128, device, least, 100) == 100
+    with pytest.raises(TooSmall, match="smallest budget") as refused:
+        budgeted.tokens_to_gather(spec, 128, device, least - 1, 1 << 15)
+    assert refused.value.smallest == least
 
 
-def test_matching_a_narrow_model_of_many_tokens_needs_what_is_planned(tmp_path, monkeypatch):
-    """Nearly all of it is some rows of the head on their way to the canonical form."""
-    for module in (lazy, demand):
+@pytest.mark.parametrize(("vocab", "width"), [(1 << 14, 8), (64, 96)], ids=["tables", "blocks"])
+def test_every_stage_needs_what_is_planned(vocab, width, tmp_path, monkeypatch):
+    """What is alive at a time, of models that are mostly tables (rows of them are what counts) and mostly blocks."""
+    for module in (lazy, stages_module, function):
         monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1 << 16)
-    narrow = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 2}
-    config = GPTNeoXConfig(vocab_size=1 << 14, **narrow)
-    for side in "ab":
-        GPTNeoXForCausalLM(config).save_pretrained(tmp_path / side)
-    models = [lmc.checkpoints.Model(tmp_path / side) for side in "ab"]
-    tokens = torch.arange(4 * 16).view(4, 16)
-    with LiveBytes() as live, torch.no_grad():
-        a, b = (canonicalize(model.open_weights()) for model in models)
-        match_endpoints(a, b, tokens, Evidence(1, 0.3), keep=tmp_path)
-    planned = Demand(models[0].spec, Job(16, 16), 4).matching_bytes(tokens.numel())
-    assert 0.8 * planned < live.peak <= planned
+    for name in ("ELEMENTS", "GATHERED"):
+        monkeypatch.setattr(stages_module, name, 1 << 10 if name == "ELEMENTS" else 64)
+    shape = {"hidden_size": width, "num_attention_heads": 2, "intermediate_size": 4 * width, "num_hidden_layers": 3}
+    for seed, side in enumerate("ab"):
+        torch.manual_seed(seed)
+        GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=vocab, **shape)).save_pretrained(tmp_path / side)
+    pair = lmc.open_pair(tmp_path / "a", tmp_path / "b")
+    tokens, stages = torch.arange(4 * 16).view(4, 16), Stages(pair.spec, 16)
+    peaks = {}
+
+    def measured(name, call):
+        with LiveBytes() as live, torch.no_grad():
+            result = call()
+        peaks[name] = live.peak
+        return result
+
+    lazily = [canonicalize(model.open_weights()) for model in (pair.a, pair.b)]
+    base = measured("matching", lambda: match_endpoints(*lazily, tokens, Evidence(1, 0.3), keep=tmp_path))
+    alignment = Alignment(*base, base)
+    dtype = torch.float32
+    measured("preparing", lambda: Store.create(tmp_path / "store", pair.spec, prepare(*lazily, base, dtype), dtype))
+    measured("measuring", lambda: measure_line(pair, tokens, alignment, 11, "line", "cpu", 1))
+    measured("writing", lambda: export_into(pair, alignment, tmp_path / "out"))
+    measured("verifying", lambda: compare(pair.a, lmc.checkpoints.Model(tmp_path / "out" / "a"), tokens, "cpu", 1))
+    held = {"matching": 0, "preparing": stages.transforms(1)}
+    for name, least in stages.all().items():
+        planned = least - held.get(name, stages.alignment)
+        assert peaks[name] <= planned, name
+        if name in ("matching", "writing", "preparing"):
+            assert peaks[name] > planned / 3, name
 
 
 @pytest.fixture
@@ -202,6 +231,23 @@ def test_the_command_reports_what_it_took(case, tmp_path, capsys):
     both = [str(tmp_path / "out" / side) for side in "ab"]
     limited = ["barrier", *both, "--data", str(tmp_path / "text.txt"), "--block", "16", "--memory"]
     assert main([*limited, "1MiB"]) == 2 and main([*limited, "4GiB"]) == 0
+
+
+def test_the_budget_that_is_named_works_when_it_is_typed(case, tmp_path, capsys):
+    pair, _, _ = case()
+    a, b, out, text = (str(p) for p in (pair.a.path, pair.b.path, tmp_path / "out", tmp_path / "text.txt"))
+    data = ["--data", text, "--block", "16"]
+    for command in (
+        ["align", a, b, *data, "--val", text, "--steps", "2", "--batch", "2", "--out", out],
+        ["align", a, b, *data, "--method", "weight", "--out", out + "-weight"],
+        ["barrier", a, b, *data, "--alignment", out + "/alignment.safetensors"],
+        ["verify", a, out + "/a", "--data", text],
+    ):
+        assert main([*command, "--quiet", "--memory", "1MiB"]) == 2
+        named = re.search(r"smallest budget that works is (\d+MiB)", capsys.readouterr().err)[1]
+        assert main([*command, "--quiet", "--memory", named]) == 0
+        assert main([*command, "--quiet", "--memory", ""]) == 2  # an unset variable is no limit of its own
+        assert "''" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("memory", [(), ("--memory", "4GiB")], ids=["in memory", "streamed"])

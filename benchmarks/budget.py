@@ -1,0 +1,108 @@
+"""Is a memory budget kept where it is smallest? Of each pair (synthetic GPT-NeoX, random weights, B planted in A):
+
+the budget that `align --memory 1MiB` names must be accepted when it is typed, and every stage of that run stay below it
+and 5 %. The same for `verify`, `barrier` and `barrier --alignment`; `merge` has to do with what `align` was given.
+
+python -m benchmarks.budget [--quick] [--check] [--directory DIR]
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.common import RESULTS, Row, lmc_fast, options, provenance, write_csv, write_json
+from benchmarks.synthetic import Shape, write_pair
+
+SOURCES = ("lmc_fast", "benchmarks")
+MARGIN = 1.05  # the promise: the budget and 5 %
+TOKENS = 40_000  # statistics of activations are taken from as many as fit
+CASES = [(shape, 128) for shape in (Shape(256, 4, 4, 16384), Shape(512, 3, 8, 50304), Shape(128, 4, 4, 4096))]
+CASES += [(Shape(64, 3, 4, 512), 128), (Shape(256, 12, 4, 2048), 128)]
+CASES += [(Shape(256, 2, 4, 2048), 1024), (Shape(768, 2, 12, 8192), 128)]
+QUICK = [CASES[0], CASES[3]]
+
+
+def named(*command: object) -> int:
+    """The smallest budget, in MiB, that a command names when it is given too little."""
+    status, _, _, errors = lmc_fast(*command, "--memory", "1MiB", "--quiet")
+    found = re.search(r"smallest budget that works is (\d+)MiB", errors)
+    if status != 2 or not found:
+        raise SystemExit(f"lmc-fast {command[0]} --memory 1MiB: exit status {status}: {errors}")
+    return int(found[1])
+
+
+def measured(case: str, budget: int, *command: object, limit: bool = True) -> list[Row]:
+    """A command within a budget in MiB: a row for all of it and, of align, one for each stage."""
+    status, peak, text, errors = lmc_fast(*command, "--json", *(["--memory", f"{budget}MiB"] if limit else []))
+    if status:
+        print(f"{case}: lmc-fast {command[0]} within {budget} MiB: exit status {status}: {errors}", flush=True)
+        return [row(case, command[0], budget, None)]
+    peaks = {}
+    if command[0] == "align":
+        peaks = {stage["name"]: stage["peak_rss"] for stage in json.loads(text)["costs"]["stages"]}
+    name = " ".join([str(command[0]), *(str(c) for c in command if c == "--alignment")])
+    # the system's figure starts anew with each stage
+    return [
+        row(case, name, budget, max(peak, *peaks.values(), 0)),
+        *(row(case, f"  {n}", budget, p) for n, p in peaks.items()),
+    ]
+
+
+def row(case: str, what: object, budget: int, peak: int | None) -> Row:
+    """peak: None where the budget was refused."""
+    ok = peak is not None and peak <= MARGIN * budget * 2**20
+    mib = 0 if peak is None else round(peak / 2**20)
+    print(f"{case:34} {what:20} {budget:6} MiB allowed {mib:6} MiB {'ok' if ok else 'MISSED'}", flush=True)
+    return {"case": case, "what": str(what).strip(), "budget_mib": budget, "peak_mib": mib, "ok": ok}
+
+
+def rows_of(pair: Path, shape: Shape, length: int) -> list[Row]:
+    case = f"{shape.width} x {shape.layers}, vocabulary {shape.vocab}, blocks of {length}"
+    if not (pair / "tokens.npy").exists():
+        write_pair(pair, shape, tokens=TOKENS)
+    ids = np.load(pair / "tokens.npy")
+    held_out, out = pair / "held-out.npy", pair / "out"
+    np.save(held_out, ids[: 16 * length])
+    a, b = pair / "a", pair / "b"
+    data = ["--data", pair / "tokens.npy", "--val", held_out, "--block", length]
+    align = ["align", a, b, *data, "--steps", 2, "--batch", 4, "--out", out]
+    budget = named(*align)
+    rows = measured(case, budget, *align)
+    if not out.exists():
+        return rows
+    line = ["--data", held_out, "--block", length]
+    alignment = ["--alignment", out / "alignment.safetensors"]
+    for command in (
+        ["barrier", a, b, *line],
+        ["barrier", a, b, *line, *alignment],
+        ["verify", a, out / "a", *line[:2]],
+    ):
+        rows += measured(case, named(*command), *command)
+    return rows + measured(case, budget, "merge", out / "a", out / "b", "--out", pair / "merged", limit=False)
+
+
+def main() -> int:
+    parser = options(__doc__.splitlines()[0])
+    parser.add_argument("--directory", type=Path, help="write pairs here (1 GB)")
+    args = parser.parse_args()
+    rows: list[Row] = []
+    for shape, length in QUICK if args.quick else CASES:
+        with tempfile.TemporaryDirectory(dir=args.directory) as scratch:
+            rows += rows_of(Path(scratch), shape, length)
+    origin = provenance(*SOURCES)
+    rows = [made | origin for made in rows]
+    if args.json:
+        write_json(args.json, rows)
+    if not args.quick:
+        write_csv(RESULTS / "budget.csv", rows)
+    return 1 if args.check and not all(made["ok"] for made in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -48,6 +48,16 @@ PROFILES = {
 ASSUMED_DISK = 1e9  # bytes per second, where nothing was measured
 
 
+def require_device(device: torch.device | str) -> torch.device:
+    """Raises LmcError unless numbers can be put on a device and read back."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise LmcError(f"device {device} is not usable: {reason}") from error
+    return torch.device(device)
+
+
 def profile(name: str, device: torch.device | str = "cpu") -> Device:
     """A named profile; "here": the machine at hand, `device` measured for a moment. Raises LmcError for other names."""
     if name == "here":

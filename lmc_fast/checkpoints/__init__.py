@@ -4,7 +4,7 @@ from .exporting import export
 from .lazy import LazyBlocks, Table
 from .reader import Checkpoint
 from .weights import Model, Slots, Weights, lerp
-from .writer import Stored, atomic_directory, check_target, disk_errors, publish, write_checkpoint
+from .writer import Stored, checkpoint_names, write_checkpoint
 
 __all__ = [
     "Checkpoint",
@@ -14,11 +14,8 @@ __all__ = [
     "Stored",
     "Table",
     "Weights",
-    "atomic_directory",
-    "check_target",
-    "disk_errors",
+    "checkpoint_names",
     "export",
     "lerp",
-    "publish",
     "write_checkpoint",
 ]

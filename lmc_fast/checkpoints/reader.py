@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import LmcError
 from ..files import MIB, read_object
+from .identity import Identity
 from .pickled import PickledFile
 from .tensor_file import FLOATS, TensorFile
 
@@ -72,6 +73,7 @@ class Checkpoint:
             )
         files, promised = self._locate()
         self._files = {name: _opened(self.path / name) for name in files}
+        self.identity = Identity((self.path / "config.json", *(self.path / name for name in files)))
         # as transformers does: every tensor of every file counts, wherever the index sends it; the last file wins
         self._file_of = {tensor: name for name in files for tensor in self._files[name].names}
         lost = sorted(promised - self._file_of.keys())

@@ -1,26 +1,23 @@
-"""Writing stock checkpoints: sharded safetensors, all or nothing."""
+"""Writing stock checkpoints: sharded safetensors."""
 
 from __future__ import annotations
 
-import errno
 import json
+import logging
 import math
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from ..errors import LmcError
 from ..files import to_json
+from ..output import Names
 from .tensor_file import DTYPE_NAMES
 
 SHARD_BYTES = 5_000_000_000
@@ -31,51 +28,8 @@ _COMPANIONS = (
     *("generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*"),
 )
 _ELSEWHERE = ("_name_or_path", "auto_map", "transformers_weights")  # keys of config.json that point at other files
-
-
-@contextmanager
-def disk_errors(target: Path) -> Iterator[None]:
-    """Turns a failed write into one sentence."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        remedy = "the disk is full; free some space" if full else str(error)
-        raise LmcError(f"could not write {target}: {remedy} (nothing was left behind there)") from error
-
-
-def check_target(target: Path) -> None:
-    """Raises LmcError unless `target` can become a new directory: absent or empty, in a writable place."""
-    if target.is_file():
-        raise LmcError(f"{target} is a file; choose another output directory")
-    if target.is_dir() and any(target.iterdir()):
-        raise LmcError(f"{target} exists and is not empty; choose another output directory or remove it")
-    parent = target.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise LmcError(f"{parent} is not a writable directory; choose another output directory")
-
-
-@contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
-    """A temporary directory beside `target` that takes its name at the end, or vanishes on any error."""
-    check_target(target)
-    with disk_errors(target):
-        target.absolute().parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
-    try:
-        with disk_errors(target):
-            yield work
-            publish(work, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def publish(work: Path, target: Path) -> None:
-    """Renames a finished directory to `target`, with the permissions of an ordinary new directory."""
-    work.chmod(0o777 & ~_umask())
-    os.replace(work, target)
+_INDEX = "model.safetensors.index.json"
+_log = logging.getLogger("lmc_fast")
 
 
 def save_tensor_file(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
@@ -83,12 +37,6 @@ def save_tensor_file(tensors: dict[str, Tensor], file: Path, metadata: dict[str,
     write_file(
         file, [Stored(name, t.dtype, tuple(t.shape), partial(iter, (t,))) for name, t in tensors.items()], metadata
     )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @dataclass(frozen=True)
@@ -157,11 +105,37 @@ def write_checkpoint(
         weight_map |= dict.fromkeys([t.name for t in shard], file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
     config = {key: value for key, value in config.items() if key not in _ELSEWHERE}
     (directory / "config.json").write_text(to_json(config, indent=2) + "\n")
-    for companion in {file for pattern in _COMPANIONS for file in companions_from.glob(pattern) if file.is_file()}:
+    companions, linked = _companions(companions_from)
+    for link in linked:
+        _log.warning("%s is a link to another place; it is not copied", link)
+    for companion in companions:
         _copy_companion(companion, directory / companion.name)
+
+
+def checkpoint_names(companions_from: Path) -> Names:
+    """What a directory that write_checkpoint fills may hold."""
+    names = ["config.json", _INDEX, "model.safetensors", "model-?????-of-?????.safetensors"]
+    return dict.fromkeys(names + [companion.name for companion in _companions(companions_from)[0]])
+
+
+def companion_bytes(companions_from: Path) -> int:
+    """Of what is copied beside the weights."""
+    return sum(file.stat().st_size for file in _companions(companions_from)[0])
+
+
+def _companions(source: Path) -> tuple[list[Path], list[Path]]:
+    """Those to copy, and links out of the checkpoint, other than the hub's cache makes to its blobs."""
+    home = Path(os.path.realpath(source))
+    allowed = (home, home.parent.parent / "blobs") if home.parent.name == "snapshots" else (home,)
+    own: list[Path] = []
+    linked: list[Path] = []
+    for file in sorted({file for pattern in _COMPANIONS for file in source.glob(pattern) if file.is_file()}):
+        inside = any(Path(os.path.realpath(file)).is_relative_to(place) for place in allowed)
+        (own if inside else linked).append(file)
+    return own, linked
 
 
 def _copy_companion(file: Path, target: Path) -> None:

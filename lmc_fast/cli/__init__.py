@@ -5,9 +5,8 @@ from __future__ import annotations
 import signal
 from functools import partial
 
-import torch
-
 from ..backends import backends
+from ..budget.devices import require_device
 from ..errors import LmcError
 from ..importing import release
 from ..kernels.dispatch import forced_path
@@ -18,13 +17,6 @@ from .console import Console
 
 def _terminate(*_: object) -> None:
     raise KeyboardInterrupt
-
-
-def _require_device(name: str) -> None:
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise LmcError(f"device {name} is not usable: {error}") from error
 
 
 def _require_settings() -> None:
@@ -48,6 +40,6 @@ def _main(argv: list[str] | None) -> int:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    _require_device(args.device)
+    require_device(args.device)
     _require_settings()
     return args.function(args, Console(args))

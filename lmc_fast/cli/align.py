@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import check_target
 from ..data import block_length, read_data
 from ..learning import parallel
 from ..learning.schedule import Schedule
 from ..pair import open_pair
-from ..pipeline.align import LEARNING, Progress
+from ..pipeline.align import LEARNING, Progress, require_settings
 from ..pipeline.run import run
+from ..pipeline.run_directory import RunDirectory
 from ..sizes import parse_bytes, show_bytes
 from .console import Console, unit_of
 
@@ -34,16 +34,19 @@ def align_command(args: argparse.Namespace, console: Console) -> int:
 
 
 def _align(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    check_target(args.out)
+    if parallel.place()[0] == 0:  # before anything is read
+        RunDirectory(args.out, args.resume, (args.a, args.b, args.data, args.val, args.test))
+    given = {"steps": args.steps, "batch": args.batch, "objective": args.objective, "seed": args.seed}
+    given |= {"matrix_lr": args.matrix_lr, "scale_lr": args.scale_lr}
+    given |= {"low": args.range and args.range[0], "high": args.range and args.range[1]}
+    options = {name: value for name, value in given.items() if value is not None}
+    schedule = Schedule.of(args.method, None, options)
+    require_settings(args.method, args.activations)
     pair = open_pair(args.a, args.b)
     length = block_length(pair.a, args.block)
     tokens = read_data(args.data, pair.a, length)
-    validation, test = (read_data(file, pair.a, length) if file else None for file in (args.val, args.test))
-    given = {"steps": args.steps, "batch": args.batch, "objective": args.objective}
-    given |= {"matrix_lr": args.matrix_lr, "scale_lr": args.scale_lr}
-    given |= {"seed": args.seed, "low": args.range and args.range[0], "high": args.range and args.range[1]}
-    options = {name: value for name, value in given.items() if value is not None}
-    steps = options.get("steps", Schedule.steps) if args.method in LEARNING else 0
+    validation, test = (None if file is None else read_data(file, pair.a, length) for file in (args.val, args.test))
+    steps = schedule.steps if args.method in LEARNING else 0
     console.say(
         f"matching on {tokens.numel():,} calibration {unit_of(pair)}, then {steps} steps of {args.method} learning"
     )
@@ -69,6 +72,7 @@ def _align(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             tokens,
             args.out,
             method=args.method,
+            schedule=schedule,
             validation=validation,
             test=test,
             activations=args.activations,
@@ -77,7 +81,6 @@ def _align(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             dtype=DTYPES.get(args.dtype),
             resume=args.resume,
             progress=progress,
-            **options,
         )
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 from ..budget.devices import PROFILES
 from ..learning.schedule import OBJECTIVES, Schedule
+from ..output import user_path
 from ..pipeline.align import METHODS
 from ..version import __version__
 from .align import DTYPES, align_command
@@ -40,15 +40,18 @@ def parser() -> argparse.ArgumentParser:
         "align", align_command, "align two checkpoints and write both, changed but computing the same", "a", "b"
     )
     sub.add_argument(
-        "--data", required=True, help="calibration text (.txt, .jsonl, .npy token ids) or images (.npz, class folders)"
+        "--data",
+        required=True,
+        type=user_path,
+        help="calibration text (.txt, .jsonl, .npy token ids) or images (.npz, class folders)",
     )
-    sub.add_argument("--val", help="text that picks the best state of the run (default: the last 3%% of --data)")
-    sub.add_argument("--test", help="text to report barriers on (default: the validation text)")
-    sub.add_argument("--out", required=True, type=Path, help="directory to create")
+    sub.add_argument("--val", type=user_path, help="picks the best state of the run (default: the last 3%% of --data)")
+    sub.add_argument("--test", type=user_path, help="text to report barriers on (default: the validation text)")
+    sub.add_argument("--out", required=True, type=user_path, help="directory to create")
     sub.add_argument("--method", choices=METHODS, default="dual", help="default: dual")
-    sub.add_argument("--steps", type=_positive, help=f"learning steps (default: {Schedule.steps})")
-    sub.add_argument("--batch", type=_positive, help=f"token blocks per step (default: {Schedule.batch})")
-    sub.add_argument("--block", type=_positive, help="tokens per block (default: 128)")
+    sub.add_argument("--steps", type=positive_integer, help=f"learning steps (default: {Schedule.steps})")
+    sub.add_argument("--batch", type=positive_integer, help=f"token blocks per step (default: {Schedule.batch})")
+    sub.add_argument("--block", type=positive_integer, help="tokens per block (default: 128)")
     sub.add_argument(
         "--range",
         type=float,
@@ -71,28 +74,28 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--memory", required=True, help="the budget: 8GiB, 3GB, 512MiB or a number of bytes")
     names = ", ".join(PROFILES)
     sub.add_argument("--device-profile", default="here", help=f"here (default: what --device says), {names}")
-    sub.add_argument("--tokens", type=_positive, help=f"tokens per step (default: {Schedule.batch} blocks)")
-    sub.add_argument("--block", type=_positive, help="tokens per block (default: 128)")
+    sub.add_argument("--tokens", type=positive_integer, help=f"tokens per step (default: {Schedule.batch} blocks)")
+    sub.add_argument("--block", type=positive_integer, help="tokens per block (default: 128)")
 
     sub = command("merge", merge_command, "write the weighted average of two checkpoints", "a", "b")
     sub.add_argument("--weight", type=float, default=0.5, help="share of B (default: 0.5)")
-    sub.add_argument("--out", required=True, type=Path, help="directory to create")
+    sub.add_argument("--out", required=True, type=user_path, help="directory to create")
 
     sub = command("barrier", barrier_command, "loss along the straight line between two checkpoints", "a", "b")
-    sub.add_argument("--data", required=True, help="held-out text (.txt, .jsonl, .npy) or images (.npz, folder)")
-    sub.add_argument("--alignment", help="an alignment.safetensors to apply first")
-    sub.add_argument("--points", type=_positive, default=11, help="default: 11")
+    sub.add_argument("--data", required=True, type=user_path, help="held-out text or images, as for align")
+    sub.add_argument("--alignment", type=user_path, help="an alignment.safetensors to apply first")
+    sub.add_argument("--points", type=positive_integer, default=11, help="default: 11")
     sub.add_argument("--memory", help=limit)
-    sub.add_argument("--block", type=_positive, help="tokens per block (default: 128)")
-    sub.add_argument("--out", type=Path, nargs="+", help="files to write: curve.json, curve.png")
+    sub.add_argument("--block", type=positive_integer, help="tokens per block (default: 128)")
+    sub.add_argument("--out", type=user_path, nargs="+", help="files to write: curve.json, curve.png")
 
     sub = command("verify", verify_command, "do two checkpoints compute the same function?", "a", "b")
-    sub.add_argument("--data", help="text to compare on (default: random tokens)")
+    sub.add_argument("--data", type=user_path, help="text to compare on (default: random tokens)")
     sub.add_argument("--memory", help=limit)
     return whole
 
 
-def _positive(text: str) -> int:
+def positive_integer(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")

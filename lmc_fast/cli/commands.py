@@ -15,10 +15,11 @@ from ..budget.planner import plan
 from ..checkpoints import Model
 from ..data import block_length, read_data
 from ..errors import LmcError
-from ..evaluation.curve import DEFINITION
+from ..evaluation.curve import DEFINITION, is_own
 from ..learning.schedule import Schedule
+from ..output import Workspace, partial_of, require_apart
 from ..pair import Pair, mismatch, open_pair
-from ..pipeline.evaluate import barrier, verify
+from ..pipeline.evaluate import barrier, require_points, verify
 from ..pipeline.export import merge
 from ..sizes import parse_bytes, show_bytes
 from ..symmetry import legal_groups
@@ -63,16 +64,21 @@ def merge_command(args: argparse.Namespace, console: Console) -> int:
 
 def barrier_command(args: argparse.Namespace, console: Console) -> int:
     outputs: list[Path] = args.out or []
+    require_points(args.points)
+    memory = None if args.memory is None else parse_bytes(args.memory)
     for file in outputs:
         if file.suffix not in (".json", ".png", ".svg", ".pdf"):
             raise LmcError(f"{file}: give names that end in .json, .png, .svg or .pdf")
-        if not file.absolute().parent.is_dir():
-            raise LmcError(f"{file.absolute().parent} does not exist; create it first")
+        Workspace(file, None).require_free()
+        if file.exists() and not is_own(file):
+            raise LmcError(f"{file} is no curve that lmc-fast wrote; choose another name, or remove it")
+    places = (place for file in outputs for place in (file, partial_of(file)))
+    require_apart(places, (args.a, args.b, args.data, args.alignment))
     pair = open_pair(args.a, args.b)
     tokens = read_data(args.data, pair.a, block_length(pair.a, args.block))
-    alignment = Alignment.load(args.alignment, pair.spec) if args.alignment else None
+    alignment = None if args.alignment is None else Alignment.load(args.alignment, pair.spec)
     with console.bar(args.points, "measuring", "point") as bar:
-        how = {"device": args.device, "memory": None if args.memory is None else parse_bytes(args.memory)}
+        how = {"device": args.device, "memory": memory}
         curve = barrier(pair, tokens, alignment, args.points, progress=lambda _: bar.update(), **how)
     console.say("lambda    loss  excess" + ("  accuracy" if curve.accuracies else ""))
     accuracies = [f"  {share:8.2%}" for share in curve.accuracies] if curve.accuracies else [""] * len(curve.lambdas)
@@ -106,7 +112,7 @@ def plan_command(args: argparse.Namespace, console: Console) -> int:
 
 def verify_command(args: argparse.Namespace, console: Console) -> int:
     tokens = None
-    if args.data:
+    if args.data is not None:
         model = Model(args.a)
         tokens = read_data(args.data, model, block_length(model))[:64]
     memory = None if args.memory is None else parse_bytes(args.memory)

@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..engine.evaluate import require_finite
-from ..files import to_json
-from .plots import new_figure, save_figure
+from ..errors import LmcError
+from ..files import read_object, to_json
+from ..output import write_whole
+from .plots import is_own_picture, new_figure, save_figure
 
 DEFINITION = "barrier = max over the grid of L(lambda) - [(1 - lambda) L(A) + lambda L(B)], L in nats per token"
 
@@ -46,11 +48,23 @@ class Curve:
         return asdict(self) | {"barrier": self.barrier, "at": self.at}
 
     def save(self, file: str | Path) -> None:
-        Path(file).write_text(to_json(self.to_json() | {"definition": DEFINITION}, indent=2) + "\n")
+        """Writes a JSON file, whole or not at all. Raises LmcError where the disk does not take it."""
+        write_whole(Path(file), to_json(self.to_json() | {"definition": DEFINITION}, indent=2) + "\n")
 
     def plot(self, file: str | Path) -> None:
-        """Draws the curve to an image file."""
+        """Draws the curve to an image file (.png, .svg, .pdf), whole or not at all. Raises LmcError."""
         plot_curves([self], Path(file))
+
+
+def is_own(file: Path) -> bool:
+    """Whether a file is what `save` or `plot` wrote under a name with this ending."""
+    if file.suffix == ".json":
+        try:
+            found = read_object(file)
+        except LmcError:
+            return False
+        return found.get("definition") == DEFINITION and {"lambdas", "losses", "barrier"} <= found.keys()
+    return is_own_picture(file)
 
 
 def plot_curves(curves: list[Curve], file: Path) -> None:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
+from ..errors import LmcError
+from ..files import MIB, read_bytes
 from ..learning.learner import History
+from ..output import atomic_file
+
+_MAKER = "lmc-fast"  # in the picture's own metadata
+_SIGNATURES = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
+_LARGEST = 64 * MIB
 
 
 def new_figure() -> tuple[Any, Any]:
@@ -21,10 +29,28 @@ def new_figure() -> tuple[Any, Any]:
 
 
 def save_figure(figure: Any, file: Path) -> None:
+    """Writes the picture, whole or not at all, and closes the figure. Raises LmcError."""
     from matplotlib import pyplot
 
-    figure.savefig(file, dpi=144)
-    pyplot.close(figure)
+    try:
+        if file.suffix not in _SIGNATURES:
+            raise LmcError(f"{file}: a picture is written as one of {', '.join(_SIGNATURES)}")
+        key = "Software" if file.suffix == ".png" else "Creator"
+        picture = io.BytesIO()  # matplotlib's writers do not all survive a full disk
+        figure.savefig(picture, format=file.suffix[1:], dpi=144, metadata={key: _MAKER})
+    finally:
+        pyplot.close(figure)
+    with atomic_file(file) as new:
+        new.write_bytes(picture.getvalue())
+
+
+def is_own_picture(file: Path) -> bool:
+    """Whether save_figure wrote a file."""
+    try:
+        content = read_bytes(file, _LARGEST)
+    except LmcError:
+        return False
+    return content.startswith(_SIGNATURES[file.suffix]) and _MAKER.encode() in content
 
 
 def plot_learning(history: History, file: Path) -> None:

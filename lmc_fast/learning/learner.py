@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -103,6 +103,8 @@ class Learner:
         self.chart = Chart(source.spec, schedule.moving, accurate(sample.dtype), sample.device)
         self.history = History()
         self.best: dict[str, Tensor] | None = None
+        self._whole = True  # no update is half done
+        self.before_update: Callable[[], None] | None = None  # called when a step's gradients are known to be finite
         leaves = self.chart.tensors
         self._momentum = {name: torch.zeros_like(leaves[name]) for name in _MATRICES if name in leaves}
         rest = [t for name, t in leaves.items() if name not in _MATRICES]
@@ -114,17 +116,29 @@ class Learner:
         return len(self.history.loss)
 
     def step(self) -> float:
-        """Takes one step and returns its loss in nats per token. Raises NonFiniteLoss and changes nothing."""
+        """Takes one step and returns its loss in nats per token.
+
+        Raises NonFiniteLoss and changes nothing, unless the update itself fails: then the learner is not `sound`.
+        """
         i = self.done
         with _overflow(i):
             loss, gradients = self.gradients()
         if not all(t.isfinite().all() for t in (loss, *gradients.values())):
             position = self.schedule.position(i)
             raise NonFiniteLoss(f"the loss became {loss.item()} at step {i + 1} (lambda {position:.2f})")
+        if self.before_update:
+            self.before_update()
+        self._whole = False
         with _overflow(i):
             self._update(gradients, self.schedule.rate(i))
         self.history.loss.append(loss.item())
+        self._whole = True
         return self.history.loss[-1]
+
+    @property
+    def sound(self) -> bool:
+        """Whether it can go on from here: no update was broken off, and none left NaN or infinity."""
+        return self._whole and all(bool(t.isfinite().all()) for t in self.state().values())
 
     def gradients(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of the coming step, and its gradients by the chart's tensors."""

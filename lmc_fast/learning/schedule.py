@@ -18,6 +18,7 @@ OBJECTIVES = ("endpoints", "text")
 METHODS = {"dual": 2, "one-sided": 1}  # that learn, and how many endpoints they move
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _SEEDS = 1 << 32
+_FASTEST = 100.0  # radians, or e-folds, in one step: more is a slip of the pen, and overflows
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ class Schedule:
         if self.objective not in OBJECTIVES:
             raise LmcError(f"objective {self.objective!r} is unknown; choose {' or '.join(OBJECTIVES)}")
         for name in ("matrix_lr", "scale_lr"):
-            if getattr(self, name) < 0:
-                raise LmcError(f"{name} must not be negative, but is {getattr(self, name):g}")
+            if not 0 <= getattr(self, name) <= _FASTEST:
+                raise LmcError(f"{name} must lie between 0 and {_FASTEST:g}, but is {getattr(self, name):g}")
         if not 0 <= self.final <= 1:
             raise LmcError(f"final is a share of the first learning rate, from 0 to 1, not {self.final:g}")
 

@@ -13,12 +13,14 @@ from torch import Tensor
 from ..checkpoints.lazy import Slots, Table, row_runs
 from ..checkpoints.tensor_file import TensorFile
 from ..checkpoints.weights import Weights
-from ..checkpoints.writer import Stored, disk_errors, write_file
+from ..checkpoints.writer import Stored, write_file
 from ..engine.layerwise import Walk
 from ..examples import Data, inputs_of
+from ..output import Names, disk_errors
 from .stream import work_dtype
 
 GATHERED = 2048  # tokens that go through a block together, or one sequence
+STATISTICS_NAMES: Names = {"statistics-*.safetensors": None}  # files of gather_statistics
 
 
 class Covariance:

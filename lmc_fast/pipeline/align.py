@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..alignment import Alignment
-from ..budget.devices import here
+from ..budget.devices import here, require_device
 from ..budget.meter import Meter, return_freed_memory
 from ..budget.planner import Way
 from ..checkpoints import Model, Weights
@@ -27,9 +26,10 @@ from ..learning import parallel
 from ..learning.learner import History, Learner, NonFiniteLoss
 from ..learning.schedule import METHODS as LEARNING
 from ..learning.schedule import Schedule
-from ..matching.activations import gather_statistics
+from ..matching.activations import STATISTICS_NAMES, gather_statistics
 from ..matching.balance import balance
 from ..matching.closed_form import MAX_ROUNDS, Evidence, match
+from ..output import Workspace
 from ..pair import Pair
 from ..streaming.ring import Streamed
 from ..symmetry import canonicalize
@@ -37,10 +37,14 @@ from ..symmetry.checksum import understood
 from ..symmetry.legality import check_legal
 from ..symmetry.storage import load_tensors, pack, save_tensors, unpack
 from ..symmetry.transform import Transform
-from .budgeted import disk_bytes, effort_of, on_disk, path_of, plan_learning, require_room, tokens_to_gather
+from .budgeted import disk_bytes, effort_of, on_disk, path_of, plan_learning, tokens_to_gather
+from .resume import made_from, require_same_run
+from .room import require_room
+from .run_directory import STATISTICS
 
 METHODS = (*LEARNING, "activation", "weight")
 STATISTICS_TOKENS = 32_768  # enough for cross-covariances; more changes the matching little
+MOST_ACTIVATIONS = 1e6  # times the evidence of the weights
 VALIDATION_BLOCKS = 64
 VALIDATIONS = 10
 SAVE_SECONDS = 20.0  # between two saves, or SAVE_SHARE times what one takes, if that is longer
@@ -90,24 +94,30 @@ def align(
     Raises LmcError for a bad method, schedule, option or state file, a budget that is too small and for a loss that
     becomes NaN or infinite (the state is kept).
     """
-    if method not in METHODS:
-        raise LmcError(f"method {method!r} is unknown; choose one of {', '.join(METHODS)}")
+    require_settings(method, activations)
     if pair.spec.task == "features" and method not in ("weight", "activation"):
         raise LmcError(f"{pair.spec.family} computes features and has no loss to learn from; use --method weight")
-    if not (isinstance(activations, Real) and 0 <= activations < math.inf):
-        raise LmcError(f"activations must be a finite number of at least 0, not {activations!r}")
     schedule = Schedule.of(method, schedule, options)
-    device, meter = torch.device(device), meter or Meter(device)
+    device = require_device(device)
+    meter = meter or Meter(device)
     tokens = tokens.to(device)
     learns = method in LEARNING
-    run: dict[str, Any] = {"method": method}
+    if learns and schedule.batch > max(len(tokens), Schedule.batch):
+        raise LmcError(
+            f"a batch of {schedule.batch} is more than all {len(tokens)} calibration blocks; give a smaller --batch"
+        )
+    run: dict[str, Any] = {
+        "method": method,
+        "activations": float(activations),
+        "inputs": made_from(pair, tokens, validation),
+    }
     if learns:
         run |= {"schedule": asdict(schedule), "calibration_blocks": list(tokens.shape)}
     state = Path(state_file) if state_file else None
     saved, before = load_tensors(state) if state and state.exists() else ({}, {})
     if before:
         with understood(state or Path("the state"), "the state of this run"):
-            _require_same_run(before["run"], run)
+            require_same_run(before["run"], run)
     within, gathered, length = None, STATISTICS_TOKENS, pair.spec.length(inputs_of(tokens).shape)
     if memory is not None:
         return_freed_memory()
@@ -127,8 +137,7 @@ def align(
     with ExitStack() as stack:
         if not before and parallel.place()[0] == 0:
             evidence = {"weight": Evidence(1, 0), "activation": Evidence(0, 1)}.get(method, Evidence(1, activations))
-            with meter.stage("matching"), TemporaryDirectory(dir=place) as scratch:
-                keep = None if load is Model.load else Path(scratch)
+            with meter.stage("matching"), _scratch(place, load is not Model.load) as keep:
                 if keep is not None:
                     require_room(keep, disk_bytes(pair.spec, evidence, within))
                 base = match_endpoints(a, b, tokens, evidence, keep=keep, statistics_tokens=gathered)
@@ -168,6 +177,29 @@ def align(
     moved = [t.map(Tensor.detach) for t in ([Transform.identity(pair.spec), *moved] if len(moved) == 1 else moved)]
     info = run | {"history": asdict(learner.history)}
     return Alignment(moved[0].compose(base[0]), moved[1].compose(base[1]), base, info)
+
+
+def require_settings(method: str, activations: float) -> None:
+    """Raises LmcError for a method or a weight of activations that means nothing."""
+    if method not in METHODS:
+        raise LmcError(f"method {method!r} is unknown; choose one of {', '.join(METHODS)}")
+    if not (isinstance(activations, Real) and 0 <= activations <= MOST_ACTIVATIONS):
+        raise LmcError(
+            f"activations must be a number from 0 (only weights count) to {MOST_ACTIVATIONS:g}, not {activations!r}"
+        )
+
+
+@contextmanager
+def _scratch(place: Path | None, needed: bool) -> Iterator[Path | None]:
+    """A directory for statistics of activations, where they are not held in memory."""
+    if not needed:
+        yield None
+    elif place is None:
+        with TemporaryDirectory() as directory:
+            yield Path(directory)
+    else:
+        with Workspace(place / STATISTICS, STATISTICS_NAMES) as work:
+            yield work.result
 
 
 def match_endpoints(
@@ -230,6 +262,15 @@ def _learn(
     per_step = learner.schedule.batch * learner.tokens.shape[1]
     every = max(1, steps // VALIDATIONS)
     save_at = time.monotonic() + SAVE_SECONDS
+
+    def save_if_due() -> None:
+        nonlocal save_at
+        if time.monotonic() > save_at:
+            began = time.monotonic()
+            save()
+            save_at = time.monotonic() + max(SAVE_SECONDS, SAVE_SHARE * (time.monotonic() - began))
+
+    learner.before_update = save_if_due  # of a state whose next step is known to be possible
     try:
         while True:
             done = learner.done
@@ -241,14 +282,11 @@ def _learn(
                 progress(Progress(done, steps, loss, excess, per_step if done else 0))
             if done >= steps:
                 break
-            if time.monotonic() > save_at:
-                began = time.monotonic()
-                save()
-                save_at = time.monotonic() + max(SAVE_SECONDS, SAVE_SHARE * (time.monotonic() - began))
             learner.step()
+        if not learner.sound:
+            raise NonFiniteLoss(f"the update of step {steps} became infinite or NaN")
     except NonFiniteLoss as error:
-        save()
-        raise LmcError(f"{error}; the state before it is kept: try a smaller --matrix-lr and --scale-lr") from error
+        raise LmcError(f"{error}; the last good state is kept: try a smaller --matrix-lr and --scale-lr") from error
     except KeyboardInterrupt:
         save()
         raise
@@ -256,18 +294,9 @@ def _learn(
 
 
 def _save(state: Path | None, learner: Learner, base: tuple[Transform, Transform], run: dict[str, Any]) -> None:
-    if state and parallel.place()[0] == 0:
+    if state and parallel.place()[0] == 0 and learner.sound:
         save_tensors(state, learner.state() | _packed(base), {"run": run, "history": asdict(learner.history)})
 
 
 def _packed(base: tuple[Transform, Transform]) -> dict[str, Tensor]:
     return pack(base[0], "base.a") | pack(base[1], "base.b")
-
-
-def _require_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """A resumed run must be the run that was interrupted; only learning rates may change."""
-    free = ("matrix_lr", "scale_lr", "path", "way")  # the last two are taken from the saved run
-    before, now = (run["schedule"] | {k: v for k, v in run.items() if k != "schedule"} for run in (saved, now))
-    for key, value in before.items():
-        if key not in free and now.get(key) != value:
-            raise LmcError(f"cannot resume: {key} was {value}, now it is {now.get(key)}; repeat the same options")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,12 +24,14 @@ from ..learning.learner import Effort
 from ..learning.schedule import Schedule
 from ..matching.activations import GATHERED
 from ..matching.closed_form import Evidence
+from ..output import remove_own
 from ..sizes import show_bytes
 from ..streaming.ring import Streamed
-from ..streaming.store import Store
+from ..streaming.store import STORE_NAMES, Store
 from ..symmetry import Transform
 from ..symmetry.storage import pack
 from .prepare import prepare
+from .room import require_room
 from .run_directory import STORE
 
 _log = logging.getLogger("lmc_fast")
@@ -71,15 +72,6 @@ def disk_bytes(spec: Spec, evidence: Evidence, plan: Plan | None) -> int:
     return max(statistics, plan.store_bytes if plan else 0)
 
 
-def require_room(directory: Path, needed: int) -> None:
-    """Raises LmcError where the disk has less than `needed` bytes."""
-    room = shutil.disk_usage(directory).free
-    if room < needed:
-        raise LmcError(
-            f"{directory} has {show_bytes(room)} free; block by block, this pair needs {show_bytes(needed)} there"
-        )
-
-
 def effort_of(plan: Plan) -> Effort:
     way, job = plan.way, plan.job
     # three places of the line for all sequences of a step: fewer streams than its line, gradient and teachers have
@@ -116,7 +108,7 @@ def _make(a: Weights, b: Weights, base: Base, plan: Plan, target: Path, key: str
             return
         except LmcError as error:
             _log.info("%s: it is made anew", error)
-            shutil.rmtree(target)
+            remove_own(target, STORE_NAMES)
     require_room(target.parent, plan.store_bytes)
     Store.create(target, a.spec, prepare(a, b, base, plan.device.dtype), plan.device.dtype, key=key)
 

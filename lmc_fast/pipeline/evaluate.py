@@ -10,6 +10,7 @@ import torch
 
 from ..alignment import Alignment
 from ..architectures import Spec
+from ..budget.devices import require_device
 from ..budget.meter import UNCERTAIN, counted_bytes, return_freed_memory
 from ..budget.stages import POINTS, Stages, TooSmall
 from ..checkpoints import Model
@@ -21,6 +22,7 @@ from ..pair import Pair
 from ..symmetry import canonicalize
 
 Device = torch.device | str
+MOST_POINTS = 1001
 
 
 def barrier(
@@ -38,8 +40,8 @@ def barrier(
 
     One block of both is held at a time. memory: bytes that this may take; None: what is convenient. Raises LmcError.
     """
-    if points < 3:
-        raise LmcError(f"{points} points make no curve; use at least 3")
+    require_points(points)
+    require_device(device)
     if memory is not None:
         _require(_stages(pair.spec, tokens, device).measuring(points, alignment is not None, held=True), memory, device)
     return measure_line(pair, tokens, alignment, points, name, device, memory, progress)
@@ -66,6 +68,12 @@ def measure_line(
     return curve_between(a, b, tokens.to(device), points, name, progress, **portions)
 
 
+def require_points(points: int) -> None:
+    """Raises LmcError for a number of points that makes no curve, or takes for ever."""
+    if not 3 <= points <= MOST_POINTS:
+        raise LmcError(f"{points} points make no curve; use at least 3, and {MOST_POINTS} at most")
+
+
 def verify(
     a: str | Path,
     b: str | Path,
@@ -80,6 +88,7 @@ def verify(
 
     Raises LmcError.
     """
+    require_device(device)
     x, y = Model(a), Model(b)
     if memory is not None:
         data = _inputs(x, y) if tokens is None else tokens

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from ..alignment import Alignment
-from ..checkpoints import Checkpoint, Model, Stored, atomic_directory, disk_errors, write_checkpoint
+from ..checkpoints import Checkpoint, Model, Stored, checkpoint_names, write_checkpoint
 from ..checkpoints import export as export_weights
 from ..errors import LmcError
 from ..evaluation import Difference
 from ..examples import Data
+from ..output import atomic_directory, check_target, disk_errors, partial_of, require_apart, user_path
 from ..pair import Pair, open_pair
 from ..symmetry import Transform, canonicalize, check_legal
 from .evaluate import compare
+from .room import alignment_bytes, endpoint_bytes, largest_file, require_room
+from .run_directory import export_names
 
 PROOF_SEQUENCES = 16
 
@@ -40,10 +43,15 @@ def export(
     """
     for transform in (alignment.a, alignment.b):
         check_legal(transform, pair.spec)
-    with atomic_directory(Path(out)) as work:
+    target = user_path(out)
+    require_apart((target, partial_of(target)), (pair.a.path, pair.b.path))
+    writes = sum(endpoint_bytes(model, dtype) for model in (pair.a, pair.b)) + alignment_bytes(pair.spec)
+    require_room(partial_of(target), writes, max(largest_file(model, dtype) for model in (pair.a, pair.b)))
+    with atomic_directory(target, export_names(pair.a, pair.b)) as work:
         export_into(pair, alignment, work, dtype)
         proof = prove(pair, work, tokens, device)
         alignment.save(work / "alignment.safetensors")
+        require_unchanged(pair)
     return proof
 
 
@@ -76,10 +84,18 @@ def prove(
 
 
 def export_into(pair: Pair, alignment: Alignment, directory: Path, dtype: torch.dtype | None = None) -> None:
-    """Writes a/ and b/ into an existing directory."""
+    """Writes a/ and b/ into an existing directory. Raises LmcError, also where an input changed since it was opened."""
+    require_unchanged(pair)
     for name, model, transform in (("a", pair.a, alignment.a), ("b", pair.b, alignment.b)):
         with disk_errors(directory / name):
             export_endpoint(model, transform, directory / name, dtype)
+    require_unchanged(pair)
+
+
+def require_unchanged(pair: Pair) -> None:
+    """Raises LmcError where a file of the pair was written or replaced since it was opened."""
+    for model in (pair.a, pair.b):
+        model.checkpoint.identity.require_unchanged()
 
 
 def export_endpoint(model: Model, transform: Transform, directory: Path, dtype: torch.dtype | None) -> None:
@@ -95,13 +111,18 @@ def merge(a: str | Path, b: str | Path, out: str | Path, weight: float = 0.5) ->
     """
     if not 0 <= weight <= 1:
         raise LmcError(f"weight {weight} is not between 0 and 1")
+    target = user_path(out)
+    require_apart((target, partial_of(target)), (a, b))
+    check_target(target)
     pair = open_pair(a, b)
     if pair.a.checkpoint.names != pair.b.checkpoint.names:
         odd = min(set(pair.a.checkpoint.names) ^ set(pair.b.checkpoint.names))
         raise LmcError(f"{a} and {b} do not have the same tensors (first difference: {odd})")
-    with atomic_directory(Path(out)) as work:
+    require_room(partial_of(target), endpoint_bytes(pair.a), largest_file(pair.a))
+    with atomic_directory(target, checkpoint_names(pair.a.path)) as work:
         config = pair.a.checkpoint.config
         write_checkpoint(work, _averaged(pair, weight), config, pair.a.path)
+        require_unchanged(pair)
 
 
 def _averaged(pair: Pair, weight: float) -> Iterator[Stored]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..alignment import Alignment
+from ..budget.demand import Demand, Job
 from ..budget.meter import Meter
 from ..budget.stages import POINTS
 from ..data import split_validation
@@ -18,16 +19,18 @@ from ..evaluation import Curve
 from ..evaluation.curve import DEFINITION, plot_curves
 from ..evaluation.plots import plot_learning
 from ..examples import Data
-from ..files import to_json
+from ..files import read_object, to_json
 from ..learning import parallel
 from ..learning.learner import History
 from ..learning.schedule import Schedule
+from ..output import write_whole
 from ..pair import Pair
 from ..version import __version__
 from .align import LEARNING, Progress, align
 from .evaluate import measure_line
-from .export import export_into, prove
-from .run_directory import RunDirectory
+from .export import export_into, prove, require_unchanged
+from .room import alignment_bytes, endpoint_bytes, largest_file, require_room, state_bytes
+from .run_directory import RunDirectory, export_names, state_file_of
 
 _log = logging.getLogger("lmc_fast")
 
@@ -87,9 +90,17 @@ def run(
     with parallel.together(device):
         if parallel.place()[0]:  # the first process does what is done once
             parallel.wait()
-            find(state_file=RunDirectory(out, resume=True).state_file)
+            find(state_file=state_file_of(out))
             return {}
-        with RunDirectory(out, resume) as directory:
+        directory = RunDirectory(out, resume, (pair.a.path, pair.b.path))
+        directory.expect(export_names(pair.a, pair.b))
+        if not directory.finished:
+            learns = Schedule.of(method, schedule, options) if method in LEARNING else None
+            _require_room(pair, directory, learns, torch.device(device), memory, dtype)
+        with directory:
+            if directory.finished:
+                _log.info("%s was complete already; what was left of the run is removed", directory.target)
+                return read_object(directory.target / "report.json", 1 << 30)
             parallel.wait()
             try:
                 alignment = find(state_file=directory.state_file)
@@ -97,25 +108,46 @@ def run(
                 if directory.state_file.exists():
                     _log.info("interrupted; the state is in %s: go on with --resume", directory.path)
                 raise
+            require_unchanged(pair)
             directory.drop_store()
             report: dict[str, Any] = {"a": pair.a.source, "b": pair.b.source, "version": __version__, **alignment.info}
             if test is not None:
                 with meter.stage("measuring"):
                     curves = measure(pair, test, alignment, device, memory, progress)
                 report |= {"curves": [curve.to_json() for curve in curves], "definition": DEFINITION}
-                plot_curves(curves, directory.path / "curve.png")
+                plot_curves(curves, directory.result / "curve.png")
             if "history" in alignment.info:
-                plot_learning(History(**alignment.info["history"]), directory.path / "learning.png")
+                plot_learning(History(**alignment.info["history"]), directory.result / "learning.png")
             _log.info("writing the aligned endpoints")
             with meter.stage("writing"):
-                export_into(pair, alignment, directory.path, dtype)
-            alignment.save(directory.path / "alignment.safetensors")
+                export_into(pair, alignment, directory.result, dtype)
+            alignment.save(directory.result / "alignment.safetensors")
             with meter.stage("verifying"):
-                proof = prove(pair, directory.path, test, device, memory)
+                proof = prove(pair, directory.result, test, device, memory)
             report |= {"proof": {name: found.to_json() for name, found in proof.items()}, "costs": meter.to_json()}
-            (directory.path / "report.json").write_text(to_json(report, indent=2) + "\n")
+            write_whole(directory.result / "report.json", to_json(report, indent=2) + "\n")
+            require_unchanged(pair)
             directory.publish()
     return report
+
+
+def _require_room(
+    pair: Pair,
+    directory: RunDirectory,
+    learns: Schedule | None,
+    device: torch.device,
+    memory: int | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """Raises LmcError where the disk has less room than the run, or what is left of it, may take."""
+    spec, writes = pair.spec, sum(endpoint_bytes(model, dtype) for model in (pair.a, pair.b))
+    writes += alignment_bytes(spec)
+    if learns:
+        state = state_bytes(spec, learns.moving)
+        store = 0 if memory is None else Demand(spec, Job(1, 1), 4 if device.type == "cpu" else 2).store_bytes
+        writes = max(2 * state + store, state + writes)
+    largest = max(largest_file(model, dtype) for model in (pair.a, pair.b))
+    require_room(directory.path, writes - directory.kept_bytes(), largest)
 
 
 def measure(

@@ -1,72 +1,76 @@
-"""Where a run keeps its state until it is finished: OUT.partial, which becomes OUT by one rename."""
+"""Where a run keeps its state until it is finished: OUT.partial, of which `result` becomes OUT by one rename."""
 
 from __future__ import annotations
 
-import fcntl
-import shutil
+from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 
-from ..checkpoints import check_target, disk_errors, publish
+from ..checkpoints import Model, checkpoint_names
 from ..errors import LmcError
+from ..matching.activations import STATISTICS_NAMES
+from ..output import (
+    Names,
+    Workspace,
+    partial_of,
+    remove_own,
+    require_apart,
+    user_path,
+    was_published,
+    workspace_names,
+)
+from ..streaming.store import STORE_NAMES
 
 STORE = "store"  # the pair prepared for learning within a budget
-_LOCK = "lock"
+STATISTICS = "statistics"  # of activations, block by block
 _STATE = "state.safetensors"
-_KEPT = (_LOCK, _STATE, STORE)
+_ALIGNMENT = "alignment.safetensors"
+_REPORT = ("report.json", "curve.png", "learning.png")
 
 
-class RunDirectory:
+def export_names(a: Model, b: Model) -> dict[str, Names | None]:
+    """What the export of a pair writes."""
+    return {"a": checkpoint_names(a.path), "b": checkpoint_names(b.path)} | _files(_ALIGNMENT)
+
+
+def _files(*names: str) -> dict[str, Names | None]:
+    """Files, each with the workspace in which it is made."""
+    found: dict[str, Names | None] = dict.fromkeys(names)
+    for name in names:
+        found |= workspace_names(name, None)
+    return found
+
+
+def state_file_of(target: str | Path) -> Path:
+    """Where the run that makes `target` keeps its state."""
+    return partial_of(user_path(target)) / _STATE
+
+
+class RunDirectory(Workspace):
     """Context manager around OUT.partial. One process at a time; state survives a kill; OUT appears only when complete.
 
-    Raises LmcError if OUT is not free, another run holds it, or an unfinished run is there and `resume` is false.
+    inputs: files and directories that the run reads. Raises LmcError if OUT is not free, an input lies in the way,
+    another run holds OUT.partial, it is not ours, or an unfinished run is there and `resume` is false.
     """
 
-    def __init__(self, target: str | Path, resume: bool = False):
-        self.target = Path(target)
-        self.path = self.target.with_name(self.target.name + ".partial")
-        self.state_file = self.path / _STATE
-        check_target(self.target)
+    def __init__(self, target: str | Path, resume: bool = False, inputs: Iterable[str | Path | None] = ()):
+        target = user_path(target)
+        self.state_file = state_file_of(target)
+        self.finished = resume and was_published(target)  # all but the removal of leftovers was done
+        require_apart((target, partial_of(target)), inputs)
+        more = _files(_STATE) | {STORE: STORE_NAMES} | workspace_names(STORE, STORE_NAMES)
+        more |= workspace_names(STATISTICS, STATISTICS_NAMES)
+        super().__init__(target, _files(*_REPORT), more, (_STATE, STORE), resume)
+        if self.finished:
+            return
+        self.require_free()
         if resume and not self.path.exists():
             raise LmcError(f"nothing to resume: there is no {self.path}; start without --resume")
-        if self.state_file.exists() and not resume:
-            raise LmcError(f"{self.path} holds an unfinished run; continue it with --resume, or remove it")
 
-    def __enter__(self) -> RunDirectory:
-        with disk_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / _LOCK, "w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise LmcError(f"another run is writing {self.target}; wait for it or choose another --out") from None
-        self._clean()
-        return self
+    def kept_bytes(self) -> int:
+        """What an unfinished run has on the disk already."""
+        kept = (self.state_file, *(self.path / STORE).glob("*"))
+        return sum(file.stat().st_size for file in kept if file.is_file())
 
     def drop_store(self) -> None:
         """The prepared pair is not needed any more: room for what comes next."""
-        shutil.rmtree(self.path / STORE, ignore_errors=True)
-
-    def publish(self) -> None:
-        """Everything is written: take the target's name, drop the state."""
-        self.drop_store()
-        with disk_errors(self.target):
-            publish(self.path, self.target)
-            for name in (_STATE, _LOCK):
-                (self.target / name).unlink(missing_ok=True)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.path.exists():
-            self._clean()
-            if not self.state_file.exists():
-                shutil.rmtree(self.path, ignore_errors=True)
-        self._lock.close()
-
-    def _clean(self) -> None:
-        """Removes half-written output, keeps the state."""
-        for entry in self.path.iterdir():
-            if entry.name not in _KEPT:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        remove_own(self.path / STORE, STORE_NAMES)

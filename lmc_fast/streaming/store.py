@@ -3,6 +3,7 @@
     index.json        format, version, fingerprint of the spec, dtype, key; places, size and checksums of every file
     block-00000.bin   one unit each, read as a whole: blocks, then head-00000.bin, ... (runs of vocabulary rows)
     embed.bin         (V, 2, d): rows are read one by one
+    lmc_fast.json     tells that the directory is ours
     ends.bin          what else lies outside the blocks; small, read at once
 
 Files are read with preadv into the memory where the weights are used. They are not mapped: mapped pages would count as
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
@@ -26,12 +26,13 @@ from torch import Tensor
 
 from ..architectures import Spec
 from ..checkpoints.weights import Slots
-from ..checkpoints.writer import check_target, disk_errors
 from ..errors import LmcError
+from ..output import OWNER, Names, atomic_directory, marker, write_synced
 from .layout import Place, memory, views
 from .packing import CHUNK, FORMAT, VERSION, Piece, Writer, checksum, fingerprint
 
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORE_NAMES: Names = dict.fromkeys((OWNER, "index.json", "block-*.bin", "head-*.bin", "embed.bin", "ends.bin"))
 _MAKE_AGAIN = "delete the directory and make it again"
 
 
@@ -68,24 +69,16 @@ class Store:
         missing, doubled or of a wrong shape. Then nothing is left behind.
         """
         target = Path(directory)
-        check_target(target)
-        partial = target.with_name(f"{target.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        try:
-            with disk_errors(target):
-                partial.mkdir(parents=True)
-                writer = Writer(partial, replace(spec, tied=False), dtype, part_bytes)
-                try:
-                    for name, a, b in pieces:
-                        writer.add(name, a, b)
-                        del a, b  # else they live until the next piece is made
-                    writer.finish(key)
-                finally:
-                    writer.close()
-                partial.replace(target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        with atomic_directory(target, STORE_NAMES) as work:
+            write_synced(work / OWNER, marker())
+            writer = Writer(work, replace(spec, tied=False), dtype, part_bytes)
+            try:
+                for name, a, b in pieces:
+                    writer.add(name, a, b)
+                    del a, b  # else they live until the next piece is made
+                writer.finish(key)
+            finally:
+                writer.close()
         return Store.open(target, spec)
 
     @staticmethod

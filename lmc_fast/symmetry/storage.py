@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from ..checkpoints.tensor_file import HEADER_BYTES, TensorFile
-from ..checkpoints.writer import disk_errors, save_tensor_file
+from ..checkpoints.writer import save_tensor_file
 from ..errors import LmcError
 from ..files import parse_json, to_json
+from ..output import atomic_file
 from .checksum import checksum
 from .transform import BlockTransform, Transform
 
@@ -39,15 +39,9 @@ def unpack(tensors: dict[str, Tensor], prefix: str, layers: int) -> Transform:
 
 def save_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Writes tensors and JSON metadata to `file`, whole or not at all. Raises LmcError if the disk does not take it."""
-    partial = file.with_name(file.name + ".tmp")
-    try:
-        with disk_errors(file):
-            text = to_json(metadata)
-            save_tensor_file(tensors, partial, {"lmc_fast": text, "checksum": checksum(tensors, text)})
-            os.replace(partial, file)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    text = to_json(metadata)
+    with atomic_file(file) as partial:
+        save_tensor_file(tensors, partial, {"lmc_fast": text, "checksum": checksum(tensors, text)})
 
 
 def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

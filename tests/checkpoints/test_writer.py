@@ -2,13 +2,15 @@
 
 import errno
 import json
+import shutil
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lmc_fast import LmcError
-from lmc_fast.checkpoints import Model, atomic_directory, check_target, export, writer
+from lmc_fast.checkpoints import Model, export, writer
+from lmc_fast.output import atomic_directory, check_target
 
 
 def test_sharded_output_loads_in_transformers_and_here(make_checkpoint, tmp_path):
@@ -32,6 +34,22 @@ def test_companions_are_carried_over(make_checkpoint, tmp_path):
     export(model.load(), model, tmp_path / "out")
     assert (tmp_path / "out" / "generation_config.json").exists()
     assert AutoTokenizer.from_pretrained(tmp_path / "out").encode("w3 w5") == [3, 5]
+
+
+def test_a_link_out_of_the_checkpoint_is_not_followed(make_checkpoint, tmp_path, caplog):
+    (tmp_path / "secret").write_text("secret")
+    model = tmp_path / "hub" / "snapshots" / "1"
+    shutil.copytree(make_checkpoint("neox"), model)
+    (model / "LICENSE").symlink_to("../../../secret")
+    (tmp_path / "hub" / "blobs").mkdir()
+    (tmp_path / "hub" / "blobs" / "5").write_text("from the hub's cache")
+    (model / "NOTICE").symlink_to("../../blobs/5")
+    (model / "LICENSE.txt").symlink_to("NOTICE")
+    export(Model(model).load(), Model(model), tmp_path / "out")
+    written = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"NOTICE", "LICENSE.txt"} <= written and "LICENSE" not in written
+    assert "LICENSE is a link to another place" in caplog.text
+    assert written <= set(writer.checkpoint_names(model))
 
 
 def test_a_tied_model_is_written_untied(make_checkpoint, tmp_path):

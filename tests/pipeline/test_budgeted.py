@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import namedtuple
@@ -29,7 +30,7 @@ from lmc_fast.evaluation import function
 from lmc_fast.learning.schedule import Schedule
 from lmc_fast.matching import activations
 from lmc_fast.matching.closed_form import Evidence
-from lmc_fast.pipeline import budgeted
+from lmc_fast.pipeline import budgeted, room
 from lmc_fast.pipeline.align import align, match_endpoints
 from lmc_fast.pipeline.evaluate import compare, measure_line
 from lmc_fast.pipeline.export import export_into
@@ -95,7 +96,7 @@ def test_one_number_that_works_for_every_stage(monkeypatch):
 def test_a_disk_without_room_for_the_store(case, monkeypatch):
     pair, tokens, _ = case()
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(budgeted.shutil, "disk_usage", lambda _: usage(500, 0, 500))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: usage(500, 0, 500))
     with pytest.raises(LmcError, match="500 bytes free"):
         align(pair, tokens, memory=ENOUGH, **FAST)
 
@@ -201,7 +202,7 @@ def test_a_read_error_while_learning_names_the_file_and_keeps_the_state(case, st
     with pytest.raises(LmcError, match=r"block-00001\.bin is corrupt"):
         align(pair, tokens, memory=ENOUGH, state_file=state, **FAST)
     monkeypatch.undo()
-    budgeted.shutil.rmtree(state.parent / "store")
+    shutil.rmtree(state.parent / "store")
     assert len(align(pair, tokens, memory=ENOUGH, state_file=state, **FAST).info["history"]["loss"]) == FAST["steps"]
 
 

@@ -16,11 +16,12 @@ from lmc_fast.architectures import FAMILIES
 from lmc_fast.checkpoints import Model
 from lmc_fast.errors import LmcError
 from lmc_fast.kernels.paths import side_by_side
+from lmc_fast.output import OWNER, atomic_directory, marker
 from lmc_fast.streaming import packing
 from lmc_fast.streaming import store as store_module
 from lmc_fast.streaming.layout import ALIGNMENT, END_SLOTS, head_rows, slot_shapes, unit_bytes
 from lmc_fast.streaming.packing import fingerprint, pieces
-from lmc_fast.streaming.store import Store
+from lmc_fast.streaming.store import STORE_NAMES, Store
 
 
 def same(slots, expected):
@@ -156,9 +157,23 @@ def test_creation_stopped_halfway(make_pair, tmp_path, monkeypatch):
         with pytest.raises(LmcError, match="disk is full"):
             Store.create(tmp_path / "s", a.spec, pieces(a, b))
     assert not list(tmp_path.iterdir())
-    (tmp_path / "s.partial").mkdir()  # a killed run left it
+    (tmp_path / "s.partial").mkdir()  # somebody's: a name proves nothing
     (tmp_path / "s.partial" / "block-00009.bin").write_bytes(b"x")
+    with pytest.raises(LmcError, match="did not make"):
+        Store.create(tmp_path / "s", a.spec, pieces(a, b))
+    assert (tmp_path / "s.partial" / "block-00009.bin").read_bytes() == b"x"
+    (tmp_path / "s.partial" / "block-00009.bin").unlink()
+    (tmp_path / "s.partial").rmdir()
+    child = os.fork()
+    if child == 0:  # a killed run
+        with atomic_directory(tmp_path / "s", STORE_NAMES) as work:
+            (work / OWNER).write_bytes(marker())
+            (work / "block-00009.bin").write_bytes(b"x")
+            os._exit(9)
+    os.waitpid(child, 0)
+    assert (tmp_path / "s.partial" / "result" / "block-00009.bin").exists()
     Store.create(tmp_path / "s", a.spec, pieces(a, b))
+    assert not (tmp_path / "s.partial").exists()
     assert not (tmp_path / "s" / "block-00009.bin").exists()
     with pytest.raises(LmcError, match="not empty"):
         Store.create(tmp_path / "s", a.spec, pieces(a, b))

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,18 +18,9 @@ from .errors import LmcError
 from .examples import Data, Examples
 from .files import MIB, read_object, require_regular
 from .images import read_images
+from .tokenizer import load_tokenizer, tokenizer_errors
 
 MASKED_SHARE = 0.15  # of the tokens that a masked language model has to guess
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-_TOKENIZER_JSON = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-)
-_TOKENIZER_FILES = ("*token*", "*vocab*", "merges.txt", "*.model", "*.tiktoken", "*.jinja", "config.json")
-_TOKENIZER_BYTES = 512 * MIB
 
 
 def read_data(path: str | Path, model: Model, length: int, at_least: int = 1) -> Data:
@@ -56,7 +46,7 @@ def mask_tokens(tokens: Tensor, mask: int, seed: int = 0) -> Examples:
 
 def mask_id(model: Model) -> int:
     """The id of the tokenizer's mask token. Raises LmcError where there is none."""
-    mask = _tokenizer(model, "masked language models need the tokenizer's mask token").mask_token_id
+    mask = load_tokenizer(model.path, "masked language models need the tokenizer's mask token").mask_token_id
     if mask is None:
         raise LmcError(f"{model.path}: the tokenizer has no mask token; add the one that the model was trained with")
     return int(mask)
@@ -105,38 +95,13 @@ def _load_ids(file: Path) -> np.ndarray:
     return np.array(found).reshape(-1)
 
 
-def _tokenizer(model: Model, remedy: str) -> Any:
-    from transformers import AutoTokenizer
-
-    if not any((model.path / name).exists() for name in _TOKENIZERS):  # transformers would make up an empty one
-        raise LmcError(f"{model.path} has no tokenizer; {remedy}")
-    for file in sorted({file for pattern in _TOKENIZER_FILES for file in model.path.glob(pattern)}):
-        if file.name in _TOKENIZER_JSON:
-            read_object(file, _TOKENIZER_BYTES, remedy)
-        elif not file.is_dir():
-            require_regular(file, remedy)
-    with _refusals(f"{model.path}: the tokenizer does not load", remedy):
-        return AutoTokenizer.from_pretrained(model.path, trust_remote_code=False)
-
-
-@contextmanager
-def _refusals(what: str, remedy: str) -> Iterator[None]:
-    """Whatever a tokenizer raises, as one sentence: many types, and panics of Rust that are no Exception."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:
-        raise LmcError(f"{what} ({type(error).__name__}: {error}); {remedy}") from error
-
-
 def _tokenize(file: Path, model: Model) -> np.ndarray:
     documents = list(_read_documents(file))
     remedy = "give .npy token ids"
-    tokenizer = _tokenizer(model, remedy)
+    tokenizer = load_tokenizer(model.path, remedy)
     end = [] if tokenizer.eos_token_id is None or len(documents) < 2 else [tokenizer.eos_token_id]
     ids: list[int] = []
-    with _refusals(f"{model.path}: the tokenizer fails on {file}", remedy):
+    with tokenizer_errors(f"{model.path}: the tokenizer fails on {file}", remedy):
         for document in documents:
             ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
     return np.array(ids, dtype=np.int64)

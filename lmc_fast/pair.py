@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from .architectures import Spec, flat_fields
 from .checkpoints import Model
 from .errors import LmcError
+from .tokenizer import Comparison, compare_tokenizers
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,10 @@ class Pair:
     def spec(self) -> Spec:
         return self.a.spec
 
+    @cached_property
+    def tokenizers(self) -> Comparison:
+        return Comparison() if self.spec.image else compare_tokenizers(self.a.path, self.b.path)
+
 
 def open_pair(a: str | Path, b: str | Path) -> Pair:
     """Opens two checkpoint directories or hub ids. Raises LmcError if either is unusable or they do not match."""
@@ -29,6 +37,8 @@ def open_pair(a: str | Path, b: str | Path) -> Pair:
     problem = mismatch(pair)
     if problem:
         raise LmcError(f"{a} and {b} cannot be aligned: {problem}")
+    for warning in pair.tokenizers.warnings:
+        log.warning(warning)
     return pair
 
 
@@ -46,19 +56,8 @@ def mismatch(pair: Pair) -> str | None:
             return f"{name} differs ({_show(left)} and {_show(right)})"
     if x.position_table and x.max_positions != y.max_positions:
         return f"max_positions differs ({x.max_positions} and {y.max_positions})"
-    left, right = _vocabulary(pair.a.path), _vocabulary(pair.b.path)
-    if left is not None and right is not None and left != right:
-        return "their tokenizers give different ids to the same tokens; align models that share a tokenizer"
-    return None
+    return None if x.image else pair.tokenizers.problem
 
 
 def _show(value: object) -> str:
     return ", ".join(sorted(value)) or "none" if isinstance(value, frozenset) else str(value)
-
-
-def _vocabulary(path: Path) -> object:
-    """Token -> id of a fast tokenizer, or None where there is none to read."""
-    try:
-        return json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

@@ -25,6 +25,7 @@ LAYERS = [
     "streaming",
     "budget",
     "evaluation",
+    "tokenizer",
     "images",
     "data",
     "pair",

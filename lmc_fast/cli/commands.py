@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from ..symmetry import legal_groups
 from .boundary import BAD_INPUT
 from .console import DIFFERENT, Console, unit_of
 
+log = logging.getLogger(__name__)
+
 
 def inspect_command(args: argparse.Namespace, console: Console) -> int:
     model = Model(args.a)
@@ -46,9 +49,12 @@ def inspect_command(args: argparse.Namespace, console: Console) -> int:
         "groups": [vars(group) for group in groups],
     }
     if args.b:
-        problem = mismatch(Pair(model, Model(args.b)))
+        pair = Pair(model, Model(args.b))
+        problem = mismatch(pair)
+        for warning in pair.tokenizers.warnings:
+            log.warning(warning)
         console.say(f"{args.a} and {args.b} " + (f"cannot be aligned: {problem}" if problem else "can be aligned"))
-        result |= {"match": problem is None, "problem": problem}
+        result |= {"match": problem is None, "problem": problem, "warnings": list(pair.tokenizers.warnings)}
         console.result(result)
         return BAD_INPUT if problem else 0
     console.result(result)

@@ -17,14 +17,17 @@ DIFFERENT = 1  # exit code
 
 
 class _Lines(logging.Handler):
-    """What the engine decided and why, as lines for people."""
+    """What was decided and why, as lines for people; warnings always, on standard error."""
 
     def __init__(self, say: Callable[[str], None]):
         super().__init__()
         self.say = say
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.say(record.getMessage())
+        if record.levelno >= logging.WARNING:
+            print(f"lmc-fast: warning: {record.getMessage()}", file=sys.stderr)
+        else:
+            self.say(record.getMessage())
 
 
 class Console:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from .budget.meter import require_memory
 from .checkpoints import Model
 from .errors import LmcError
 from .examples import Data, Examples
-from .files import MIB, read_object, require_regular
+from .files import require_regular
 from .images import read_images
 from .tokenizer import load_tokenizer, tokenizer_errors
 

@@ -26,7 +26,7 @@ _SAMPLE = 50_000  # tokens of the vocabulary that are spelt out and tokenized ag
 
 
 def has_tokenizer(path: Path) -> bool:
-    return any((path / name).is_file() for name in _MAKES)
+    return any((path / name).exists() for name in _MAKES)
 
 
 def load_tokenizer(path: Path, remedy: str) -> Any:

@@ -1,7 +1,7 @@
 """Model families as tables: what a checkpoint computes and where its weights lie."""
 
 from . import falcon, gemma, gpt2, gpt_neox, gptj, llama, moe, olmo, opt, phi, stablelm, text, vision
-from .family import Entry, Family
+from .family import Entry, Family, Fold
 from .spec import (
     ATTN_READERS,
     BLOCK_NORMS,
@@ -42,6 +42,7 @@ __all__ = [
     "Entry",
     "Experts",
     "Family",
+    "Fold",
     "ImageInput",
     "Norms",
     "Rope",

@@ -9,9 +9,10 @@ from typing import Any
 from ..errors import LmcError
 from .family import Entry, linear
 from .layouts import Layout, Plain
-from .rope import inverse_frequencies
+from .rope import inverse_frequencies, trained_positions
 from .spec import FFN, Attention, Norms, Rope, Spec
 
+_SLIDING = "sliding_attention"
 LAYER = "model.layers.{i}."
 ROPE_BUFFERS = (r"rotary_emb\.inv_freq$",)
 
@@ -20,6 +21,7 @@ def decoder_spec(config: Any, **features: Any) -> Spec:
     """The spec of a Llama-like config; `features` are what the family sets otherwise (Spec.changed)."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    biased = "attention_bias" in type(config).__dataclass_fields__ and config.attention_bias
     base = Spec(
         family=config.model_type,
         layers=config.num_hidden_layers,
@@ -27,27 +29,44 @@ def decoder_spec(config: Any, **features: Any) -> Spec:
         vocab=config.vocab_size,
         attention=Attention(heads=config.num_attention_heads, kv_heads=kv_heads, head_dim=head_dim),
         ffn=FFN(width=config.intermediate_size, activation=getattr(config, "hidden_act", ""), gated=True),
-        max_positions=config.max_position_embeddings,
+        max_positions=trained_positions(config),
         norms=Norms(kind="rmsnorm", eps=getattr(config, "rms_norm_eps", math.nan)),  # nan: the family sets it
         tied=config.tie_word_embeddings,
-        biases=frozenset("qkvo") if getattr(config, "attention_bias", False) else frozenset(),
+        biases=frozenset("qkvo") if biased else frozenset(),
     )
     if "rope" not in features:
         features["rope"] = Rope(*inverse_frequencies(config, head_dim))
     return base.changed(**features)
 
 
-def windows(config: Any) -> tuple[int, ...]:
-    """Each block's sliding window, from config.layer_types or one for all; () where every block sees everything."""
-    size = getattr(config, "sliding_window", None)
-    if not size:
-        return ()
-    types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    unknown = set(types) - {"sliding_attention", "full_attention"}
+def partial_rope(config: Any, head_dim: int) -> Rope:
+    """RoPE on a part of each head, for attention that cuts that part off before it looks at the frequencies."""
+    rope = Rope(*inverse_frequencies(config, head_dim, partial=True))
+    cut = int(head_dim * config.rope_parameters["partial_rotary_factor"])
+    if cut != rope.rotary_dim:
+        raise LmcError(
+            f"partial_rotary_factor cuts {cut} dimensions off a head and turns {rope.rotary_dim}; correct it"
+        )
+    return rope
+
+
+def windows(config: Any, by_layer: bool) -> tuple[int, ...]:
+    """Each block's sliding window, of the layers that config.layer_types says or of all; () where all see everything.
+
+    Raises LmcError for a window that is no positive number, and for other types of layers.
+    """
+    size = config.sliding_window
+    kinds = (
+        config.layer_types if by_layer else ["full_attention" if size is None else _SLIDING] * config.num_hidden_layers
+    )
+    unknown = set(kinds) - {_SLIDING, "full_attention"}
     if unknown:
         raise LmcError(f"layer type {min(unknown)!r} is not supported; use a checkpoint with full or sliding attention")
-    found = tuple(size if kind == "sliding_attention" else 0 for kind in types)
-    return found if any(found) else ()
+    if _SLIDING not in kinds:
+        return ()
+    if not isinstance(size, int) or size < 1:
+        raise LmcError(f"sliding_window is {size!r}; layers with sliding attention need a positive whole number")
+    return tuple(size if kind == _SLIDING else 0 for kind in kinds)
 
 
 def embeddings(*norms: str, layout: Layout | None = None) -> tuple[Entry, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import LmcError
 from .family import Entry, Family
 from .layouts import InterleavedGroups, Plain
-from .rope import inverse_frequencies
+from .rope import inverse_frequencies, trained_positions
 from .spec import FFN, Attention, Norms, Rope, Spec
 
 _LINEAR = frozenset({"q", "k", "v", "o", "up", "down"})
@@ -23,6 +23,10 @@ def _falcon(config: Any) -> Spec:
     norms = config.num_ln_in_parallel_attn or (2 if new else 1)
     if new and not config.parallel_attn:
         raise LmcError("Falcon with new_decoder_architecture and without parallel_attn is not supported")
+    if config.alibi and (config.output_attentions or config._attn_implementation == "eager"):
+        raise LmcError(
+            "Falcon with alibi and output_attentions or eager attention adds ALiBi twice; remove that option"
+        )
     return Spec(
         family="falcon",
         layers=config.num_hidden_layers,
@@ -36,7 +40,7 @@ def _falcon(config: Any) -> Spec:
             alibi_rounded=bool(config.alibi),
         ),
         ffn=FFN(width=config.ffn_hidden_size, activation=config.activation),
-        max_positions=config.max_position_embeddings,
+        max_positions=config.max_position_embeddings if config.alibi else trained_positions(config),
         norms=Norms(kind="layernorm", eps=config.layer_norm_epsilon, shared=config.parallel_attn and norms == 1),
         parallel=config.parallel_attn,
         tied=config.tie_word_embeddings,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import empty
+from torch import Tensor, empty
 
 from .layouts import Layout, OfExpert, Plain
 from .spec import Spec
@@ -33,6 +33,14 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Fold:
+    """An option of config.json that is folded into the weights when they are read, and is off in what is written."""
+
+    option: str
+    change: Callable[[int, dict[str, Tensor]], dict[str, Tensor]]  # (block's index, its slots) -> the changed slots
+
+
+@dataclass(frozen=True)
 class Family:
     """One model family: how its config becomes a Spec, and the table of its tensors."""
 
@@ -43,6 +51,7 @@ class Family:
     prefix: str  # in front of every name but the head's; some hub checkpoints leave it out
     buffers: tuple[str, ...] = ()  # regular expressions of stored tensors that carry no weights
     architectures: tuple[str, ...] = ("ForCausalLM", "LMHeadModel", "Model")  # class names end in one of these
+    folds: tuple[Fold, ...] = ()
     other_names: tuple[tuple[str, str], ...] = ()  # (here, there): parts of names that some checkpoints spell otherwise
 
     def ties(self, spec: Spec) -> list[tuple[Entry, Entry]]:

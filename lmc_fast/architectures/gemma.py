@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import LmcError
+from .checks import positive
 from .decoder import (
     ATTENTION,
     GATED,
@@ -28,27 +29,31 @@ def _gemma(config: Any, **features: Any) -> Spec:
         raise LmcError(
             f"{config.model_type} with use_bidirectional_attention is not supported; use a causal checkpoint"
         )
-    act = getattr(config, "hidden_activation", None) or config.hidden_act
-    return decoder_spec(config, embed_scale=config.hidden_size**0.5, ffn={"activation": act}, **features)
+    return decoder_spec(config, embed_scale=config.hidden_size**0.5, **features)
 
 
 def _gemma2(config: Any, qk_norm: str = "", **features: Any) -> Spec:
     attention = {
-        "logit_scale": config.query_pre_attn_scalar**-0.5,
-        "softcap": config.attn_logit_softcapping or 0.0,
-        "windows": windows(config),
+        "logit_scale": positive(config, "query_pre_attn_scalar") ** -0.5,
+        "softcap": positive(config, "attn_logit_softcapping"),
+        "windows": windows(config, by_layer=True),
         "qk_norm": qk_norm,
     }
     return _gemma(
         config,
         attention=attention,
+        ffn={"activation": config.hidden_activation},
         norms={"placement": "sandwich"},
-        head_softcap=config.final_logit_softcapping or 0.0,
+        head_softcap=positive(config, "final_logit_softcapping"),
         **features,
     )
 
 
 def _gemma3(config: Any) -> Spec:
+    if config.attn_logit_softcapping is not None:
+        raise LmcError(
+            "attn_logit_softcapping in Gemma-3 is computed by some of transformers' attentions only; remove it"
+        )
     kinds = set(config.layer_types)
     everywhere = "full_attention" if "full_attention" in kinds else "sliding_attention"
     inv_freq, scaling = inverse_frequencies(config, config.head_dim, everywhere)

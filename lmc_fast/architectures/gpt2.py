@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import LmcError
-from .family import Entry, Family
+from .family import Entry, Family, Fold
 from .layouts import Conv1D
 from .spec import FFN, Attention, Norms, Spec
 
 
 def _spec(config: Any) -> Spec:
-    for option in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-        if getattr(config, option, False):
-            raise LmcError(f"GPT-2 with {option}=true is not supported; use a checkpoint without it")
-    if not config.scale_attn_weights:
-        raise LmcError("GPT-2 with scale_attn_weights=false is not supported; use a checkpoint without it")
+    if config.add_cross_attention:
+        raise LmcError("GPT-2 with add_cross_attention=true is not supported; use a checkpoint without it")
+    heads, head_dim = config.n_head, config.n_embd // config.n_head
     return Spec(
         family="gpt2",
         layers=config.n_layer,
         width=config.n_embd,
         vocab=config.vocab_size,
-        attention=Attention(heads=config.n_head, kv_heads=config.n_head, head_dim=config.n_embd // config.n_head),
+        attention=Attention(heads, heads, head_dim, logit_scale=0.0 if config.scale_attn_weights else 1.0),
         ffn=FFN(width=config.n_inner or 4 * config.n_embd, activation=config.activation_function),
         max_positions=config.n_positions,
         norms=Norms(kind="layernorm", eps=config.layer_norm_epsilon),
@@ -29,6 +29,11 @@ def _spec(config: Any) -> Spec:
         biases=frozenset({"q", "k", "v", "o", "up", "down"}),
         position_table=True,
     )
+
+
+def _by_layer(index: int, slots: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Scores of block i are divided by i + 1: so are the queries."""
+    return {name: slots[name] / (index + 1) for name in ("q", "q_bias")}
 
 
 _LAYER = "transformer.h.{i}."
@@ -58,5 +63,6 @@ FAMILY = Family(
         Entry(_LAYER + "mlp.c_proj.weight", ("down",), Conv1D()),
         Entry(_LAYER + "mlp.c_proj.bias", ("down_bias",)),
     ),
+    folds=(Fold("scale_attn_by_inverse_layer_idx", _by_layer),),
     buffers=(r"attn\.(bias|masked_bias)$",),
 )

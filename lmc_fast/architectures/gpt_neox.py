@@ -6,13 +6,13 @@ from typing import Any
 
 from .family import Entry, Family
 from .layouts import InterleavedHeads
-from .rope import inverse_frequencies
+from .rope import inverse_frequencies, trained_positions
 from .spec import FFN, Attention, Norms, Rope, Spec
 
 
 def _spec(config: Any) -> Spec:
     head_dim = config.hidden_size // config.num_attention_heads
-    inv_freq, scaling = inverse_frequencies(config, head_dim)
+    inv_freq, scaling = inverse_frequencies(config, head_dim, partial=True)
     attention = {"q", "k", "v", "o"} if getattr(config, "attention_bias", True) else set()
     return Spec(
         family="gpt_neox",
@@ -21,7 +21,7 @@ def _spec(config: Any) -> Spec:
         vocab=config.vocab_size,
         attention=Attention(heads=config.num_attention_heads, kv_heads=config.num_attention_heads, head_dim=head_dim),
         ffn=FFN(width=config.intermediate_size, activation=config.hidden_act),
-        max_positions=config.max_position_embeddings,
+        max_positions=trained_positions(config),
         norms=Norms(kind="layernorm", eps=config.layer_norm_eps),
         parallel=config.use_parallel_residual,
         tied=config.tie_word_embeddings,

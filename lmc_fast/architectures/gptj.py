@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..errors import LmcError
 from .family import Entry, Family, linear
 from .layouts import InterleavedPairs
 from .rope import default_frequencies
@@ -12,6 +13,9 @@ from .spec import FFN, Attention, Norms, Rope, Spec
 
 def _spec(config: Any) -> Spec:
     head_dim = config.n_embd // config.n_head
+    dim = config.rotary_dim
+    if not 0 < dim <= head_dim or dim % 2:
+        raise LmcError(f"rotary_dim is {dim}; it must be even and at most the {head_dim} dimensions of a head")
     return Spec(
         family="gptj",
         layers=config.n_layer,
@@ -24,7 +28,7 @@ def _spec(config: Any) -> Spec:
         parallel=True,
         tied=config.tie_word_embeddings,
         biases=frozenset({"up", "down", "head"}),
-        rope=Rope(inv_freq=default_frequencies(config.rotary_dim or head_dim, 10000.0)),
+        rope=Rope(inv_freq=default_frequencies(dim, 10000.0)),
     )
 
 

@@ -17,15 +17,15 @@ def _llama(config: Any) -> Spec:
 
 
 def _mistral(config: Any) -> Spec:
-    return decoder_spec(config, attention={"windows": windows(config)})
+    return decoder_spec(config, attention={"windows": windows(config, by_layer=False)})
 
 
 def _qwen2(config: Any) -> Spec:
-    return decoder_spec(config, biases=frozenset("qkv"), attention={"windows": windows(config)})
+    return decoder_spec(config, biases=frozenset("qkv"), attention={"windows": windows(config, by_layer=True)})
 
 
 def _qwen3(config: Any) -> Spec:
-    return decoder_spec(config, attention={"qk_norm": "head", "windows": windows(config)})
+    return decoder_spec(config, attention={"qk_norm": "head", "windows": windows(config, by_layer=True)})
 
 
 _BLOCK = (*block_norms(PRE_NORMS, "weight"), *ATTENTION, *GATED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import LmcError
+from .checks import positive
 from .decoder import (
     ATTENTION,
     LAYER,
@@ -32,7 +33,7 @@ def _mixtral(config: Any) -> Spec:
                 renormalised=True,
             ),
         },
-        attention={"windows": windows(config)},
+        attention={"windows": windows(config, by_layer=False)},
     )
 
 
@@ -49,7 +50,9 @@ def _mixture(config: Any, width: int, *, shared: int = 0, **features: Any) -> Sp
 
 
 def _olmoe(config: Any) -> Spec:
-    return _mixture(config, config.intermediate_size, attention={"qk_norm": "full", "clip_qkv": config.clip_qkv or 0.0})
+    return _mixture(
+        config, config.intermediate_size, attention={"qk_norm": "full", "clip_qkv": positive(config, "clip_qkv")}
+    )
 
 
 def _require_experts_everywhere(config: Any) -> None:
@@ -64,13 +67,15 @@ def _qwen2_moe(config: Any) -> Spec:
         config.moe_intermediate_size,
         shared=config.shared_expert_intermediate_size,
         biases=frozenset("qkv") if config.qkv_bias else frozenset(),
-        attention={"windows": windows(config)},
+        attention={"windows": windows(config, by_layer=True)},
     )
 
 
 def _qwen3_moe(config: Any) -> Spec:
     _require_experts_everywhere(config)
-    return _mixture(config, config.moe_intermediate_size, attention={"qk_norm": "head", "windows": windows(config)})
+    return _mixture(
+        config, config.moe_intermediate_size, attention={"qk_norm": "head", "windows": windows(config, by_layer=False)}
+    )
 
 
 def _experts(home: str, gate: str, up: str, down: str) -> tuple[Entry, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .checks import positive
 from .decoder import ATTENTION, GATED, QK_NORMS, ROPE_BUFFERS, block_norms, decoder_spec, embeddings
 from .family import Family
 from .spec import Spec
@@ -12,7 +13,7 @@ from .spec import Spec
 def _olmo(config: Any) -> Spec:
     return decoder_spec(
         config,
-        attention={"clip_qkv": config.clip_qkv or 0.0},
+        attention={"clip_qkv": positive(config, "clip_qkv")},
         norms={"kind": "layernorm", "eps": 1e-5, "parametric": False},
     )
 

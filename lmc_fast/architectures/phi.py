@@ -5,17 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import LmcError
-from .decoder import LAYER, PRE_NORMS, ROPE_BUFFERS, block_norms, decoder_spec, embeddings, windows
+from .decoder import LAYER, PRE_NORMS, ROPE_BUFFERS, block_norms, decoder_spec, embeddings, partial_rope, windows
 from .family import Entry, Family, linear
 from .layouts import Stacked
-from .spec import Spec
+from .rope import inverse_frequencies
+from .spec import Rope, Spec
 
 
 def _phi(config: Any) -> Spec:
     if config.qk_layernorm:
         raise LmcError("Phi with qk_layernorm=true is not supported; use a checkpoint without it")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return decoder_spec(
         config,
+        rope=partial_rope(config, head_dim),
         ffn={"gated": False},
         norms={"kind": "layernorm", "eps": config.layer_norm_eps, "shared": True},
         parallel=True,
@@ -24,7 +27,9 @@ def _phi(config: Any) -> Spec:
 
 
 def _phi3(config: Any) -> Spec:
-    return decoder_spec(config, attention={"windows": windows(config)})
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = Rope(*inverse_frequencies(config, head_dim, partial=True))
+    return decoder_spec(config, rope=rope, attention={"windows": windows(config, by_layer=False)})
 
 
 _PHI = Family(

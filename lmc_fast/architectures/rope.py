@@ -1,31 +1,83 @@
-"""Rotary frequencies of a transformers config, in float32 as transformers computes them."""
+"""Rotary frequencies of a transformers config: taken from the module that transformers itself would build of it."""
 
 from __future__ import annotations
 
+import importlib
+import math
 from typing import Any
 
 import torch
 
 from ..errors import LmcError
+from .checks import require_positive
+
+_FACTORS = {  # which numbers each type uses
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "proportional": ("factor",),
+    "yarn": ("factor", "attention_factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
+    "longrope": ("factor", "attention_factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
-def inverse_frequencies(config: Any, head_dim: int, layer_type: str | None = None) -> tuple[tuple[float, ...], float]:
+def inverse_frequencies(
+    config: Any, head_dim: int, layer_type: str | None = None, *, partial: bool = False
+) -> tuple[tuple[float, ...], float]:
     """(inverse frequency of each rotary pair, factor on cos and sin) of one type of layer, where there are several.
 
-    Raises LmcError for rope types whose frequencies depend on the sequence length.
+    partial: the family may turn a part of each head, the others always turn all of it. Frequencies that depend on the
+    length of the text are those of texts within `trained_positions`. Raises LmcError for what transformers refuses or
+    computes to NaN.
     """
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     rope = config.rope_parameters[layer_type] if layer_type else config.rope_parameters
     kind = rope.get("rope_type", "default")
-    if kind == "default":
-        dim = int(head_dim * rope.get("partial_rotary_factor", 1.0))
-        return default_frequencies(dim, rope["rope_theta"]), 1.0
-    if kind in ("dynamic", "longrope") or kind not in ROPE_INIT_FUNCTIONS:
-        raise LmcError(f"rope_type '{kind}' is not supported: its frequencies change with the sequence length")
-    options = {"layer_type": layer_type} if layer_type else {}
-    inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), **options)
-    return tuple(inv_freq.tolist()), float(scaling)
+    if kind not in _FACTORS:
+        raise LmcError(f"rope_type '{kind}' is not supported; known are {', '.join(_FACTORS)}")
+    require_positive(rope, ("rope_theta", *_FACTORS[kind]), "rope_parameters: ")
+    if partial or kind != "default":
+        require_positive(rope, ("partial_rotary_factor",), "rope_parameters: ")
+        share = rope.get("partial_rotary_factor") or 1.0
+        if share > 1:
+            raise LmcError(f"rope_parameters: partial_rotary_factor is {share}; it must be at most 1")
+    try:
+        module = _rotary_class(config)(config)
+    except Exception as error:  # transformers checks little and fails in many ways
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        raise LmcError(f"rope_parameters of type '{kind}' are refused by transformers ({reason})") from error
+    prefix = f"{layer_type}_" if layer_type else ""
+    frequencies = getattr(module, f"{prefix}inv_freq").tolist()
+    scaling = float(getattr(module, f"{prefix}attention_scaling"))
+    if not all(0 <= f < math.inf for f in [*frequencies, scaling]):
+        raise LmcError(f"rope_parameters of type '{kind}' give frequencies that are no numbers; correct them")
+    turned = 2 * len(frequencies)
+    if turned > head_dim or (turned < head_dim and not partial):
+        raise LmcError(
+            f"rope_parameters turn {turned} of the {head_dim} dimensions of a head, which transformers does not "
+            f"compute for {config.model_type}; correct partial_rotary_factor or head_dim"
+        )
+    return tuple(frequencies), scaling
+
+
+def trained_positions(config: Any) -> int:
+    """How long texts may be for the frequencies to stay as they are: longrope and dynamic RoPE change them beyond."""
+    longest = config.max_position_embeddings
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if part.get("rope_type") == "longrope":
+            longest = min(longest, part["original_max_position_embeddings"])
+    return longest
+
+
+def _rotary_class(config: Any) -> Any:
+    """The rotary embedding of the config's own modelling file."""
+    home = type(config).__module__.replace(".configuration_", ".modeling_")
+    module = importlib.import_module(home)
+    found = [c for name, c in vars(module).items() if name.endswith("RotaryEmbedding") and c.__module__ == home]
+    if len(found) != 1:
+        raise LmcError(f"transformers {config.model_type} has {len(found)} rotary embeddings; one was expected")
+    return found[0]
 
 
 def default_frequencies(dim: int, theta: float) -> tuple[float, ...]:

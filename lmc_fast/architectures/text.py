@@ -42,12 +42,18 @@ def _encoder(config: Any, **features: Any) -> Spec:
 
 
 def _roberta(config: Any) -> Spec:
+    if not isinstance(config.pad_token_id, int) or config.pad_token_id < 0:
+        raise LmcError(f"pad_token_id is {config.pad_token_id!r}; RoBERTa counts its positions from there")
     offset = config.pad_token_id + 1
     positions = config.max_position_embeddings - offset
     return _encoder(config, max_positions=positions, position_offset=offset, pad_token=config.pad_token_id)
 
 
 def _clip_text(config: Any) -> Spec:
+    if not isinstance(config.eos_token_id, int):
+        raise LmcError(
+            f"eos_token_id is {config.eos_token_id!r}; CLIP needs one number, the token whose place it reads"
+        )
     return Spec(
         family="clip_text_model",
         layers=config.num_hidden_layers,

@@ -34,7 +34,7 @@ def vision_spec(config: Any, **features: Any) -> Spec:
         attention=Attention(
             heads=config.num_attention_heads,
             kv_heads=config.num_attention_heads,
-            head_dim=config.hidden_size // config.num_attention_heads,
+            head_dim=getattr(config, "head_dim", config.hidden_size // config.num_attention_heads),
             causal=False,
         ),
         ffn=FFN(width=getattr(config, "intermediate_size", 0), activation=config.hidden_act),
@@ -69,6 +69,7 @@ def _clip_vision(config: Any) -> Spec:
     return vision_spec(
         config,
         vocab=config.projection_dim,
+        attention={"head_dim": config.hidden_size // config.num_attention_heads},
         norms={"embedded": True},
         biases=frozenset(_LINEAR),
         task="features",

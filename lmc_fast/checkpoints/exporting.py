@@ -29,6 +29,7 @@ def export(
         config["tie_word_embeddings"] = weights.spec.tied
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype or like.loading_dtype).removeprefix("torch.")
+    config |= {fold.option: False for fold in like.folds}
     options: dict[str, Any] = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
     write_checkpoint(directory, _stored(weights, like, dtype), config, like.path, **options)
 

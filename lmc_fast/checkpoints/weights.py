@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..architectures import FAMILIES, Family, Spec
+from ..architectures import FAMILIES, Family, Fold, Spec
+from ..architectures.checks import check_sizes, check_spec
 from ..architectures.layouts import OfExpert, Plain
 from ..errors import LmcError
 from .coverage import cover
@@ -140,6 +141,11 @@ class Model:
         """The dtype that transformers loads it in: config.json's, else that of the first tensor."""
         return getattr(self.config, "dtype", None) or self.checkpoint.dtype(self.checkpoint.names[0])
 
+    @property
+    def folds(self) -> list[Fold]:
+        """Options of this checkpoint that reading folds into the weights."""
+        return [fold for fold in self.family.folds if getattr(self.config, fold.option, False)]
+
     def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Weights:
         """All weights in normal form. A tied head is materialised, and the result's spec says untied."""
         lazy = self.open_weights(dtype, device)
@@ -177,13 +183,16 @@ class Model:
                 else:
                     slots |= zip(entry.slots, entry.layout.split(tensor, self.spec), strict=True)
         slots |= {slot: torch.stack(experts.pop(slot)) for slot in list(experts)}
+        if block is not None:
+            for fold in self.folds:
+                slots |= fold.change(block, slots)
         return _each(slots, Tensor.contiguous)
 
 
 def read_config(checkpoint: Checkpoint) -> tuple[Family, Any]:
-    """The family and its configuration as transformers reads it.
+    """The family, its configuration as transformers reads it, and what that makes of the model.
 
-    Raises LmcError for an unknown architecture or a config that transformers refuses.
+    Raises LmcError for an unknown architecture, and for a config that transformers refuses or that makes no sense.
     """
     from transformers import AutoConfig
 
@@ -191,15 +200,17 @@ def read_config(checkpoint: Checkpoint) -> tuple[Family, Any]:
     if not isinstance(kind, str):
         raise LmcError(f"{file}: model_type is {kind!r}, not a name; is {checkpoint.source} a model?")
     nested = [name for name in ("text_config", "vision_config") if name in checkpoint.config]
-    if nested and kind not in FAMILIES:
+    known = isinstance(kind, str) and kind in FAMILIES
+    if nested and not known:
         raise LmcError(
             f"{checkpoint.path}: model_type {kind!r} nests several models ({', '.join(nested)}); save the one to align "
             "on its own with transformers (for example model.language_model.save_pretrained) and give that directory"
         )
-    if kind not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise LmcError(f"{checkpoint.path}: model_type {kind!r} is not supported; supported are {known}")
-    family = FAMILIES[kind]
+    if not known:
+        raise LmcError(
+            f"{checkpoint.path}: model_type {kind!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
+        )
+    family = FAMILIES[str(kind)]
     names = checkpoint.config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise LmcError(f"{file}: architectures is {names!r}, not a list of class names")
@@ -217,7 +228,10 @@ def read_config(checkpoint: Checkpoint) -> tuple[Family, Any]:
 
 def _spec(family: Family, config: Any, file: Path) -> Spec:
     try:
-        return family.spec(config)
+        check_sizes(config)
+        spec = family.spec(config)
+        check_spec(spec)
+        return spec
     except LmcError as error:
         raise LmcError(f"{file}: {error}") from error
     except Exception as error:  # a value of a type or size that transformers let pass

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..architectures import Spec
+from ..architectures.activations import ACTIVATIONS
 from ..checkpoints.weights import Weights
 from ..errors import LmcError
 from ..examples import Data, Examples
 from .attention import Positions
 from .block import block, norm
-from .ffn import ACTIVATIONS
 from .head import capped
 from .slots import Slots
 

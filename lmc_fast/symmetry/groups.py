@@ -74,7 +74,7 @@ def unit_scale_signs(spec: Spec) -> str:
     """'any' (non-zero), 'positive' or 'none': the legal scales between up and down projection."""
     if spec.ffn.gated:
         return "any"
-    return "positive" if spec.ffn.activation == "relu" else "none"
+    return "positive" if spec.ffn.activation in ("relu", "leaky_relu") else "none"
 
 
 def folds_value_bias(spec: Spec) -> bool:

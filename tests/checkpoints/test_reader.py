@@ -108,14 +108,17 @@ def test_unknown_architecture_quantised_and_not_a_language_model(copy):
 
 def test_unsupported_options(copy):
     directory = copy("gpt2")
-    edit_config(directory, scale_attn_by_inverse_layer_idx=True)
-    refused(directory, "scale_attn_by_inverse_layer_idx")
+    edit_config(directory, add_cross_attention=True)
+    refused(directory, "add_cross_attention")
 
 
 def test_rope_that_depends_on_the_length(copy):
     directory = copy()
-    edit_config(directory, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
-    refused(directory, "dynamic")
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "partial_rotary_factor": 0.5}
+    edit_config(directory, rope_parameters=rope)
+    assert Model(directory).spec.max_positions == 32  # it depends on it only beyond
+    edit_config(directory, rope_parameters=rope | {"rope_type": "axial"})
+    refused(directory, "axial")
 
 
 def test_coverage_missing_extra_misshapen_not_float_not_finite(copy):

@@ -23,7 +23,9 @@ _SIZES = (
 
 def check_sizes(config: Any) -> None:
     """Every size that the configuration class has is a positive whole number. Raises LmcError."""
-    own = {*type(config).__dataclass_fields__, *type(config).attribute_map.values(), "head_dim"}
+    own = {*type(config).__dataclass_fields__, *type(config).attribute_map.values()}
+    if own & {"rope_parameters", "qkv_bias"}:
+        own.add("head_dim")  # read wherever it is given
     values = vars(config)
     for key in _SIZES:
         value = values.get(key) if key in own else None

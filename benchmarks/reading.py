@@ -3,8 +3,8 @@
 For each family of the test zoo transformers writes tiny random checkpoints: every option of the configuration class
 (and those of other families, which it may ignore) at two values or more, nonsense included; heads tied, untied, stored
 twice, alike or not, only the copy stored; one file or several; three dtypes. What our engine computes of each is
-compared with what transformers computes of it. Allowed are: the same function, to twice transformers' own float32 error against
-float64, or one sentence that refuses. Counted are silent differences (NaN that is accepted too) and tracebacks.
+compared with what transformers computes of it. Allowed are: the same function, to twice transformers' own float32 error
+against float64, or one sentence that refuses. Counted are silent differences (NaN that is accepted too) and tracebacks.
 """
 
 import json

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from .architectures import Spec, flat_fields
@@ -14,49 +13,88 @@ from .tokenizer import Comparison, compare_tokenizers
 
 log = logging.getLogger(__name__)
 
+_SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "mask_token_id")
+
 
 @dataclass(frozen=True)
 class Pair:
-    """Endpoints A and B of one architecture; nothing is loaded yet."""
+    """Endpoints A and B of one architecture; nothing is loaded yet. `warnings`: what is not as it might be expected."""
 
     a: Model
     b: Model
+    warnings: tuple[str, ...] = ()
 
     @property
     def spec(self) -> Spec:
         return self.a.spec
 
-    @cached_property
-    def tokenizers(self) -> Comparison:
-        return Comparison() if self.spec.image else compare_tokenizers(self.a.path, self.b.path)
-
 
 def open_pair(a: str | Path, b: str | Path) -> Pair:
     """Opens two checkpoint directories or hub ids. Raises LmcError if either is unusable or they do not match."""
-    pair = Pair(Model(a), Model(b))
-    problem = mismatch(pair)
-    if problem:
-        raise LmcError(f"{a} and {b} cannot be aligned: {problem}")
-    for warning in pair.tokenizers.warnings:
+    return pair_of(Model(a), Model(b))
+
+
+def pair_of(a: Model, b: Model) -> Pair:
+    """A pair of two opened models. Vocabularies padded to different sizes are cut to the smaller one, with a warning.
+
+    Raises LmcError if they do not match.
+    """
+    try:
+        if a.family is not b.family:
+            raise LmcError(f"their architectures differ ({a.family.name} and {b.family.name})")
+        found = Comparison() if a.spec.image else compare_tokenizers(a.path, b.path)
+        if found.problem:
+            raise LmcError(found.problem)
+        warnings = list(found.warnings)
+        if a.vocabulary != b.vocabulary and not a.spec.image:
+            warnings.append(_cut(a, b, found.used))
+        a, b = in_common(a, b)
+        _require_alike(a.spec, b.spec)
+    except LmcError as error:
+        raise LmcError(f"{a.source} and {b.source} cannot be aligned: {error}") from error
+    for warning in warnings:
         log.warning(warning)
-    return pair
+    return Pair(a, b, tuple(warnings))
 
 
-def mismatch(pair: Pair) -> str | None:
-    """Why the two models cannot be aligned, or None."""
-    x, y = pair.a.spec, pair.b.spec
-    if x.family != y.family:
-        return f"their architectures differ ({x.family} and {y.family})"
+def in_common(a: Model, b: Model) -> tuple[Model, Model]:
+    """Both, limited to the tokens that both have and, where positions are no table, to lengths that both can read."""
+    if a.family is not b.family or a.spec.image:
+        return a, b
+    tokens = min(a.vocabulary, b.vocabulary)
+    least = min(a.spec.max_positions, b.spec.max_positions)
+    positions = [m.spec.max_positions if m.spec.position_table else least for m in (a, b)]
+    return a.limited(tokens, positions[0]), b.limited(tokens, positions[1])
+
+
+def _cut(a: Model, b: Model, used: int | None) -> str:
+    """What is lost where the larger vocabulary is cut. Raises LmcError if that would be tokens in use."""
+    small, large = sorted((a, b), key=lambda model: model.vocabulary)
+    tokens = small.vocabulary
+    special = [getattr(large.config, key, None) for key in _SPECIAL]
+    last = max((i for i in special if isinstance(i, int)), default=-1)
+    if max(used or 0, last + 1) > tokens:
+        raise LmcError(
+            f"{large.source} uses {max(used or 0, last + 1)} tokens, {small.source} has rows for {tokens}; give "
+            "that one as many with transformers (resize_token_embeddings, save_pretrained)"
+        )
+    known = "no token uses them" if used is not None else "there is no tokenizer to tell whether tokens use them"
+    return (
+        f"the vocabularies are padded to {a.vocabulary} and {b.vocabulary} rows: rows {tokens} to "
+        f"{large.vocabulary - 1} of {large.source} are left out ({known})"
+    )
+
+
+def _require_alike(x: Spec, y: Spec) -> None:
     theirs = flat_fields(y)
     for name, left in flat_fields(x).items():
         right = theirs[name]
         if name not in ("max_positions", "tied") and left != right:
             if name in ("inv_freq", "local_inv_freq"):
-                return "their rope settings differ"
-            return f"{name} differs ({_show(left)} and {_show(right)})"
+                raise LmcError("their rope settings differ")
+            raise LmcError(f"{name} differs ({_show(left)} and {_show(right)})")
     if x.position_table and x.max_positions != y.max_positions:
-        return f"max_positions differs ({x.max_positions} and {y.max_positions})"
-    return None if x.image else pair.tokenizers.problem
+        raise LmcError(f"max_positions differs ({x.max_positions} and {y.max_positions})")
 
 
 def _show(value: object) -> str:

@@ -62,12 +62,21 @@ def inverse_frequencies(
 
 def trained_positions(config: Any) -> int:
     """How long texts may be for the frequencies to stay as they are: longrope and dynamic RoPE change them beyond."""
-    longest = config.max_position_embeddings
+    limits = [
+        part["original_max_position_embeddings"] for part in _parts(config) if part.get("rope_type") == "longrope"
+    ]
+    return min([config.max_position_embeddings, *limits])
+
+
+def changing_rope(config: Any) -> str:
+    """The type of a RoPE that changes with the length of the text; empty where there is none."""
+    return next((k for k in (part.get("rope_type") for part in _parts(config)) if k in ("longrope", "dynamic")), "")
+
+
+def _parts(config: Any) -> list[dict[str, Any]]:
+    """Rope parameters, of all layers and of each type of layer."""
     rope = getattr(config, "rope_parameters", None) or {}
-    for part in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
-        if part.get("rope_type") == "longrope":
-            longest = min(longest, part["original_max_position_embeddings"])
-    return longest
+    return [rope, *(part for part in rope.values() if isinstance(part, dict))]
 
 
 def _rotary_class(config: Any) -> Any:

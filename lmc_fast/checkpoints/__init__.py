@@ -2,6 +2,7 @@
 
 from .exporting import export
 from .lazy import LazyBlocks, Table
+from .notes import notes_on
 from .reader import Checkpoint
 from .weights import Model, Slots, Weights, lerp
 from .writer import Stored, checkpoint_names, write_checkpoint
@@ -17,5 +18,6 @@ __all__ = [
     "checkpoint_names",
     "export",
     "lerp",
+    "notes_on",
     "write_checkpoint",
 ]

@@ -29,6 +29,8 @@ def export(
         config["tie_word_embeddings"] = weights.spec.tied
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype or like.loading_dtype).removeprefix("torch.")
+    if "vocab_size" in config:
+        config["vocab_size"] = like.vocabulary  # fewer than there were, where the other endpoint has fewer
     config |= {fold.option: False for fold in like.folds}
     options: dict[str, Any] = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
     write_checkpoint(directory, _stored(weights, like, dtype), config, like.path, **options)

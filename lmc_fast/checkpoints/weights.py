@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,22 @@ class Model:
         """Options of this checkpoint that reading folds into the weights."""
         return [fold for fold in self.family.folds if getattr(self.config, fold.option, False)]
 
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that it reads (of text), or outputs that it has (of images)."""
+        return self.spec.table or self.spec.vocab
+
+    def limited(self, vocabulary: int, positions: int) -> Model:
+        """The same with the first rows of its vocabulary only, for texts of at most so many positions."""
+        model = copy(self)
+        model.spec = replace(
+            self.spec,
+            max_positions=positions,
+            vocab=self.spec.vocab if self.spec.table else vocabulary,
+            table=vocabulary if self.spec.table else 0,
+        )
+        return model
+
     def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Weights:
         """All weights in normal form. A tied head is materialised, and the result's spec says untied."""
         lazy = self.open_weights(dtype, device)
@@ -178,6 +195,8 @@ class Model:
         for name, entry, index in self.family.entries(replace(self.spec, tied=False)):
             if index == block and name in names and entry.slots[0] not in TABLES:
                 tensor = self.checkpoint.read(names[name]).to(device=device, dtype=dtype)
+                if entry.slots == ("head_bias",):
+                    tensor = tensor[: self.vocabulary]
                 if isinstance(entry.layout, OfExpert):
                     experts.setdefault(entry.slots[0], []).append(tensor)
                 else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,19 @@ from ..budget.demand import Job
 from ..budget.devices import profile
 from ..budget.meter import budget_warning
 from ..budget.planner import plan
-from ..checkpoints import Model
+from ..checkpoints import Model, notes_on
 from ..data import block_length, read_data
 from ..errors import LmcError
 from ..evaluation.curve import DEFINITION, is_own
 from ..learning.schedule import Schedule
 from ..output import Workspace, partial_of, require_apart
-from ..pair import Pair, mismatch, open_pair
+from ..pair import open_pair, pair_of
 from ..pipeline.evaluate import barrier, require_points, verify
 from ..pipeline.export import merge
 from ..sizes import parse_bytes, show_bytes
 from ..symmetry import legal_groups
 from .boundary import BAD_INPUT
 from .console import DIFFERENT, Console, unit_of
-
-log = logging.getLogger(__name__)
 
 
 def inspect_command(args: argparse.Namespace, console: Console) -> int:
@@ -47,14 +44,21 @@ def inspect_command(args: argparse.Namespace, console: Console) -> int:
     result: dict[str, Any] = {
         "family": spec.family,
         "groups": [vars(group) for group in groups],
+        "notes": notes_on(model),
     }
+    for note in notes_on(model):
+        console.say(f"note on {args.a}: {note}")
     if args.b:
-        pair = Pair(model, Model(args.b))
-        problem = mismatch(pair)
-        for warning in pair.tokenizers.warnings:
-            log.warning(warning)
-        console.say(f"{args.a} and {args.b} " + (f"cannot be aligned: {problem}" if problem else "can be aligned"))
-        result |= {"match": problem is None, "problem": problem, "warnings": list(pair.tokenizers.warnings)}
+        other = Model(args.b)
+        problem, warnings = "", tuple[str, ...]()
+        for note in notes_on(other):
+            console.say(f"note on {args.b}: {note}")
+        try:
+            warnings = pair_of(model, other).warnings
+        except LmcError as error:
+            problem = str(error)
+        console.say(problem or f"{args.a} and {args.b} can be aligned")
+        result |= {"match": not problem, "problem": problem or None, "warnings": list(warnings)}
         console.result(result)
         return BAD_INPUT if problem else 0
     console.result(result)

@@ -18,7 +18,7 @@ from ..errors import LmcError
 from ..evaluation import Curve, Difference, curve_between, difference
 from ..evaluation.function import tolerance
 from ..examples import Data, Examples, inputs_of
-from ..pair import Pair
+from ..pair import Pair, in_common
 from ..symmetry import canonicalize
 
 Device = torch.device | str
@@ -100,6 +100,7 @@ def compare(
     x: Model, y: Model, tokens: Data | None, device: Device = "cpu", memory: int | None = None
 ) -> tuple[Difference, bool]:
     """As `verify`; where `memory` is too little, the smallest portions are taken: a run has planned with them."""
+    x, y = in_common(x, y)
     if (x.spec.family, x.spec.vocab) != (y.spec.family, y.spec.vocab):
         raise LmcError(
             f"{x.checkpoint.source} and {y.checkpoint.source} are not comparable: "

@@ -14,6 +14,7 @@ from ..alignment import Alignment
 from ..budget.demand import Demand, Job
 from ..budget.meter import Meter
 from ..budget.stages import POINTS
+from ..checkpoints import notes_on
 from ..data import split_validation
 from ..evaluation import Curve
 from ..evaluation.curve import DEFINITION, plot_curves
@@ -73,6 +74,8 @@ def run(
     if pair.spec.task == "features":
         validation = test = None  # features have no loss
     meter = meter or Meter(device)
+    for note in dict.fromkeys(f"{model.source}: {note}" for model in (pair.a, pair.b) for note in notes_on(model)):
+        _log.info(note)
     find = partial(
         align,
         pair,

@@ -95,18 +95,19 @@ def write(variant: Variant, directory: Path) -> bool:
     }:
         config.pop("rope_parameters", None)  # as older versions wrote it
     file.write_text(json.dumps(config))
-    built = True
+    plain, built = (directory / "model.safetensors").read_bytes(), True
     try:
         if config.get("num_hidden_layers", 0) > 100:
             raise MemoryError
         model = type(model)(transformers.AutoConfig.from_pretrained(directory))
+        randomize(model, 1)
+        (directory / "model.safetensors").unlink()
+        model.config.output_attentions = False  # it cannot be saved; the file says what it said
+        size = "12KB" if variant.sharded else "1GB"
+        model.to(DTYPES[variant.dtype]).save_pretrained(directory, max_shard_size=size)
     except Exception:  # whatever it is, transformers refuses this config
         built = False
-    randomize(model, 1)
-    (directory / "model.safetensors").unlink()
-    model.config.output_attentions = False  # it cannot be saved; the file says what it said
-    size = "12KB" if variant.sharded else "1GB"
-    model.to(DTYPES[variant.dtype]).save_pretrained(directory, max_shard_size=size)
+        (directory / "model.safetensors").write_bytes(plain)
     file.write_text(json.dumps(config))
     if variant.tie != TIES[0]:
         _store_head(directory, variant)

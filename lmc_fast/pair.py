@@ -31,27 +31,29 @@ class Pair:
 
 def open_pair(a: str | Path, b: str | Path) -> Pair:
     """Opens two checkpoint directories or hub ids. Raises LmcError if either is unusable or they do not match."""
-    return pair_of(Model(a), Model(b))
+    one, two = Model(a), Model(b)
+    try:
+        return pair_of(one, two)
+    except LmcError as error:
+        raise LmcError(f"{a} and {b} cannot be aligned: {error}") from error
 
 
 def pair_of(a: Model, b: Model) -> Pair:
     """A pair of two opened models. Vocabularies padded to different sizes are cut to the smaller one, with a warning.
 
-    Raises LmcError if they do not match.
+    Raises LmcError with what sets them apart.
     """
-    try:
-        if a.family is not b.family:
-            raise LmcError(f"their architectures differ ({a.family.name} and {b.family.name})")
-        found = Comparison() if a.spec.image else compare_tokenizers(a.path, b.path)
-        if found.problem:
-            raise LmcError(found.problem)
-        warnings = list(found.warnings)
-        if a.vocabulary != b.vocabulary and not a.spec.image:
-            warnings.append(_cut(a, b, found.used))
-        a, b = in_common(a, b)
-        _require_alike(a.spec, b.spec)
-    except LmcError as error:
-        raise LmcError(f"{a.source} and {b.source} cannot be aligned: {error}") from error
+    text = a.family is b.family and not a.spec.image
+    found = compare_tokenizers(a.path, b.path) if text else Comparison()
+    if found.problem:
+        raise LmcError(found.problem)
+    warnings = list(found.warnings)
+    if text and a.vocabulary != b.vocabulary:
+        warnings.append(_cut(a, b, found.used))
+    a, b = in_common(a, b)
+    problem = unlike(a.spec, b.spec)
+    if problem:
+        raise LmcError(problem)
     for warning in warnings:
         log.warning(warning)
     return Pair(a, b, tuple(warnings))
@@ -85,16 +87,20 @@ def _cut(a: Model, b: Model, used: int | None) -> str:
     )
 
 
-def _require_alike(x: Spec, y: Spec) -> None:
+def unlike(x: Spec, y: Spec) -> str | None:
+    """What sets two specs apart so that their models cannot be aligned, or None."""
+    if x.family != y.family:
+        return f"their architectures differ ({x.family} and {y.family})"
     theirs = flat_fields(y)
     for name, left in flat_fields(x).items():
         right = theirs[name]
         if name not in ("max_positions", "tied") and left != right:
             if name in ("inv_freq", "local_inv_freq"):
-                raise LmcError("their rope settings differ")
-            raise LmcError(f"{name} differs ({_show(left)} and {_show(right)})")
+                return "their rope settings differ"
+            return f"{name} differs ({_show(left)} and {_show(right)})"
     if x.position_table and x.max_positions != y.max_positions:
-        raise LmcError(f"max_positions differs ({x.max_positions} and {y.max_positions})")
+        return f"max_positions differs ({x.max_positions} and {y.max_positions})"
+    return None
 
 
 def _show(value: object) -> str:

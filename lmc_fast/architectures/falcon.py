@@ -23,9 +23,10 @@ def _falcon(config: Any) -> Spec:
     norms = config.num_ln_in_parallel_attn or (2 if new else 1)
     if new and not config.parallel_attn:
         raise LmcError("Falcon with new_decoder_architecture and without parallel_attn is not supported")
-    if config.alibi and (config.output_attentions or config._attn_implementation == "eager"):
+    if config.output_attentions or (config.alibi and config._attn_implementation == "eager"):
         raise LmcError(
-            "Falcon with alibi and output_attentions or eager attention adds ALiBi twice; remove that option"
+            "transformers computes another function of Falcon with output_attentions (tokens see later ones), and with "
+            "eager attention beside alibi (counted twice); remove that option"
         )
     return Spec(
         family="falcon",

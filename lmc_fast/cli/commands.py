@@ -57,7 +57,7 @@ def inspect_command(args: argparse.Namespace, console: Console) -> int:
             warnings = pair_of(model, other).warnings
         except LmcError as error:
             problem = str(error)
-        console.say(problem or f"{args.a} and {args.b} can be aligned")
+        console.say(f"{args.a} and {args.b} " + (f"cannot be aligned: {problem}" if problem else "can be aligned"))
         result |= {"match": not problem, "problem": problem or None, "warnings": list(warnings)}
         console.result(result)
         return BAD_INPUT if problem else 0

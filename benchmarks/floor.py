@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lmc_fast.checkpoints import Weights
 from lmc_fast.engine.head import CHUNK_ELEMENTS, capped
-from lmc_fast.engine.model import answers, prediction_rows
+from lmc_fast.engine.model import labels, prediction_rows
 from lmc_fast.examples import Data
 
 
@@ -56,7 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def task_loss(weights: Weights, data: Data) -> Tensor:
     """Mean cross-entropy in nats of a batch's predictions; differentiable."""
     w, cap = weights.ends, weights.spec.head_softcap
-    return cross_entropy(prediction_rows(weights, data), w["head"], w.get("head_bias"), answers(data), softcap=cap)
+    return cross_entropy(prediction_rows(weights, data), w["head"], w.get("head_bias"), labels(data), softcap=cap)
 
 
 def cross_entropy(

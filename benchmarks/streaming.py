@@ -149,11 +149,11 @@ def streamed_step(store: str, spec: Spec, job: Job, budget: int) -> tuple[Plan, 
     """(the plan, peak memory, seconds) of one step in this process."""
     return_freed_memory()
     chosen = plan(spec, job, here(torch.device("cpu")), budget)
-    items, chart = items_of(spec, job, chosen.way.micro_batch), random_chart(spec)
-    path = "fused" if chosen.way.path == "activation" else "weight"
+    items, chart = items_of(spec, job, chosen.strategy.micro_batch), random_chart(spec)
+    path = "fused" if chosen.strategy.path == "activation" else "weight"
     with Streamed(Store.open(store, spec), slots=max(1, chosen.slots), resident=chosen.resident) as source:
         took = interleave(
-            {"step": lambda: learn(source, items, chart, path=path, logits=chosen.way.logits)}, 1, warm_up=False
+            {"step": lambda: learn(source, items, chart, path=path, logits=chosen.strategy.logits)}, 1, warm_up=False
         )
     return chosen, peak_bytes(), took["step"][0] / 1e3
 

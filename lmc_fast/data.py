@@ -1,4 +1,4 @@
-"""What models are calibrated and measured on: token blocks from text, masked tokens, labelled images."""
+"""What models are calibrated and measured on: sequences of tokens from text, masked tokens, labelled images."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ MASKED_SHARE = 0.15  # of the tokens that a masked language model has to guess
 
 
 def read_data(path: str | Path, model: Model, length: int, at_least: int = 1) -> Data:
-    """What fits the model's task: blocks of `length` tokens, the same with some masked, or labelled images."""
+    """What fits the model's task: sequences of `length` tokens, the same with some masked, or labelled images."""
     if model.spec.image:
         return read_images(path, model, at_least)
     tokens = read_tokens(path, model, length, at_least)
     return mask_tokens(tokens, mask_id(model)) if model.spec.task == "masked" else tokens
 
 
-def block_length(model: Model, wanted: int | None = None) -> int:
-    """Tokens per block: as wanted, else 128, or as many as the model has positions."""
+def sequence_length(model: Model, wanted: int | None = None) -> int:
+    """Tokens per sequence: as wanted, else 128, or as many as the model has positions."""
     return wanted or min(128, model.spec.max_positions)
 
 
@@ -52,7 +52,7 @@ def mask_id(model: Model) -> int:
 
 
 def read_tokens(path: str | Path, model: Model, length: int, at_least: int = 1) -> Tensor:
-    """Token ids cut into contiguous blocks: (n, length) int64. Text is cut by the checkpoint's own tokenizer.
+    """Token ids cut into contiguous sequences: (n, length) int64. Text is cut by the checkpoint's own tokenizer.
 
     Raises LmcError for a missing, unreadable, empty or too short file, or ids outside the vocabulary.
     """
@@ -61,7 +61,7 @@ def read_tokens(path: str | Path, model: Model, length: int, at_least: int = 1) 
         raise LmcError(f"{file} does not exist; give a .txt, .jsonl or .npy file")
     size = require_regular(file, "give a .txt, .jsonl or .npy file")
     if length < 2 or length > model.spec.max_positions:
-        raise LmcError(f"block length {length} is out of range: the model has {model.spec.max_positions} positions")
+        raise LmcError(f"sequence length {length} is out of range: the model has {model.spec.max_positions} positions")
     require_memory(size, file)
     ids = _load_ids(file) if file.suffix == ".npy" else _tokenize(file, model)
     vocab = model.spec.table or model.spec.vocab
@@ -71,14 +71,14 @@ def read_tokens(path: str | Path, model: Model, length: int, at_least: int = 1) 
             raise LmcError(f"{file} holds token id {low if low < 0 else high}, outside the vocabulary of {vocab}")
     count = len(ids) // length
     if count < at_least:
-        raise LmcError(f"{file} has {len(ids)} tokens; at least {at_least * length} are needed (blocks of {length})")
+        raise LmcError(f"{file} has {len(ids)} tokens; at least {at_least * length} are needed (sequences of {length})")
     return torch.from_numpy(ids[: count * length].astype(np.int64)).view(count, length)
 
 
-def split_validation(blocks: Data, share: float = 0.03, least: int = 16) -> tuple[Data, Data | None]:
-    """(calibration, validation): the last `share` of the blocks, at least `least`, unless that is more than a tenth."""
-    held = max(int(len(blocks) * share), least)
-    return (blocks[:-held], blocks[-held:]) if 10 * held <= len(blocks) else (blocks, None)
+def split_validation(data: Data, share: float = 0.03, least: int = 16) -> tuple[Data, Data | None]:
+    """(calibration, validation): the last `share` of the data, at least `least`, unless that is more than a tenth."""
+    held = max(int(len(data) * share), least)
+    return (data[:-held], data[-held:]) if 10 * held <= len(data) else (data, None)
 
 
 def _load_ids(file: Path) -> np.ndarray:

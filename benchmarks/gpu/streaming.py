@@ -106,15 +106,15 @@ def _pieces(a: Weights, b: Weights, layers: int) -> Iterator[Piece]:
 def compare(store: Store, spec: Spec, pair: tuple[Weights, Weights], planned: Plan, as_planned: bool) -> Row:
     """Streamed alone, then streamed and resident in turns."""
     device = torch.device(planned.device.kind)
-    way = planned.way
-    micro = way.micro_batch if as_planned else 1
+    strategy = planned.strategy
+    micro = strategy.micro_batch if as_planned else 1
     job, path = planned.job, path_of(planned, spec, device)
     chart = random_chart(spec, device)
     batch = random_tokens(spec, job.tokens, job.length, device)
     items = [Item(part, POSITION) for part in batch.split(micro)]
 
-    def step(source: Any, offload: bool = way.boundaries_on_host) -> tuple[Tensor, dict[str, Tensor]]:
-        return learn(source, items, chart, path=path, logits=way.logits, offload=offload)
+    def step(source: Any, offload: bool = strategy.boundaries_on_host) -> tuple[Tensor, dict[str, Tensor]]:
+        return learn(source, items, chart, path=path, logits=strategy.logits, offload=offload)
 
     release(device)
     if device.type == "cuda":
@@ -152,7 +152,7 @@ def compare(store: Store, spec: Spec, pair: tuple[Weights, Weights], planned: Pl
         row["loss_difference"] = abs(float(loss - expected))
         row["gradient_difference"] = max(_relative(gradients[name], wanted[name]) for name in wanted)
         calls: dict[str, Callable[[], object]] = {"streamed": lambda: step(ring), "resident": lambda: step(memory)}
-        if way.boundaries_on_host:
+        if strategy.boundaries_on_host:
             calls["plain"] = lambda: step(memory, offload=False)
         times = timed(calls, device, quick=False)
     for name, some in times.items():
@@ -175,8 +175,8 @@ def prediction(planned: Plan, as_planned: bool) -> Row:
     row: Row = {
         "planned_total_bytes": planned.total,
         "planned_resident": len(planned.resident),
-        "boundaries_on_host": planned.way.boundaries_on_host,
-        "logits": planned.way.logits,
+        "boundaries_on_host": planned.strategy.boundaries_on_host,
+        "logits": planned.strategy.logits,
         "profile_flops": profile.flops,
         "profile_bandwidth": profile.bandwidth,
     }

@@ -30,7 +30,7 @@ _REPORTED = (
 )
 
 
-class Way(NamedTuple):
+class Strategy(NamedTuple):
     """How a step computes. Its results' last bits depend on it."""
 
     path: str  # "activation" or "weight"
@@ -48,7 +48,7 @@ class Plan:
     items: tuple[Item, ...]
     device: Device
     job: Job
-    way: Way
+    strategy: Strategy
     slots: int
     resident: tuple[int, ...]  # units
     layers: int
@@ -87,7 +87,7 @@ class Plan:
             "items": [vars(item) for item in self.items],
             "device": vars(self.device) | {"dtype": str(self.device.dtype).removeprefix("torch.")},
             "job": vars(self.job),
-            **self.way._asdict(),
+            **self.strategy._asdict(),
             **{name: getattr(self, name) for name in _REPORTED},
         }
 
@@ -109,7 +109,7 @@ class Plan:
     def summary(self) -> list[str]:
         """What was decided and what is expected, without the items."""
         blocks = sum(unit < self.layers for unit in self.resident)
-        path, micro, _, _ = self.way
+        path, micro, _, _ = self.strategy
         how = "the stream is rotated" if path == ACTIVATION else "weights are transformed one block at a time"
         parts = f"head in {self.head_parts} parts" if self.head_parts > 1 else "head in one part"
         lines = [
@@ -131,20 +131,20 @@ class Plan:
         return lines
 
 
-def plan(spec: Spec, job: Job, device: Device, budget: int, way: Way | None = None) -> Plan:
+def plan(spec: Spec, job: Job, device: Device, budget: int, strategy: Strategy | None = None) -> Plan:
     """The plan with the shortest predicted step within `budget` bytes of memory; of equals the one that needs less.
 
-    way: computes like this and nothing else, as a run that goes on must; it has matched already.
+    strategy: computes like this and nothing else, as a run that goes on must; it has matched already.
 
     Raises TooSmall, which names the smallest budget that works for every stage of a run, not only for learning.
     """
     demand = Demand(spec, job, device.itemsize, device.base)
     fixed, choices = demand.fixed(), list(_residents(demand))
     units, layers = demand.units, spec.layers
-    stages = Stages(spec, job.length, device.base).all(device.kind, matched=way is not None)
+    stages = Stages(spec, job.length, device.base).all(device.kind, matched=strategy is not None)
     best: tuple[tuple[float, ...], Plan] | None = None
     smallest: int | None = None
-    for chosen in [way] if way else _ways(spec, job, device):
+    for chosen in [strategy] if strategy else _strategies(spec, job, device):
         path, micro, chunk, on_host = chosen
         step = demand.step(path, micro, chunk, on_host)
         boundaries = demand.boundary_bytes if on_host else 0
@@ -164,7 +164,7 @@ def plan(spec: Spec, job: Job, device: Device, budget: int, way: Way | None = No
                 items=tuple(items),
                 device=device,
                 job=job,
-                way=chosen,
+                strategy=chosen,
                 slots=SLOTS if len(resident) < len(units) else 0,
                 resident=resident,
                 layers=layers,
@@ -185,14 +185,14 @@ def plan(spec: Spec, job: Job, device: Device, budget: int, way: Way | None = No
     return best[1]
 
 
-def _ways(spec: Spec, job: Job, device: Device) -> Iterator[Way]:
+def _strategies(spec: Spec, job: Job, device: Device) -> Iterator[Strategy]:
     """All that a plan may choose."""
     micros = {min(1 << power, job.sequences) for power in range(job.sequences.bit_length() + 1)}
     for path in (ACTIVATION, WEIGHT) if rotates(spec) else (WEIGHT,):
         for micro in sorted(micros):
             for chunk in _CHUNKS:
                 for on_host in (False, True) if device.kind == "cuda" else (False,):
-                    yield Way(path, micro, chunk, on_host)
+                    yield Strategy(path, micro, chunk, on_host)
 
 
 def _residents(demand: Demand) -> Iterator[tuple[tuple[int, ...], list[Item], float, float]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..data import block_length, read_data
+from ..data import read_data, sequence_length
 from ..learning import parallel
 from ..learning.schedule import Schedule
 from ..pair import open_pair
@@ -43,7 +43,7 @@ def _align(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     schedule = Schedule.of(args.method, None, options)
     require_settings(args.method, args.activations)
     pair = open_pair(args.a, args.b)
-    length = block_length(pair.a, args.block)
+    length = sequence_length(pair.a, args.length)
     tokens = read_data(args.data, pair.a, length)
     validation, test = (None if file is None else read_data(file, pair.a, length) for file in (args.val, args.test))
     steps = schedule.steps if args.method in LEARNING else 0
@@ -96,7 +96,7 @@ def _show(args: argparse.Namespace, console: Console, report: dict[str, Any]) ->
         lowest = f", lowest accuracy {min(curve['accuracies']):.2%}" if curve["accuracies"] else ""
         console.say(f"barrier {curve['name']:>8}: {curve['barrier']:.4f} nats at lambda {curve['at']:.1f}{lowest}")
     if curves:
-        which = args.test or args.val or f"the end of {args.data}, which was not used for learning"
+        which = args.test or args.val or f"the end of {args.data}, held out from learning"
         console.say(f"  ({report['definition']}; on {which})")
     console.say(f"wrote {args.out}/a, {args.out}/b, alignment.safetensors, report.json")
     console.say(f"next: lmc-fast merge {args.out}/a {args.out}/b --weight 0.5 --out {args.out}/merged")

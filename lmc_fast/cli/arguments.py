@@ -16,7 +16,8 @@ from .commands import barrier_command, inspect_command, merge_command, plan_comm
 
 def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(
-        prog="lmc-fast", description="Align two transformers so that their average is good."
+        prog="lmc-fast",
+        description="Change the weights of two transformers, not what they compute, so that their average is good.",
     )
     whole.add_argument("--version", action="version", version=f"lmc-fast {__version__}")
     commands = whole.add_subparsers(metavar="COMMAND", required=True)
@@ -29,15 +30,17 @@ def parser() -> argparse.ArgumentParser:
                 model.strip("?"), nargs="?" if model.endswith("?") else None, metavar=model.strip("?").upper()
             )
         sub.add_argument("--json", action="store_true", help="one JSON document on standard output, nothing else")
-        sub.add_argument("--quiet", action="store_true", help="no progress, only errors")
-        sub.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+        sub.add_argument("--quiet", action="store_true", help="print nothing but errors and warnings")
+        sub.add_argument("--device", default="cpu", help="where to compute: a torch device, e.g. cuda (default: cpu)")
         return sub
 
-    text = "what a checkpoint is, which symmetries are legal and why not, and whether two checkpoints match"
+    text = (
+        "show what a checkpoint is, which of its symmetries can be used and why, and whether B can be aligned with it"
+    )
     command("inspect", inspect_command, text, "a", "b?")
 
     sub = command(
-        "align", align_command, "align two checkpoints and write both, changed but computing the same", "a", "b"
+        "align", align_command, "align two checkpoints; write both with changed weights that compute the same", "a", "b"
     )
     sub.add_argument(
         "--data",
@@ -46,11 +49,13 @@ def parser() -> argparse.ArgumentParser:
         help="calibration text (.txt, .jsonl, .npy token ids) or images (.npz, class folders)",
     )
     sub.add_argument("--val", type=user_path, help="picks the best state of the run (default: the last 3%% of --data)")
-    sub.add_argument("--test", type=user_path, help="text to report barriers on (default: the validation text)")
+    sub.add_argument(
+        "--test", type=user_path, help="text or images to measure the curves on (default: what --val says)"
+    )
     sub.add_argument("--out", required=True, type=user_path, help="directory to create")
-    sub.add_argument("--method", choices=METHODS, default="dual", help="default: dual")
-    sub.add_argument("--steps", type=positive_integer, help=f"learning steps (default: {Schedule.steps})")
-    sub.add_argument("--batch", type=positive_integer, help=f"token blocks per step (default: {Schedule.batch})")
+    sub.add_argument("--method", choices=METHODS, default="dual", help="how to align (default: dual)")
+    sub.add_argument("--steps", type=positive_integer, help=f"steps of learning (default: {Schedule.steps})")
+    sub.add_argument("--batch", type=positive_integer, help=f"sequences per step (default: {Schedule.batch})")
     sub.add_argument("--block", type=positive_integer, help="tokens per block (default: 128)")
     sub.add_argument(
         "--range",
@@ -59,38 +64,61 @@ def parser() -> argparse.ArgumentParser:
         metavar=("LOW", "HIGH"),
         help=f"where lambda is drawn while learning (default: {Schedule.low} {Schedule.high})",
     )
-    text = "what to approach along the line: the endpoints' own predictions, or the text (default: endpoints)"
+    text = "what to predict along the line: what the endpoints predict, or the text (default: endpoints)"
     sub.add_argument("--objective", choices=OBJECTIVES, help=text)
-    sub.add_argument("--matrix-lr", type=float, help=f"of rotations and head maps (default: {Schedule.matrix_lr})")
-    sub.add_argument("--scale-lr", type=float, help=f"of scales and RoPE angles (default: {Schedule.scale_lr})")
-    sub.add_argument("--activations", type=float, default=0.3, help="weight of activation evidence in matching (0.3)")
-    sub.add_argument("--seed", type=int, help="default: 0")
-    sub.add_argument("--dtype", choices=DTYPES, help="of the written weights (default: as in the input)")
-    limit = "hold no more than this, e.g. 8GiB (on a GPU: of its memory); weights stream from disk (default: no limit)"
+    sub.add_argument(
+        "--matrix-lr",
+        type=float,
+        help=f"learning rate of rotations and of maps in heads (default: {Schedule.matrix_lr})",
+    )
+    sub.add_argument(
+        "--scale-lr", type=float, help=f"learning rate of scales and RoPE angles (default: {Schedule.scale_lr})"
+    )
+    sub.add_argument(
+        "--activations",
+        type=float,
+        default=0.3,
+        help="how much activations count beside weights in matching (default: 0.3)",
+    )
+    sub.add_argument("--seed", type=int, help="seed of the order in which data is read (default: 0)")
+    sub.add_argument("--dtype", choices=DTYPES, help="dtype of the written weights (default: each checkpoint's own)")
+    limit = "use at most this much memory, e.g. 8GiB (on a GPU: of its own), and read weights from disk when needed"
     sub.add_argument("--memory", help=limit)
-    sub.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    sub.add_argument("--resume", action="store_true", help="continue an interrupted run")
 
-    sub = command("plan", plan_command, "memory and time within a budget; only headers are read", "a", "b")
+    sub = command(
+        "plan",
+        plan_command,
+        "show how a pair would be learned within a memory budget and how long a step takes; no weights are read",
+        "a",
+        "b",
+    )
     sub.add_argument("--memory", required=True, help="the budget: 8GiB, 3GB, 512MiB or a number of bytes")
     names = ", ".join(PROFILES)
-    sub.add_argument("--device-profile", default="here", help=f"here (default: what --device says), {names}")
-    sub.add_argument("--tokens", type=positive_integer, help=f"tokens per step (default: {Schedule.batch} blocks)")
+    sub.add_argument(
+        "--device-profile",
+        default="here",
+        help=f"device to plan for: here (default: the one that --device names), {names}",
+    )
+    sub.add_argument("--tokens", type=positive_integer, help=f"tokens per step (default: {Schedule.batch} sequences)")
     sub.add_argument("--block", type=positive_integer, help="tokens per block (default: 128)")
 
     sub = command("merge", merge_command, "write the weighted average of two checkpoints", "a", "b")
     sub.add_argument("--weight", type=float, default=0.5, help="share of B (default: 0.5)")
     sub.add_argument("--out", required=True, type=user_path, help="directory to create")
 
-    sub = command("barrier", barrier_command, "loss along the straight line between two checkpoints", "a", "b")
+    sub = command(
+        "barrier", barrier_command, "measure the loss along the straight line between two checkpoints", "a", "b"
+    )
     sub.add_argument("--data", required=True, type=user_path, help="held-out text or images, as for align")
-    sub.add_argument("--alignment", type=user_path, help="an alignment.safetensors to apply first")
-    sub.add_argument("--points", type=positive_integer, default=11, help="default: 11")
+    sub.add_argument("--alignment", type=user_path, help="alignment.safetensors of the pair, to be applied first")
+    sub.add_argument("--points", type=positive_integer, default=11, help="points on the line (default: 11)")
     sub.add_argument("--memory", help=limit)
     sub.add_argument("--block", type=positive_integer, help="tokens per block (default: 128)")
     sub.add_argument("--out", type=user_path, nargs="+", help="files to write: curve.json, curve.png")
 
-    sub = command("verify", verify_command, "do two checkpoints compute the same function?", "a", "b")
-    sub.add_argument("--data", type=user_path, help="text to compare on (default: random tokens)")
+    sub = command("verify", verify_command, "check whether two checkpoints compute the same function", "a", "b")
+    sub.add_argument("--data", type=user_path, help="text or images to compare on (default: random tokens or images)")
     sub.add_argument("--memory", help=limit)
     return whole
 

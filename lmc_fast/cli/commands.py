@@ -13,7 +13,7 @@ from ..budget.devices import profile
 from ..budget.meter import budget_warning
 from ..budget.planner import plan
 from ..checkpoints import Model, notes_on
-from ..data import block_length, read_data
+from ..data import read_data, sequence_length
 from ..errors import LmcError
 from ..evaluation.curve import DEFINITION, is_own
 from ..learning.schedule import Schedule
@@ -85,7 +85,7 @@ def barrier_command(args: argparse.Namespace, console: Console) -> int:
     places = (place for file in outputs for place in (file, partial_of(file)))
     require_apart(places, (args.a, args.b, args.data, args.alignment))
     pair = open_pair(args.a, args.b)
-    tokens = read_data(args.data, pair.a, block_length(pair.a, args.block))
+    tokens = read_data(args.data, pair.a, sequence_length(pair.a, args.length))
     alignment = None if args.alignment is None else Alignment.load(args.alignment, pair.spec)
     with console.bar(args.points, "measuring", "point") as bar:
         how = {"device": args.device, "memory": memory}
@@ -107,7 +107,7 @@ def plan_command(args: argparse.Namespace, console: Console) -> int:
     pair = open_pair(args.a, args.b)
     device = profile(args.device_profile, args.device)
     schedule = Schedule()
-    length = pair.spec.position_rows if pair.spec.image else block_length(pair.a, args.block)
+    length = pair.spec.position_rows if pair.spec.image else sequence_length(pair.a, args.length)
     found = plan(pair.spec, Job(args.tokens or schedule.batch * length, length, schedule.moving), device, budget)
     warning = budget_warning(budget, args.device) if args.device_profile == "here" else None
     if budget > device.memory and not warning:
@@ -124,7 +124,7 @@ def verify_command(args: argparse.Namespace, console: Console) -> int:
     tokens = None
     if args.data is not None:
         model = Model(args.a)
-        tokens = read_data(args.data, model, block_length(model))[:64]
+        tokens = read_data(args.data, model, sequence_length(model))[:64]
     memory = None if args.memory is None else parse_bytes(args.memory)
     found, same = verify(args.a, args.b, tokens, args.device, memory=memory)
     console.say(f"KL {found.kl:.2e} nats per token, max |log-probability difference| {found.max_log_probability:.2e}")

@@ -14,7 +14,7 @@ from ..examples import Data
 from ..symmetry.charts import Chart
 from .block import block
 from .head import CHUNK_ELEMENTS, HeadLoss
-from .model import answers, asked, embed, read_out, read_part
+from .model import embed, head_input, labels, model_inputs, target_rows
 from .passes import Item, Pass, visit_order
 from .source import Source
 
@@ -46,17 +46,17 @@ class _Evaluation(Pass):
         losses = []
         for m, item in enumerate(self.items):
             line = self.line(*source.ends, item.position, None)
-            rows = asked(read_out(spec, line, streams[m], read_part(item.data)), item.data)
+            rows = target_rows(head_input(spec, line, streams[m], model_inputs(item.data)), item.data)
             streams[m] = rows
-            reading = self.reading(rows, item.position)
-            losses.append(HeadLoss(reading, answers(item.data), softcap=spec.head_softcap, chunk=self.logits))
+            student = self.head_inputs(rows, item.position)
+            losses.append(HeadLoss(student, labels(item.data), softcap=spec.head_softcap, elements=self.logits))
         start = 0
         for k in range(source.head_parts):
             with source.visit(spec.layers + k) as (a, b):
                 for position, group in self.groups():
-                    with self.head_part(a, b, position, start) as part:
+                    with self.head_chunk(a, b, position, start) as chunk:
                         for m in group:
-                            losses[m].scan(part, [])
+                            losses[m].scan(chunk, [])
                 start += len(a["head"])
         counts = [item.count for item in self.items]
         return [Score(h.loss.item() / n, h.right / n, n) for h, n in zip(losses, counts, strict=True)]
@@ -64,7 +64,7 @@ class _Evaluation(Pass):
     def _embedded(self, item: Item) -> Tensor:
         """An item's stream in front of the first block; its rows of the embedding are dropped."""
         line, _, _, rows = self.ends(item)
-        return embed(self.spec, line, read_part(item.data), rows)
+        return embed(self.spec, line, model_inputs(item.data), rows)
 
 
 def evaluate(
@@ -96,11 +96,11 @@ def line_scores(
     All places share a pass over the units, on `rows` rows of data; by default as many as make STREAM_ELEMENTS.
     """
     spec = source.spec
-    length = spec.length(read_part(data).shape)
+    length = spec.length(model_inputs(data).shape)
     rows = max(batch, rows or STREAM_ELEMENTS // (len(points) * length * spec.width))
     seen: list[list[Score]] = [[] for _ in points]
     for some in data.split(rows):
-        parts = [part for part in some.split(batch) if len(answers(part))]
+        parts = [part for part in some.split(batch) if len(labels(part))]
         scores = evaluate(source, [Item(part, t) for t in sorted(points) for part in parts], chart, logits=logits)
         for k in range(len(points)):
             seen[k] += scores[k * len(parts) : (k + 1) * len(parts)]

@@ -1,9 +1,9 @@
-"""The loss behind an interpolated head, in chunks of tokens and runs of vocabulary, so that full logits never exist.
+"""The loss behind an interpolated head, by chunks of the vocabulary and of tokens, so that full logits never exist.
 
-One run of vocabulary needs one pass (`whole`). Several need two: `scan` each for the normalisers (which is all that a
+One chunk needs one pass (`whole`). Several need two: `scan` each for the normalisers (which is all that a
 cross-entropy without gradients needs), then `add` each for the divergence and the gradients.
 
-Where kernels.enabled has "softmax_loss" on, a chunk's logits stay in the models' dtype, and one launch puts the slope
+Where kernels.enabled has "softmax_loss" on, logits stay in the models' dtype, and one launch puts the slope
 in their place.
 """
 
@@ -25,7 +25,7 @@ def capped(logits: Tensor, softcap: float) -> Tensor:
 
 
 @dataclass
-class Reading:
+class HeadInputs:
     """Logits Σ share · x Wᵀ + bias; x (n, d) each. A model has one term, the line two: x, and x R for B's head."""
 
     inputs: list[Tensor]
@@ -53,7 +53,7 @@ class Reading:
         return capped(self.products(weights, bias, rows).to(self.normaliser.dtype), softcap)
 
     def see(self, log_sums: Tensor, rows: slice) -> None:
-        """Takes a run's log Σ exp into the normaliser."""
+        """Takes a chunk's log Σ exp into the normaliser."""
         self.normaliser[rows] = torch.logaddexp(self.normaliser[rows], log_sums)
 
 
@@ -72,8 +72,8 @@ def accurate(dtype: torch.dtype) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A run of the vocabulary: rows of the heads that one reading multiplies with, and its place."""
+class VocabChunk:
+    """A run of the vocabulary: the rows of the heads, one weight for each term of HeadInputs, and its place."""
 
     weights: list[Tensor]
     bias: Tensor | None
@@ -82,73 +82,73 @@ class Part:
 
 
 class HeadLoss:
-    """Sum over rows of a loss, and its gradients with respect to the reading's inputs.
+    """Sum over rows of a loss, and its gradients with respect to the student's inputs.
 
-    target (n,) int64: cross-entropy with it. teachers: divergence KL(Σ share · softmax(teacher) ‖ softmax(reading)).
-    Exactly one of both. gradients: one tensor like each of the reading's inputs, if `learn`.
+    target (n,) int64: cross-entropy with it. teachers: divergence KL(Σ share · softmax(teacher) ‖ softmax(student)).
+    Exactly one of both. gradients: one tensor like each of the student's inputs, if `learn`.
     """
 
     def __init__(
         self,
-        reading: Reading,
+        student: HeadInputs,
         target: Tensor | None = None,
-        teachers: list[tuple[float, Reading]] | None = None,
+        teachers: list[tuple[float, HeadInputs]] | None = None,
         *,
         softcap: float = 0.0,
         learn: bool = False,
-        chunk: int = CHUNK_ELEMENTS,
+        elements: int = CHUNK_ELEMENTS,
     ):
-        self.reading, self.target, self.teachers = reading, target, teachers or []
-        self.softcap, self.chunk = softcap, chunk
-        like = reading.normaliser
+        self.student, self.target, self.teachers = student, target, teachers or []
+        self.softcap, self.elements = softcap, elements
+        like = student.normaliser
         self._loss = like.new_zeros((), dtype=torch.float64)
         self._apart = target is not None  # the normaliser is not in _loss
-        self.gradients = [torch.zeros_like(x) for x in reading.inputs] if learn else []
+        self.gradients = [torch.zeros_like(x) for x in student.inputs] if learn else []
         self.best = like.new_full(like.shape, -torch.inf)  # the largest logit so far, and where
         self.guess = torch.zeros(len(like), dtype=torch.int64, device=like.device)
 
-    def _chunks(self, part: Part) -> list[slice]:
-        n, step = len(self.reading.inputs[0]), max(1, self.chunk // len(part.weights[0]))
+    def _row_slices(self, chunk: VocabChunk) -> list[slice]:
+        n, step = len(self.student.inputs[0]), max(1, self.elements // len(chunk.weights[0]))
         return [slice(i, min(n, i + step)) for i in range(0, n, step)]
 
-    def whole(self, part: Part, teachers: list[Part]) -> None:
-        """The only run of vocabulary."""
-        fused = self._fused(part)
+    def whole(self, chunk: VocabChunk, teachers: list[VocabChunk]) -> None:
+        """The only chunk."""
+        fused = self._fused(chunk)
         if self.target is not None and not self.gradients:
-            return self.scan(part, teachers)
+            return self.scan(chunk, teachers)
         self._apart &= not fused
         add = self._add_by_kernel if fused else self._add
-        for rows in self._chunks(part):
-            add(part, teachers, rows, None)
+        for rows in self._row_slices(chunk):
+            add(chunk, teachers, rows, None)
         return None
 
-    def scan(self, part: Part, teachers: list[Part]) -> None:
-        """First of two passes over a run."""
-        scan = self._scan_by_kernel if self._fused(part) else self._scan
-        for rows in self._chunks(part):
-            scan(part, teachers, rows)
+    def scan(self, chunk: VocabChunk, teachers: list[VocabChunk]) -> None:
+        """First of two passes over a chunk."""
+        scan = self._scan_by_kernel if self._fused(chunk) else self._scan
+        for rows in self._row_slices(chunk):
+            scan(chunk, teachers, rows)
 
-    def add(self, part: Part, teachers: list[Part]) -> None:
-        """Second of two passes over a run."""
+    def add(self, chunk: VocabChunk, teachers: list[VocabChunk]) -> None:
+        """Second of two passes over a chunk."""
         if self.target is not None and not self.gradients:
             return
-        add = self._add_by_kernel if self._fused(part) else self._add
-        seen = torch.stack([r.normaliser for r in (self.reading, *(t for _, t in self.teachers))])
-        for rows in self._chunks(part):
-            add(part, teachers, rows, seen[:, rows])
+        add = self._add_by_kernel if self._fused(chunk) else self._add
+        seen = torch.stack([r.normaliser for r in (self.student, *(t for _, t in self.teachers))])
+        for rows in self._row_slices(chunk):
+            add(chunk, teachers, rows, seen[:, rows])
 
-    def _fused(self, part: Part) -> bool:
-        """Whether the operations of kernels.softmax_loss take this run."""
-        return len(self.teachers) <= 2 and engaged("softmax_loss", self.reading.inputs[0], part.weights[0])
+    def _fused(self, chunk: VocabChunk) -> bool:
+        """Whether the operations of kernels.softmax_loss take this chunk."""
+        return len(self.teachers) <= 2 and engaged("softmax_loss", self.student.inputs[0], chunk.weights[0])
 
-    def _add_by_kernel(self, part: Part, teachers: list[Part], rows: slice, seen: Tensor | None) -> None:
-        """Loss and gradients of some rows. seen: the normalisers of the reading and its teachers, where runs add up."""
+    def _add_by_kernel(self, chunk: VocabChunk, teachers: list[VocabChunk], rows: slice, seen: Tensor | None) -> None:
+        """Loss and gradients of some rows. seen: the normalisers of student and teachers, where chunks add up."""
         from ..kernels.softmax_loss import cross_entropy_, divergence_
 
-        logits = self.reading.products(part.weights, part.bias, rows)
+        logits = self.student.products(chunk.weights, chunk.bias, rows)
         if self.target is not None:
             known = None if seen is None else seen[0]
-            loss = cross_entropy_(logits, self.target[rows], 1.0, part.start, known, self.softcap)
+            loss = cross_entropy_(logits, self.target[rows], 1.0, chunk.start, known, self.softcap)
         else:
             taught = [
                 (t.products(p.weights, p.bias, rows), share)
@@ -156,72 +156,72 @@ class HeadLoss:
             ]
             loss = divergence_(logits, taught, 1.0, seen, self.softcap)
         self._loss += loss.sum(dtype=torch.float64)
-        self._pull(part, rows, logits)
+        self._pull(chunk, rows, logits)
 
-    def _scan_by_kernel(self, part: Part, teachers: list[Part], rows: slice) -> None:
+    def _scan_by_kernel(self, chunk: VocabChunk, teachers: list[VocabChunk], rows: slice) -> None:
         from ..kernels.softmax_loss import row_statistics
 
-        logits = self.reading.products(part.weights, part.bias, rows)
+        logits = self.student.products(chunk.weights, chunk.bias, rows)
         target = None if self.target is None else self.target[rows]
-        log_sums, picked = row_statistics(logits, target, part.start, self.softcap)
-        self.reading.see(log_sums, rows)
+        log_sums, picked = row_statistics(logits, target, chunk.start, self.softcap)
+        self.student.see(log_sums, rows)
         if target is not None:
             self._loss -= picked.sum(dtype=torch.float64)
         if target is not None and not self.gradients:
-            self._guess(logits, part, rows)  # a cap keeps the order
+            self._guess(logits, chunk, rows)  # a cap keeps the order
         for (_, teacher), p in zip(self.teachers, teachers, strict=True):
             taught = teacher.products(p.weights, p.bias, rows)
             teacher.see(row_statistics(taught, softcap=self.softcap)[0], rows)
 
-    def _scan(self, part: Part, teachers: list[Part], rows: slice) -> None:
-        logits = self.reading.logits(part.weights, part.bias, rows, self.softcap)
+    def _scan(self, chunk: VocabChunk, teachers: list[VocabChunk], rows: slice) -> None:
+        logits = self.student.logits(chunk.weights, chunk.bias, rows, self.softcap)
         if self.target is not None:
-            self._pick(logits, part, rows)
+            self._pick(logits, chunk, rows)
             if not self.gradients:
-                self._guess(logits, part, rows)
-        self.reading.see(softmax_(logits, scaled=False), rows)
+                self._guess(logits, chunk, rows)
+        self.student.see(softmax_(logits, scaled=False), rows)
         for (_, teacher), p in zip(self.teachers, teachers, strict=True):
             taught = teacher.logits(p.weights, p.bias, rows, self.softcap)
             teacher.see(softmax_(taught, scaled=False), rows)
 
-    def _pick(self, logits: Tensor, part: Part, rows: slice) -> None:
+    def _pick(self, logits: Tensor, chunk: VocabChunk, rows: slice) -> None:
         """Takes the targets' logits off the loss."""
         assert self.target is not None
-        index, here = self._targets(self.target[rows], part)
+        index, here = self._targets(self.target[rows], chunk)
         self._loss -= (logits.gather(1, index) * here).sum()
 
-    def _guess(self, logits: Tensor, part: Part, rows: slice) -> None:
+    def _guess(self, logits: Tensor, chunk: VocabChunk, rows: slice) -> None:
         value, place = logits.max(1)
         better = value > self.best[rows]
         self.best[rows] = torch.where(better, value, self.best[rows])
-        self.guess[rows] = torch.where(better, place + part.start, self.guess[rows])
+        self.guess[rows] = torch.where(better, place + chunk.start, self.guess[rows])
 
     @staticmethod
-    def _targets(target: Tensor, part: Part) -> tuple[Tensor, Tensor]:
-        """(places within a run, whether they lie in it), each (rows, 1)."""
-        place, size = (target - part.start)[:, None], len(part.weights[0])
+    def _targets(target: Tensor, chunk: VocabChunk) -> tuple[Tensor, Tensor]:
+        """(places within a chunk, whether they lie in it), each (rows, 1)."""
+        place, size = (target - chunk.start)[:, None], len(chunk.weights[0])
         return place.clamp(0, size - 1), (place >= 0) & (place < size)
 
-    def _add(self, part: Part, teachers: list[Part], rows: slice, seen: Tensor | None) -> None:
-        """As `_add_by_kernel`, but with a normaliser that is apart; every tensor of a chunk's size is used again."""
-        logits = self.reading.logits(part.weights, part.bias, rows, self.softcap)
+    def _add(self, chunk: VocabChunk, teachers: list[VocabChunk], rows: slice, seen: Tensor | None) -> None:
+        """As `_add_by_kernel`, but with a normaliser that is apart; every tensor of the logits' size is used again."""
+        logits = self.student.logits(chunk.weights, chunk.bias, rows, self.softcap)
         bent = 1 - (logits / self.softcap).square() if self.softcap else None
         if self.target is not None:
-            index, here = self._targets(self.target[rows], part)
+            index, here = self._targets(self.target[rows], chunk)
             if seen is None:
-                self._pick(logits, part, rows)
-                self.reading.see(softmax_(logits), rows)
+                self._pick(logits, chunk, rows)
+                self.student.see(softmax_(logits), rows)
             else:
                 logits.sub_(seen[0, :, None]).exp_()
             slope = logits.scatter_add_(1, index, -here.to(logits.dtype))
         else:
             slope = self._towards(self._aim(teachers, rows, seen), logits, None if seen is None else seen[0, :, None])
-        self._pull(part, rows, (slope if bent is None else slope.mul_(bent)).to(part.weights[0].dtype))
+        self._pull(chunk, rows, (slope if bent is None else slope.mul_(bent)).to(chunk.weights[0].dtype))
 
-    def _aim(self, parts: list[Part], rows: slice, seen: Tensor | None) -> Tensor:
+    def _aim(self, chunks: list[VocabChunk], rows: slice, seen: Tensor | None) -> Tensor:
         """Σ share · softmax(teacher) of some rows."""
         aim = None
-        for i, ((share, teacher), p) in enumerate(zip(self.teachers, parts, strict=True)):
+        for i, ((share, teacher), p) in enumerate(zip(self.teachers, chunks, strict=True)):
             taught = teacher.logits(p.weights, p.bias, rows, self.softcap)
             if seen is None:
                 softmax_(taught)
@@ -242,17 +242,17 @@ class HeadLoss:
         self._loss += gaps.sum(1).sum(dtype=torch.float64)
         return log_p.exp_().sub_(aim)
 
-    def _pull(self, part: Part, rows: slice, slope: Tensor) -> None:
+    def _pull(self, chunk: VocabChunk, rows: slice, slope: Tensor) -> None:
         """Adds what the slope of some rows' logits means for the inputs, and for the weight where that is wanted."""
-        if part.gradient is not None:
-            part.gradient.addmm_(slope.mT, self.reading.inputs[0][rows])
-        for gradient, share, w in zip(self.gradients, self.reading.shares, part.weights, strict=True):
+        if chunk.gradient is not None:
+            chunk.gradient.addmm_(slope.mT, self.student.inputs[0][rows])
+        for gradient, share, w in zip(self.gradients, self.student.shares, chunk.weights, strict=True):
             gradient[rows].addmm_(slope, w, alpha=share)
 
     @property
     def loss(self) -> Tensor:
-        """The sum over rows, float64; complete once every run was scanned (and, with teachers, added)."""
-        return self._loss + self.reading.normaliser.double().sum() if self._apart else self._loss
+        """The sum over rows, float64; complete once every chunk was scanned (and, with teachers, added)."""
+        return self._loss + self.student.normaliser.double().sum() if self._apart else self._loss
 
     @property
     def right(self) -> int:

@@ -12,7 +12,7 @@ from ..checkpoints.weights import Weights
 from ..examples import Data, inputs_of
 from .attention import Observer, Positions, ignore
 from .block import block
-from .model import asked, embed, read_out, read_part
+from .model import embed, head_input, model_inputs, target_rows
 
 
 class Walk:
@@ -55,9 +55,9 @@ def head_inputs(weights: Weights, data: Data, batch: int) -> Tensor:
     """
     spec, parts = weights.spec, data.split(batch)
     whole = spec.task == "features"
-    inputs = [inputs_of(part) if whole else read_part(part) for part in parts]
+    inputs = [inputs_of(part) if whole else model_inputs(part) for part in parts]
     walk = Walk(weights, inputs)
     for index in range(spec.layers):
         walk.advance_all(index)
-    read = [read_out(spec, weights.ends, x, y) for x, y in zip(walk.streams, inputs, strict=True)]
-    return torch.cat([x if whole else asked(x, part) for x, part in zip(read, parts, strict=True)])
+    read = [head_input(spec, weights.ends, x, y) for x, y in zip(walk.streams, inputs, strict=True)]
+    return torch.cat([x if whole else target_rows(x, part) for x, part in zip(read, parts, strict=True)])

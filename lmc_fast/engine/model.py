@@ -60,7 +60,7 @@ def final_stream(weights: Weights, inputs: Tensor) -> Tensor:
     return x
 
 
-def read_out(spec: Spec, w: Slots, x: Tensor, inputs: Tensor) -> Tensor:
+def head_input(spec: Spec, w: Slots, x: Tensor, inputs: Tensor) -> Tensor:
     """Stream behind the last block -> what the head reads: (batch, T, d), or (batch, d or 2d) one vector for all."""
     x = x if spec.norms.placement == "post" else norm(spec, w, "final_norm", x)
     if spec.head_transform:
@@ -76,14 +76,14 @@ def read_out(spec: Spec, w: Slots, x: Tensor, inputs: Tensor) -> Tensor:
     return x
 
 
-def head_input(weights: Weights, inputs: Tensor) -> Tensor:
-    """Inputs as in `embed` -> what the head reads, as in `read_out`."""
-    return read_out(weights.spec, weights.ends, final_stream(weights, inputs), inputs)
+def last_hidden(weights: Weights, inputs: Tensor) -> Tensor:
+    """Inputs as in `embed` -> what the head reads: `head_input` of the stream behind the last block."""
+    return head_input(weights.spec, weights.ends, final_stream(weights, inputs), inputs)
 
 
 def logits(weights: Weights, inputs: Tensor) -> Tensor:
     """Inputs as in `embed` -> (batch, T, V), or (batch, V) where one vector stands for the input."""
-    out = F.linear(head_input(weights, inputs), weights.ends["head"], weights.ends.get("head_bias"))
+    out = F.linear(last_hidden(weights, inputs), weights.ends["head"], weights.ends.get("head_bias"))
     return capped(out, weights.spec.head_softcap)
 
 
@@ -93,7 +93,7 @@ def prediction_rows(weights: Weights, data: Data) -> Tensor:
     Next tokens for tokens (batch, T); else where the examples have a target.
     """
     require_task(weights.spec)
-    return asked(head_input(weights, read_part(data)), data)
+    return target_rows(last_hidden(weights, model_inputs(data)), data)
 
 
 def require_task(spec: Spec) -> None:
@@ -105,19 +105,19 @@ def require_task(spec: Spec) -> None:
         )
 
 
-def read_part(data: Data) -> Tensor:
+def model_inputs(data: Data) -> Tensor:
     """The inputs of a batch that predictions need: all but the last token of a text."""
     return data.inputs if isinstance(data, Examples) else data[:, :-1]
 
 
-def asked(x: Tensor, data: Data) -> Tensor:
-    """What the head reads (from `read_out`) wherever a batch asks for a prediction: (n, d)."""
+def target_rows(x: Tensor, data: Data) -> Tensor:
+    """What the head reads (from `head_input`) wherever a batch asks for a prediction: (n, d)."""
     if isinstance(data, Examples):
         return x[data.targets >= 0] if x.dim() == 3 else x
     return x.flatten(0, 1)
 
 
-def answers(data: Data) -> Tensor:
+def labels(data: Data) -> Tensor:
     """The right answers (n,) int64 to what `prediction_rows` predicts."""
     if isinstance(data, Examples):
         return data.targets[data.targets >= 0]

@@ -18,8 +18,8 @@ from ..kernels.dispatch import Choice, choose
 from ..symmetry.charts import Chart
 from ..symmetry.transform import BlockTransform, turn_rows
 from .attention import Positions
-from .head import Part, Reading
-from .model import answers, read_part, require_task
+from .head import HeadInputs, VocabChunk
+from .model import labels, model_inputs, require_task
 from .slots import LineSlots, Slots
 from .source import Source
 
@@ -36,13 +36,13 @@ class Item:
     @property
     def count(self) -> int:
         """How many predictions it asks for."""
-        return len(answers(self.data))
+        return len(labels(self.data))
 
 
 def choose_path(source: Source, items: Sequence[Item], keep: bool) -> Choice:
     """How a step on these items interpolates linear layers, and why."""
     spec, sample = source.spec, source.sample
-    rows = (read_part(item.data) for item in items)
+    rows = (model_inputs(item.data) for item in items)
     counts = [len(x) * spec.length(x.shape) for x in rows]
     # a graph that is kept leads to one item's weights; a visit that recomputes makes W once for each lambda
     shared = len(items) if keep else len({item.position for item in items})
@@ -112,7 +112,7 @@ class Pass:
 
         And which of these rows each token takes.
         """
-        inputs = read_part(item.data)
+        inputs = model_inputs(item.data)
         a, b = (dict(slots) for slots in self.source.ends)
         rows = None
         if not self.spec.image:
@@ -134,24 +134,24 @@ class Pass:
         tokens = sum(item.count for item in self.items if item.position == position)
         return self.path == "weight" and tokens > WHOLE_HEAD[self.learns] * self.spec.width
 
-    def reading(self, rows: Tensor, position: float) -> Reading:
-        """The interpolated head's, of what it reads (n, d); its weights are in `head_part`."""
+    def head_inputs(self, rows: Tensor, position: float) -> HeadInputs:
+        """The interpolated head's, of what it reads (n, d); its weights are in `head_chunk`."""
         if self.whole_head(position):
-            return Reading([rows], [1.0])
+            return HeadInputs([rows], [1.0])
         assert self.rotation is not None
-        return Reading([rows, turn_rows(rows, self.rotation.mT)], [1 - position, position])
+        return HeadInputs([rows, turn_rows(rows, self.rotation.mT)], [1 - position, position])
 
     @contextmanager
-    def head_part(self, a: Slots, b: Slots, position: float, start: int, pull: float = 0) -> Iterator[Part]:
+    def head_chunk(self, a: Slots, b: Slots, position: float, start: int, pull: float = 0) -> Iterator[VocabChunk]:
         """A run of the head's rows for the items at one place of the line. pull: what gradients are multiplied with."""
         bias = torch.lerp(a["head_bias"], b["head_bias"], position) if "head_bias" in a else None
         if not self.whole_head(position):
-            yield Part([a["head"], b["head"]], bias, start)
+            yield VocabChunk([a["head"], b["head"]], bias, start)
             return
         line = self.line(a, b, position, None, learn=bool(pull))
         weight = line["head"].detach()
         gradient = torch.zeros_like(weight) if line.leaves else None
-        yield Part([weight], bias, start, gradient)
+        yield VocabChunk([weight], bias, start, gradient)
         if gradient is not None:
             line.collect([gradient.mul_(pull)])
             self.add_turn(line.contract(self.turns))

@@ -15,7 +15,7 @@ from ..checkpoints import Weights
 from ..checkpoints.lazy import CHUNK_ELEMENTS
 from ..engine.head import capped
 from ..engine.layerwise import head_inputs
-from ..engine.model import answers
+from ..engine.model import labels
 from ..errors import LmcError
 from ..examples import Data
 
@@ -64,7 +64,7 @@ def difference(
     found = []
     for part in some:
         x, y = (head_inputs(w, part, batch) for w in (a, b))
-        right = torch.cat([answers(inputs) for inputs in part.split(batch)])
+        right = torch.cat([labels(inputs) for inputs in part.split(batch)])
         for p, q, answer in zip(*(t.split(ROWS) for t in (x, y, right)), strict=True):
             found.append(compared(_runs(a, b, p, q, logits), answer))
     worst, *sums = (torch.cat(parts) for parts in zip(*found, strict=True))

@@ -70,10 +70,10 @@ VALIDATION_POINTS = (0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
-class Effort:
+class Chunking:
     """How much of a step is held at a time: what a memory budget decides."""
 
-    micro_batch: int  # of a step's token blocks, through a block of the models
+    micro_batch: int  # of a step's sequences, through a block of the models
     keep: bool = True  # every block's graph until backward, instead of computing it again
     logits: int = CHUNK_ELEMENTS
     offload: bool = False  # boundary activations to main memory
@@ -83,19 +83,24 @@ class Effort:
 class Learner:
     """Descends in the chart's coordinates; one call of `step` is one λ, one batch, one update.
 
-    source: canonical endpoints, b already matched; frozen. tokens (n, T) int64, or examples. effort: how much is held
+    source: canonical endpoints, b already matched; frozen. tokens (n, T) int64, or examples. chunking: how much is held
     at a time. path: see engine.step.learn; chosen once, so that a resumed run computes the same bits. Under torchrun
     every process takes its share of each batch, and gradients are averaged over all predictions. Everything random
     follows from schedule.seed and the step's number, so that a restored learner goes on as if it had never stopped.
     """
 
     def __init__(
-        self, source: Source, tokens: Data, schedule: Schedule, effort: Effort | None = None, path: str | None = None
+        self,
+        source: Source,
+        tokens: Data,
+        schedule: Schedule,
+        chunking: Chunking | None = None,
+        path: str | None = None,
     ):
         self.source, self.tokens, self.schedule = source, tokens, schedule
-        self.effort = effort or Effort(schedule.batch)
+        self.chunking = chunking or Chunking(schedule.batch)
         if path is None:
-            choice = choose_path(source, self._items(0), self.effort.keep)
+            choice = choose_path(source, self._items(0), self.chunking.keep)
             path = choice.path
             _log.info("interpolated layers by path %s: %s", *choice)
         self.path = path
@@ -144,16 +149,16 @@ class Learner:
         """Loss of the coming step, and its gradients by the chart's tensors."""
         divergence = self.schedule.objective == "endpoints"
         items = self._items(self.done)
-        effort = self.effort
+        chunking = self.chunking
         loss, found = learn(
             self.source,
             items,
             self.chart,
             divergence=divergence,
-            keep=effort.keep,
+            keep=chunking.keep,
             path=self.path,
-            logits=effort.logits,
-            offload=effort.offload,
+            logits=chunking.logits,
+            offload=chunking.offload,
         )
         count = sum(item.count for item in items)
         return parallel.mean(loss, found, count)
@@ -162,7 +167,7 @@ class Learner:
         """This process's share of a step, in micro-batches."""
         rows = parallel.share(self.schedule.rows(step, len(self.tokens)))
         batch = self.tokens[rows.to(self.tokens.device)]
-        return [Item(part, self.schedule.position(step)) for part in batch.split(self.effort.micro_batch)]
+        return [Item(part, self.schedule.position(step)) for part in batch.split(self.chunking.micro_batch)]
 
     def _update(self, gradients: dict[str, Tensor], rate: float) -> None:
         for name, momentum in self._momentum.items():
@@ -179,7 +184,7 @@ class Learner:
 
     def losses(self, tokens: Data, points: Sequence[float], chart: Chart | None = None) -> list[float]:
         """At ascending places of the line, on other tokens."""
-        batch, rows, logits = self.effort.micro_batch, self.effort.rows, self.effort.logits
+        batch, rows, logits = self.chunking.micro_batch, self.chunking.rows, self.chunking.logits
         scores = line_scores(self.source, tokens, points, chart, batch, rows=rows, logits=logits)
         return [score.loss for score in scores]
 

@@ -49,7 +49,7 @@ def share(rows: Tensor) -> Tensor:
     """This process's rows. Raises LmcError where some process would have none."""
     rank, world = place()
     if world > len(rows):
-        raise LmcError(f"a batch of {len(rows)} blocks is too small for {world} processes; raise --batch")
+        raise LmcError(f"a batch of {len(rows)} sequences is too small for {world} processes; raise --batch")
     return rows[rank::world]
 
 

@@ -29,7 +29,7 @@ class Schedule:
     """
 
     steps: int = 1200
-    batch: int = 16  # token blocks per step
+    batch: int = 16  # sequences (or images) per step
     sides: int | None = None  # 2: both endpoints move, 1: B alone; None: as the method says
     low: float = 0.35  # lambda is drawn from [low, high]
     high: float = 0.65
@@ -127,7 +127,7 @@ class Schedule:
         return self.low + (self.high - self.low) * ((0.5 + (step + self.seed) * _GOLDEN) % 1)
 
     def rows(self, step: int, count: int) -> Tensor:
-        """Which of `count` token blocks a step reads: every epoch a new permutation, determined by seed and step."""
+        """Which of `count` sequences a step reads: every epoch a new permutation, determined by seed and step."""
         wanted = range(step * self.batch, (step + 1) * self.batch)
         orders = {}
         for epoch in range(wanted[0] // count, wanted[-1] // count + 1):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..engine.block import block
-from ..engine.head import CHUNK_ELEMENTS, HeadLoss, Part, Reading
-from ..engine.model import answers, asked, embed, read_out, read_part
+from ..engine.head import CHUNK_ELEMENTS, HeadInputs, HeadLoss, VocabChunk
+from ..engine.model import embed, head_input, labels, model_inputs, target_rows
 from ..engine.passes import Item, Pass, pull_back, visit_order
 from ..engine.slots import LineSlots, Slots
 from ..engine.source import Source
@@ -49,9 +49,9 @@ class Learning(Pass):
         ends = [self.ends(item) for item in self.items]
         for item, (_, a, b, rows) in zip(self.items, ends, strict=True):
             if self.divergence:
-                self.teachers.append([embed(spec, w, read_part(item.data), rows) for w in (a, b)])
+                self.teachers.append([embed(spec, w, model_inputs(item.data), rows) for w in (a, b)])
         streams = [
-            embed(spec, line, read_part(item.data), rows)
+            embed(spec, line, model_inputs(item.data), rows)
             for item, (line, _, _, rows) in zip(self.items, ends, strict=True)
         ]
         for i in range(spec.layers):
@@ -63,7 +63,9 @@ class Learning(Pass):
             with source.visit(i) as (a, b):
                 slopes = self._backward(i, a, b, slopes)
         for item, slope, (line, _, _, rows) in zip(self.items, slopes, ends, strict=True):
-            self._outside(line, lambda w, item=item, rows=rows: [embed(spec, w, read_part(item.data), rows)], [slope])
+            self._outside(
+                line, lambda w, item=item, rows=rows: [embed(spec, w, model_inputs(item.data), rows)], [slope]
+            )
             self.add_turn(line.contract(self.turns))
         if self.rotation_made is not None and self.chart is not None:
             leaf = self.chart.tensors["rotation"]
@@ -99,18 +101,20 @@ class Learning(Pass):
         losses = []
         total = sum(item.count for item in self.items)
         for m, (item, (line, a, b, _)) in enumerate(zip(self.items, ends, strict=True)):
-            rows = asked(read_out(spec, line, streams[m], read_part(item.data)), item.data)
+            rows = target_rows(head_input(spec, line, streams[m], model_inputs(item.data)), item.data)
             teachers = None
             if self.divergence:
                 taught = [
-                    asked(read_out(spec, w, x, read_part(item.data)), item.data)
+                    target_rows(head_input(spec, w, x, model_inputs(item.data)), item.data)
                     for w, x in zip((a, b), self.teachers[m], strict=True)
                 ]
                 shares = 1 - item.position, item.position
-                teachers = [(s, Reading([t], [1.0])) for s, t in zip(shares, taught, strict=True)]
-            target = None if self.divergence else answers(item.data)
-            reading = self.reading(rows, item.position)
-            losses.append(HeadLoss(reading, target, teachers, softcap=spec.head_softcap, learn=True, chunk=self.logits))
+                teachers = [(s, HeadInputs([t], [1.0])) for s, t in zip(shares, taught, strict=True)]
+            target = None if self.divergence else labels(item.data)
+            student = self.head_inputs(rows, item.position)
+            losses.append(
+                HeadLoss(student, target, teachers, softcap=spec.head_softcap, learn=True, elements=self.logits)
+            )
         self.teachers = []
         self._over_head(losses, total)
         slopes = []
@@ -118,8 +122,8 @@ class Learning(Pass):
             gradients = [g / total for g in h.gradients]
 
             def rows_of(w: LineSlots, x: Tensor, item: Item = item) -> list[Tensor]:
-                rows = asked(read_out(spec, w, x, read_part(item.data)), item.data)
-                return self.reading(rows, item.position).inputs
+                rows = target_rows(head_input(spec, w, x, model_inputs(item.data)), item.data)
+                return self.head_inputs(rows, item.position).inputs
 
             slopes.append(self._outside(line, rows_of, gradients, streams[m]))
         return torch.stack([h.loss for h in losses]).sum() / total, slopes
@@ -134,12 +138,14 @@ class Learning(Pass):
         for k, apply in parts:
             with self.source.visit(self.spec.layers + k) as (a, b):
                 start = starts[k]
-                teachers = [Part([w["head"]], w.get("head_bias"), start) for w in (a, b)] if self.divergence else []
+                teachers = (
+                    [VocabChunk([w["head"]], w.get("head_bias"), start) for w in (a, b)] if self.divergence else []
+                )
                 for position, group in self.groups():
                     pull = 0 if apply is HeadLoss.scan else 1 / total
-                    with self.head_part(a, b, position, start, pull) as part:
+                    with self.head_chunk(a, b, position, start, pull) as chunk:
                         for m in group:
-                            apply(losses[m], part, teachers)
+                            apply(losses[m], chunk, teachers)
                 starts.append(start + len(a["head"]))
 
     def _outside(self, line: LineSlots, function, slopes: list[Tensor], x: Tensor | None = None) -> Tensor | None:

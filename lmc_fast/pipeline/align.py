@@ -17,7 +17,7 @@ from torch import Tensor
 from ..alignment import Alignment
 from ..budget.devices import here, require_device
 from ..budget.meter import Meter, return_freed_memory
-from ..budget.planner import Way
+from ..budget.planner import Strategy
 from ..checkpoints import Model, Weights
 from ..engine.source import Resident, paired
 from ..errors import LmcError
@@ -37,7 +37,7 @@ from ..symmetry.checksum import understood
 from ..symmetry.legality import check_legal
 from ..symmetry.storage import load_tensors, pack, save_tensors, unpack
 from ..symmetry.transform import Transform
-from .budgeted import disk_bytes, effort_of, on_disk, path_of, plan_learning, tokens_to_gather
+from .budgeted import chunking_of, disk_bytes, on_disk, path_of, plan_learning, tokens_to_gather
 from .resume import made_from, require_same_run
 from .room import require_room
 from .run_directory import STATISTICS
@@ -45,7 +45,7 @@ from .run_directory import STATISTICS
 METHODS = (*LEARNING, "activation", "weight")
 STATISTICS_TOKENS = 32_768  # enough for cross-covariances; more changes the matching little
 MOST_ACTIVATIONS = 1e6  # times the evidence of the weights
-VALIDATION_BLOCKS = 64
+VALIDATION_SEQUENCES = 64
 VALIDATIONS = 10
 SAVE_SECONDS = 20.0  # between two saves, or SAVE_SHARE times what one takes, if that is longer
 SAVE_SHARE = 20
@@ -122,9 +122,9 @@ def align(
     if memory is not None:
         return_freed_memory()
         if learns:
-            way = before["run"].get("way") if before else None
-            within = plan_learning(pair.spec, schedule, length, device, memory, way and Way(*way))
-            run["way"] = list(within.way)
+            strategy = before["run"].get("way") if before else None
+            within = plan_learning(pair.spec, schedule, length, device, memory, strategy and Strategy(*strategy))
+            run["way"] = list(within.strategy)
             meter.facts["plan"] = within.to_json()
         if not before:
             at_hand = within.device if within else here(device)
@@ -164,7 +164,7 @@ def align(
         path = before["run"].get("path") if before else None
         if path is None and within is not None:
             path = path_of(within, pair.spec, device)
-        learner = Learner(source, tokens, schedule, effort_of(within) if within else None, path)
+        learner = Learner(source, tokens, schedule, chunking_of(within) if within else None, path)
         run["path"] = learner.path
         if "history" in before:
             with understood(state or Path("the state"), "the state of this run"):
@@ -255,7 +255,7 @@ def _learn(
     steps = learner.schedule.steps
     ends = [0.0, 0.0]
     if validation is not None:
-        picked = validation[:: max(1, len(validation) // VALIDATION_BLOCKS)][:VALIDATION_BLOCKS]
+        picked = validation[:: max(1, len(validation) // VALIDATION_SEQUENCES)][:VALIDATION_SEQUENCES]
         validation = picked.to(learner.tokens.device)
         ends = learner.losses(validation, (0.0, 1.0))
     excess: float | None = None

@@ -14,13 +14,13 @@ from ..architectures import Spec
 from ..budget.demand import ACTIVATION, FP32, Demand, Job
 from ..budget.devices import Device, here
 from ..budget.meter import available_memory
-from ..budget.planner import Plan, Way, plan
+from ..budget.planner import Plan, Strategy, plan
 from ..budget.stages import Stages, TooSmall
 from ..checkpoints import Weights
 from ..errors import LmcError
 from ..kernels.dispatch import activation_path
 from ..learning import parallel
-from ..learning.learner import Effort
+from ..learning.learner import Chunking
 from ..learning.schedule import Schedule
 from ..matching.activations import GATHERED
 from ..matching.closed_form import Evidence
@@ -40,12 +40,12 @@ Base = tuple[Transform, Transform]
 
 
 def plan_learning(
-    spec: Spec, schedule: Schedule, length: int, device: torch.device, budget: int, way: Way | None = None
+    spec: Spec, schedule: Schedule, length: int, device: torch.device, budget: int, strategy: Strategy | None = None
 ) -> Plan:
     """How to learn within a budget on the device at hand. Raises TooSmall, which names the smallest that works."""
     sequences = -(-schedule.batch // parallel.place()[1])
     job = Job(sequences * length, length, schedule.moving, 2 if schedule.objective == "endpoints" else 0)
-    found = plan(spec, job, here(device), budget, way)
+    found = plan(spec, job, here(device), budget, strategy)
     _log.info("a plan for %s of memory, expected to take %s:", show_bytes(budget), show_bytes(found.total))
     for line in found.summary():
         _log.info("%s", line)
@@ -72,15 +72,15 @@ def disk_bytes(spec: Spec, evidence: Evidence, plan: Plan | None) -> int:
     return max(statistics, plan.store_bytes if plan else 0)
 
 
-def effort_of(plan: Plan) -> Effort:
-    way, job = plan.way, plan.job
+def chunking_of(plan: Plan) -> Chunking:
+    strategy, job = plan.strategy, plan.job
     # three places of the line for all sequences of a step: fewer streams than its line, gradient and teachers have
-    return Effort(way.micro_batch, False, way.logits, way.boundaries_on_host, rows=job.sequences)
+    return Chunking(strategy.micro_batch, False, strategy.logits, strategy.boundaries_on_host, rows=job.sequences)
 
 
 def path_of(plan: Plan, spec: Spec, device: torch.device) -> str:
     """The plan's way of computing as one of kernels.interp_linear.PATHS."""
-    return activation_path(spec.width, plan.device.dtype, device) if plan.way.path == ACTIVATION else "weight"
+    return activation_path(spec.width, plan.device.dtype, device) if plan.strategy.path == ACTIVATION else "weight"
 
 
 @contextmanager

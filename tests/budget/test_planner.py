@@ -147,9 +147,9 @@ def test_ways_of_computing():
 def test_a_seven_billion_pair_on_one_gpu():
     spec = FAMILIES["llama"].spec(LlamaConfig())
     found = plan(spec, Job(16_384, 512), profile("h100-80gb"), parse_bytes("8GiB"))
-    assert found.total <= 8 << 30 and found.share >= 0.9 and found.way.boundaries_on_host
+    assert found.total <= 8 << 30 and found.share >= 0.9 and found.strategy.boundaries_on_host
     everything = plan(spec, Job(16_384, 512), profile("h100-80gb"), parse_bytes("80GB"))
-    assert everything.slots == 0 and not everything.way.boundaries_on_host
+    assert everything.slots == 0 and not everything.strategy.boundaries_on_host
 
 
 def test_what_is_shown():
@@ -225,7 +225,7 @@ def test_the_smallest_budget_is_that_of_all_stages(name):
     least = smallest_of(spec, job, SLOW)
     found = plan(spec, job, SLOW, least)
     assert found.stages == stages and least == max(found.total, *stages.values())
-    assert "matching" not in plan(spec, job, SLOW, least, found.way).stages
+    assert "matching" not in plan(spec, job, SLOW, least, found.strategy).stages
     with pytest.raises(TooSmall) as refused:
         plan(spec, job, replace(SLOW, uncertain=5 << 20), 1)
     assert refused.value.smallest == least and f"{-(-least // (1 << 20)) + 5}MiB" in str(refused.value)

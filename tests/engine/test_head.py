@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lmc_fast.engine.head import HeadLoss, Part, Reading
+from lmc_fast.engine.head import HeadInputs, HeadLoss, VocabChunk
 
 ROWS, VOCAB, WIDTH = 11, 13, 5
 SHARES = [0.7, 0.3]
@@ -34,10 +34,10 @@ def runs(sizes):
 
 
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
-@pytest.mark.parametrize("chunk", [1, 3 * VOCAB, 10**6])
+@pytest.mark.parametrize("elements", [1, 3 * VOCAB, 10**6])
 @pytest.mark.parametrize("sizes", [[VOCAB], [6, 7], [1, 5, 7]])
 @pytest.mark.parametrize("objective", ["text", "teachers"])
-def test_loss_and_gradients(softcap, chunk, sizes, objective):
+def test_loss_and_gradients(softcap, elements, sizes, objective):
     xs, ws, bias, taught, target, cap = case(softcap)
     leaves = [x.clone().requires_grad_() for x in xs]
     logits = cap(sum(s * x @ w.mT for s, x, w in zip(SHARES, leaves, ws, strict=True)) + bias)
@@ -48,16 +48,16 @@ def test_loss_and_gradients(softcap, chunk, sizes, objective):
         expected = F.kl_div(logits.log_softmax(1), aim, reduction="sum")
     gradients = torch.autograd.grad(expected, leaves)
 
-    teachers = [(s, Reading([t], [1.0])) for s, t in zip(SHARES, taught, strict=True)]
-    options = {"softcap": softcap, "learn": True, "chunk": chunk}
+    teachers = [(s, HeadInputs([t], [1.0])) for s, t in zip(SHARES, taught, strict=True)]
+    options = {"softcap": softcap, "learn": True, "elements": elements}
     if objective == "text":
-        h = HeadLoss(Reading(xs, SHARES), target, **options)
+        h = HeadLoss(HeadInputs(xs, SHARES), target, **options)
     else:
-        h = HeadLoss(Reading(xs, SHARES), None, teachers, **options)
+        h = HeadLoss(HeadInputs(xs, SHARES), None, teachers, **options)
 
     def part(some):
-        own = [Part([w[some]], bias[some], some.start) for w in ws]
-        return Part([w[some] for w in ws], bias[some], some.start), own if objective == "teachers" else []
+        own = [VocabChunk([w[some]], bias[some], some.start) for w in ws]
+        return VocabChunk([w[some] for w in ws], bias[some], some.start), own if objective == "teachers" else []
 
     for apply in [HeadLoss.whole] if len(sizes) == 1 else [HeadLoss.scan, HeadLoss.add]:
         for some in runs(sizes):
@@ -69,8 +69,8 @@ def test_loss_and_gradients(softcap, chunk, sizes, objective):
 
 def test_divergence_from_itself_is_zero():
     xs, ws, bias, *_ = case(0.0)
-    h = HeadLoss(Reading(xs[:1], [1.0]), None, [(1.0, Reading(xs[:1], [1.0]))], learn=True)
-    h.whole(Part(ws[:1], bias), [Part(ws[:1], bias)])
+    h = HeadLoss(HeadInputs(xs[:1], [1.0]), None, [(1.0, HeadInputs(xs[:1], [1.0]))], learn=True)
+    h.whole(VocabChunk(ws[:1], bias), [VocabChunk(ws[:1], bias)])
     assert abs(h.loss) < 1e-13 and h.gradients[0].abs().max() < 1e-14
 
 
@@ -78,9 +78,9 @@ def test_divergence_from_itself_is_zero():
 def test_one_scan_gives_loss_and_guesses(sizes):
     xs, ws, bias, _, target, _ = case(0.0)
     logits = sum(s * x @ w.mT for s, x, w in zip(SHARES, xs, ws, strict=True)) + bias
-    h = HeadLoss(Reading(xs, SHARES), target, chunk=2 * VOCAB)
+    h = HeadLoss(HeadInputs(xs, SHARES), target, elements=2 * VOCAB)
     for some in runs(sizes):
-        h.scan(Part([w[some] for w in ws], bias[some], some.start), [])
+        h.scan(VocabChunk([w[some] for w in ws], bias[some], some.start), [])
     assert abs(h.loss - F.cross_entropy(logits, target, reduction="sum")) < 1e-10
     assert torch.equal(h.guess, logits.argmax(1))
     assert h.right == int((logits.argmax(1) == target).sum())
@@ -92,7 +92,7 @@ def test_runs_of_vocabulary_agree_with_one_run_in_float32(poisoned):
     exact = F.cross_entropy(sum(s * x @ w.mT for s, x, w in zip(SHARES, xs, ws, strict=True)) + bias, target)
     xs, ws, bias = [x.float() for x in xs], [w.float() for w in ws], bias.float()
     plain = F.cross_entropy(sum(s * x @ w.mT for s, x, w in zip(SHARES, xs, ws, strict=True)) + bias, target)
-    h = HeadLoss(Reading(xs, SHARES), target, chunk=VOCAB)
+    h = HeadLoss(HeadInputs(xs, SHARES), target, elements=VOCAB)
     for some in runs([4, 4, 5]):
-        h.scan(Part([w[some] for w in ws], bias[some], some.start), [])
+        h.scan(VocabChunk([w[some] for w in ws], bias[some], some.start), [])
     assert abs(h.loss / ROWS - exact) <= 2 * abs(plain - exact) + 1e-7

@@ -5,14 +5,14 @@ import torch
 from live import LiveBytes
 
 from lmc_fast.checkpoints import Model, Weights, lazy
-from lmc_fast.engine.model import answers, logits
+from lmc_fast.engine.model import labels, logits
 from lmc_fast.evaluation import difference, function
 from lmc_fast.symmetry import canonicalize
 
 
 def by_definition(a, b, tokens):
     p, q = (logits(w, tokens[:, :-1]).flatten(0, 1).double().log_softmax(-1) for w in (a, b))
-    right = answers(tokens)[:, None]
+    right = labels(tokens)[:, None]
     kl = (p.exp() * (p - q)).sum(-1).mean().item()
     return (p - q).abs().max().item(), kl, -p.gather(1, right).mean().item(), -q.gather(1, right).mean().item()
 

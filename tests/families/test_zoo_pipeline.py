@@ -17,7 +17,7 @@ from lmc_fast.checkpoints import Model
 from lmc_fast.cli import main
 from lmc_fast.data import mask_tokens, read_data
 from lmc_fast.engine.evaluate import evaluate
-from lmc_fast.engine.model import answers, logits
+from lmc_fast.engine.model import labels, logits
 from lmc_fast.engine.passes import Item
 from lmc_fast.engine.source import Resident
 
@@ -121,7 +121,7 @@ def test_losses_and_accuracy_are_those_of_the_logits(checkpoint_of):
     weights = Model(checkpoint_of("roberta")).load(torch.float64)
     masked = mask_tokens(zoo.inputs("roberta"), 3)
     y = logits(weights, masked.inputs)[masked.targets >= 0]
-    assert score(weights, masked).loss == pytest.approx(F.cross_entropy(y, answers(masked)).item())
+    assert score(weights, masked).loss == pytest.approx(F.cross_entropy(y, labels(masked)).item())
 
 
 def test_soft_caps_are_part_of_the_loss(checkpoint_of):

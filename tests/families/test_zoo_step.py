@@ -9,7 +9,7 @@ from lmc_fast.checkpoints import Model, lerp
 from lmc_fast.engine import passes
 from lmc_fast.engine.evaluate import evaluate
 from lmc_fast.engine.head import capped
-from lmc_fast.engine.model import answers, prediction_rows
+from lmc_fast.engine.model import labels, prediction_rows
 from lmc_fast.engine.passes import Item
 from lmc_fast.engine.source import Resident, paired
 from lmc_fast.examples import Examples
@@ -39,7 +39,7 @@ def predictions(w, data):
 
 def loss_of(w, data):
     y = predictions(w, data)
-    return F.cross_entropy(y.to(torch.promote_types(y.dtype, torch.float32)), answers(data))
+    return F.cross_entropy(y.to(torch.promote_types(y.dtype, torch.float32)), labels(data))
 
 
 def materialised(a, b, chart, items, text):
@@ -53,7 +53,7 @@ def materialised(a, b, chart, items, text):
             student, one, two = (predictions(m, data) for m in (w, a, b))
             aim = (1 - position) * one.softmax(1) + position * two.softmax(1)
             loss = F.kl_div(student.log_softmax(1), aim, reduction="batchmean")
-        n = len(answers(data))
+        n = len(labels(data))
         total, count = total + loss * n, count + n
     loss = total / count
     return loss, dict(zip(chart.tensors, torch.autograd.grad(loss, list(chart.tensors.values())), strict=True))
@@ -150,7 +150,7 @@ def test_weights_in_bfloat16_and_a_chart_in_float32(name, path, case):
     for data, position in items:
         left, right = (w.to(torch.float32) for w in rounded)
         line = lerp(left, narrow.relative().apply(right), position)
-        n = len(answers(data))
+        n = len(labels(data))
         total, count = total + loss_of(line.to(torch.bfloat16), data).double() * n, count + n
     plain = torch.autograd.grad(total / count, list(narrow.tensors.values()))
     got, found = learn(Resident(*rounded), [Item(*i) for i in items], narrow, divergence=False, path=path)

@@ -31,15 +31,15 @@ def test_without_triton():
     program = """
 import os, sys, warnings
 import lmc_fast, lmc_fast.kernels, torch
-from lmc_fast.engine.head import HeadLoss, Part, Reading
+from lmc_fast.engine.head import HeadLoss, VocabChunk, HeadInputs
 from lmc_fast.kernels.enabled import engaged
 
 def use_the_engine():
     x = torch.eye(4)
     for path in ("fused", "weight"):
         assert torch.equal(lmc_fast.interp_linear(x, x, x, 0.5, left=torch.ones(4), right=x, path=path), x)
-    h = HeadLoss(Reading([x], [1.0]), torch.arange(4), learn=True)
-    h.whole(Part([x], None), [])
+    h = HeadLoss(HeadInputs([x], [1.0]), torch.arange(4), learn=True)
+    h.whole(VocabChunk([x], None), [])
     return h.gradients[0]
 
 plain = use_the_engine()

@@ -14,7 +14,7 @@ from kernels.checks import DEVICE, values
 from lmc_fast.checkpoints import Model
 from lmc_fast.checkpoints.weights import Weights
 from lmc_fast.engine.evaluate import evaluate
-from lmc_fast.engine.head import HeadLoss, Part, Reading
+from lmc_fast.engine.head import HeadInputs, HeadLoss, VocabChunk
 from lmc_fast.engine.passes import Item
 from lmc_fast.engine.source import Resident, paired
 from lmc_fast.kernels import dual_gemm, enabled, head_maps, interpolate_weight, runtime, softmax_loss
@@ -145,14 +145,14 @@ def test_head_in_chunks_and_runs(softcap, sizes, teachers, learns, launched, mon
         def cast(t):
             return t.to(dtype)
 
-        pupils = [(s, Reading([cast(t)], [1.0])) for s, t in zip(shares, taught, strict=False)]
-        reading = Reading([cast(x) for x in xs], [0.6, 0.4])
-        h = HeadLoss(reading, target, pupils, softcap=softcap, learn=learns, chunk=3 * 13)
+        pupils = [(s, HeadInputs([cast(t)], [1.0])) for s, t in zip(shares, taught, strict=False)]
+        student = HeadInputs([cast(x) for x in xs], [0.6, 0.4])
+        h = HeadLoss(student, target, pupils, softcap=softcap, learn=learns, elements=3 * 13)
         cuts = [slice(sum(sizes[:k]), sum(sizes[: k + 1])) for k in range(len(sizes))]
         for apply in [HeadLoss.whole] if len(sizes) == 1 else [HeadLoss.scan, HeadLoss.add]:
             for cut in cuts:
-                own = [Part([cast(w[cut])], cast(bias[cut]), cut.start) for w in ws[:teachers]]
-                apply(h, Part([cast(w[cut]) for w in ws], cast(bias[cut]), cut.start), own)
+                own = [VocabChunk([cast(w[cut])], cast(bias[cut]), cut.start) for w in ws[:teachers]]
+                apply(h, VocabChunk([cast(w[cut]) for w in ws], cast(bias[cut]), cut.start), own)
         return [h.loss.view(1), *h.gradients], h
 
     ours, head = found(torch.float32)

@@ -13,7 +13,7 @@ from lmc_fast.checkpoints import Model
 from lmc_fast.engine.source import Resident
 from lmc_fast.errors import LmcError
 from lmc_fast.learning import parallel
-from lmc_fast.learning.learner import Effort, Learner
+from lmc_fast.learning.learner import Chunking, Learner
 from lmc_fast.learning.schedule import Schedule
 from lmc_fast.symmetry import canonicalize
 
@@ -22,7 +22,7 @@ def learn(directories, steps):
     torch.set_num_threads(1)
     a, b = (canonicalize(Model(d).load(torch.float64)) for d in directories)
     tokens = torch.randint(40, (9, 12), generator=torch.Generator().manual_seed(3))
-    learner = Learner(Resident(a, b), tokens, Schedule(steps=steps, batch=5, warmup=2), Effort(2))
+    learner = Learner(Resident(a, b), tokens, Schedule(steps=steps, batch=5, warmup=2), Chunking(2))
     for _ in range(steps):
         learner.step()
     return {"loss": torch.tensor(learner.history.loss)} | {k: v.detach() for k, v in learner.chart.tensors.items()}

@@ -24,7 +24,7 @@ from lmc_fast.budget.meter import Meter
 from lmc_fast.budget.stages import Stages, TooSmall
 from lmc_fast.checkpoints import lazy
 from lmc_fast.cli import main
-from lmc_fast.data import block_length, read_data, split_validation
+from lmc_fast.data import read_data, sequence_length, split_validation
 from lmc_fast.errors import LmcError
 from lmc_fast.evaluation import function
 from lmc_fast.learning.schedule import Schedule
@@ -46,7 +46,7 @@ ENOUGH = 4 << 30
 def case(make_checkpoint, tmp_path):
     def make(variant="neox"):
         pair = lmc.open_pair(make_checkpoint(variant, 1), make_checkpoint(variant, 2))
-        data = read_data(str(write_lines(tmp_path / "text.txt", 600)), pair.a, block_length(pair.a, 16))
+        data = read_data(str(write_lines(tmp_path / "text.txt", 600)), pair.a, sequence_length(pair.a, 16))
         return pair, *split_validation(data)
 
     return make

@@ -23,7 +23,8 @@ from lmc_fast.architectures.family import Entry
 from lmc_fast.checkpoints.writer import Stored, write_checkpoint
 from lmc_fast.symmetry.canonical import Survey, canonical_block, canonical_ends
 from lmc_fast.symmetry.charts import Chart
-from lmc_fast.symmetry.transform import BlockTransform, apply_block, apply_ends
+from lmc_fast.symmetry.elements import Dense, Wreath
+from lmc_fast.symmetry.transform import apply
 
 
 class Shape(NamedTuple):
@@ -72,7 +73,8 @@ class Planted:
             scale = 3 * spec.width**-0.5 if name == "rotation" else size * t.shape[-1] ** -0.5
             t.data.copy_(scale * torch.randn(t.shape, generator=generator))
         with torch.no_grad():
-            self.rotation = self.chart.rotation()
+            rotation = self.chart.rotation()
+        self.model = {} if rotation is None else {"stream": Dense.orthogonal(rotation)}
 
     def _random(self, unit: int, names: list[str], noisy: bool) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(self.seed + 1000 * (unit + 2) + noisy)
@@ -96,20 +98,16 @@ class Planted:
         if not moved:
             return slots
         generator = torch.Generator().manual_seed(self.seed + i)
-        maps = self.chart.block(i)
-        planted = BlockTransform(
-            heads=torch.randperm(self.spec.attention.kv_heads, generator=generator),
-            vo=maps.vo,
-            qk=maps.qk,
-            units=torch.randperm(self.spec.ffn.width, generator=generator),
-        )
-        return self._noisy(i, apply_block(self.spec, self.rotation, planted, slots))
+        planted = {space: g for space, g in self.chart.block(i).items() if space in ("vo", "qk")}
+        planted["heads"] = Wreath(torch.randperm(self.spec.attention.kv_heads, generator=generator))
+        planted["units"] = Wreath(torch.randperm(self.spec.ffn.width, generator=generator))
+        return self._noisy(i, apply(self.spec, self.model | planted, slots))
 
     @torch.no_grad()
     def ends(self, moved: bool) -> dict[str, Tensor]:
         names = [n for n in self.spec.shapes if n.startswith(("embed", "head", "final"))]
         slots = canonical_ends(self.spec, self._random(-1, names, False), Survey())
-        return self._noisy(-1, apply_ends(self.spec, self.rotation, slots)) if moved else slots
+        return self._noisy(-1, apply(self.spec, self.model, slots)) if moved else slots
 
     def _noisy(self, unit: int, slots: dict[str, Tensor]) -> dict[str, Tensor]:
         matrices = [name for name, t in slots.items() if t.dim() == 2]

@@ -2,24 +2,7 @@
 
 from . import falcon, gemma, gpt2, gpt_neox, gptj, llama, moe, olmo, opt, phi, stablelm, text, vision
 from .family import Entry, Family, Fold
-from .spec import (
-    ATTN_READERS,
-    BLOCK_NORMS,
-    BLOCK_READERS,
-    BLOCK_WRITERS,
-    END_ROWS,
-    END_WRITERS,
-    FFN,
-    FFN_READERS,
-    POST_NORMS,
-    Attention,
-    Experts,
-    ImageInput,
-    Norms,
-    Rope,
-    Spec,
-    flat_fields,
-)
+from .spec import FFN, Attention, Experts, ImageInput, Norms, Rope, Spec, flat_fields
 
 _TABLES = (falcon, gemma, gptj, llama, moe, olmo, opt, phi, stablelm, text, vision)
 FAMILIES: dict[str, Family] = {
@@ -28,16 +11,8 @@ FAMILIES: dict[str, Family] = {
 }
 
 __all__ = [
-    "ATTN_READERS",
-    "BLOCK_NORMS",
-    "BLOCK_READERS",
-    "BLOCK_WRITERS",
-    "END_ROWS",
-    "END_WRITERS",
     "FAMILIES",
     "FFN",
-    "FFN_READERS",
-    "POST_NORMS",
     "Attention",
     "Entry",
     "Experts",

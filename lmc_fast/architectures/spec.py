@@ -24,14 +24,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
-BLOCK_NORMS = ("attn_norm", "ffn_norm")
 POST_NORMS = ("attn_post_norm", "ffn_post_norm")
-ATTN_READERS = ("q", "k", "v")
-FFN_READERS = ("up", "gate", "router", "switch", "experts_up", "experts_gate")
-BLOCK_READERS = ATTN_READERS + FFN_READERS
-BLOCK_WRITERS = ("o", "down", "experts_down")
-END_ROWS = ("embed", "positions", "types", "cls", "distill", "mask")  # each row is added to the stream
-END_WRITERS = ("patch",)  # writes with its columns
 
 
 @dataclass(frozen=True)

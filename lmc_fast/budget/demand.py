@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..architectures import Spec
-from ..matching.stream import work_dtype
+from ..matching.evidence import work_dtype
 from ..streaming.layout import arrange, block_bytes, head_rows, slot_shapes, unit_bytes
 from ..symmetry.charts import Chart
 from ..symmetry.groups import rotates

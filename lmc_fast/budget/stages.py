@@ -13,7 +13,7 @@ from ..architectures import Spec
 from ..checkpoints.lazy import CHUNK_ELEMENTS, TABLES
 from ..errors import LmcError
 from ..matching.activations import GATHERED
-from ..matching.stream import work_dtype
+from ..matching.evidence import work_dtype
 from ..sizes import show_bytes
 from ..streaming.layout import block_bytes, slot_shapes
 from ..symmetry.groups import rotates
@@ -28,7 +28,7 @@ _COMPARED = 6  # float64 tensors of a run of logits: both models', in their own 
 _PAIRS = 10  # bytes that matching takes for a pair of FFN units: float64, a sign, a check for NaN
 _HEAD_PAIRS = 10 * 8  # and for a pair of coordinates of heads: evidence from q, k, v, o, their sums, singular values
 _SQUARES = 8 * 8  # and for a pair of the stream's: evidence and rotations
-_TABLE_COPIES = 7  # float64 copies of a run of a table's rows (measured 6.5)
+_TABLE_COPIES = 5  # float64 copies of a run of a table's rows (measured 4.5)
 _MOVED_COPIES = 5  # the same where they are also moved, but not surveyed (measured 4)
 _SPARE = 0.1  # of what is left for a measurement: its formulas are coarse
 _KINDS = 2  # of maps inside heads: of values, and of queries and keys

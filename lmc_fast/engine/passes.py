@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..examples import Data
 from ..kernels.dispatch import Choice, choose
 from ..symmetry.charts import Chart
-from ..symmetry.transform import BlockTransform, turn_rows
+from ..symmetry.elements import Element, Elements
 from .attention import Positions
 from .head import HeadInputs, VocabChunk
 from .model import labels, model_inputs, require_task
@@ -91,13 +91,12 @@ class Pass:
             self._positions[x.shape[1]] = Positions.of(self.spec, x.shape[1], x.dtype, x.device)
         return self._positions[x.shape[1]]
 
-    def maps(self, unit: int) -> BlockTransform:
-        made = self.chart.block(unit) if self.chart else BlockTransform()
-        floats = {name: t for name, t in vars(made).items() if t is not None and t.is_floating_point()}
-        return replace(made, **{name: t.to(self.source.sample.dtype) for name, t in floats.items()})
+    def maps(self, unit: int) -> dict[str, Element]:
+        made = self.chart.block(unit) if self.chart else {}
+        return {space: g.map(lambda t: t.to(self.source.sample.dtype)) for space, g in made.items()}
 
     def line(
-        self, a: Slots, b: Slots, position: float, maps: BlockTransform | None, once: bool = False, learn: bool = True
+        self, a: Slots, b: Slots, position: float, maps: Elements | None, once: bool = False, learn: bool = True
     ) -> LineSlots:
         rotation = self.rotation if learn or self.rotation is None else self.rotation.detach()
         return LineSlots(self.spec, a, b, position, rotation, maps, self.path, once)
@@ -139,7 +138,8 @@ class Pass:
         if self.whole_head(position):
             return HeadInputs([rows], [1.0])
         assert self.rotation is not None
-        return HeadInputs([rows, turn_rows(rows, self.rotation.mT)], [1 - position, position])
+        turned = (rows.reshape(-1, len(self.rotation)) @ self.rotation).view(rows.shape)  # each of the vectors in a row
+        return HeadInputs([rows, turned], [1 - position, position])
 
     @contextmanager
     def head_chunk(self, a: Slots, b: Slots, position: float, start: int, pull: float = 0) -> Iterator[VocabChunk]:

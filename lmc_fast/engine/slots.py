@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..architectures import BLOCK_READERS, Spec
+from ..architectures import Spec
+from ..architectures.axes import BLOCK_READERS, STREAM
 from ..kernels.interp_linear import interp_linear
 from ..kernels.paths import Rope, apply_right, interpolated, mapped_heads
-from ..symmetry.transform import BlockTransform, head_maps, map_inside, turn, turn_end
+from ..symmetry.elements import Dense, Elements
+from ..symmetry.transform import apply_to_slot, factor
 
 Slots = Mapping[str, Tensor]
-_HEAD_READERS = ("q", "k", "v")
 
 
 def linear(w: Slots, slot: str, x: Tensor) -> Tensor:
@@ -33,8 +34,8 @@ class LineSlots(Mapping[str, Tensor]):
     """(1 - λ) a + λ g b, one slot at a time, made when it is read.
 
     a, b: slots of one block, or (maps None) of what lies outside the blocks; frozen. rotation, maps: g's residual
-    rotation and its part in this block, both leaves that gradients are wanted for. Slots that are not large linear
-    layers are made whole. For large ones `path` (kernels.interp_linear.PATHS) decides.
+    rotation and its part in this block, without permutations, of leaves that gradients are wanted for. Slots that are
+    not large linear layers are made whole. For large ones `path` (kernels.interp_linear.PATHS) decides.
 
     once: this object serves one forward pass, whose graph leads back to rotation and maps. Otherwise it serves any
     number: slots that were made are leaves, `collect` adds up their gradients, and `contract` sends them on to
@@ -48,12 +49,17 @@ class LineSlots(Mapping[str, Tensor]):
         b: Slots,
         position: float,
         rotation: Tensor | None,
-        maps: BlockTransform | None,
+        maps: Elements | None,
         path: str,
         once: bool,
     ):
         self.spec, self.a, self.b, self.position = spec, a, b, position
-        self.rotation, self.maps, self.path, self.once = rotation, maps, path, once
+        self.rotation, self.path, self.once = rotation, path, once
+        self.outside = maps is None
+        self.elements = dict(maps or {})
+        if rotation is not None:
+            with torch.enable_grad():  # its transpose belongs to the graph of whatever is made of it later
+                self.elements[STREAM] = Dense.orthogonal(rotation)
         self._made: dict[str, Tensor] = {}
         self._leaves: dict[str, Tensor] = {}
         self._turned: tuple[Tensor, Tensor] | None = None
@@ -80,31 +86,18 @@ class LineSlots(Mapping[str, Tensor]):
         return self._leaves.get(name, self._made[name])
 
     def _make(self, name: str, a: Tensor, b: Tensor) -> Tensor:
-        if self.maps is None:
-            return torch.lerp(a, turn_end(self.spec, self.rotation, name, b), self.position)
-        if a.dim() == 2:
-            left, right = self._factors(name)
-            return interpolated(a, b, self.position, left, right)
-        moved = turn(self.spec, self.rotation, name, map_inside(self.spec, self.maps, name, b))
-        return torch.lerp(a, moved, self.position)
+        if a.dim() == 2 and not self.outside:
+            return interpolated(a, b, self.position, *self._factors(name))
+        return torch.lerp(a, apply_to_slot(self.spec, self.elements, name, b), self.position)
 
     def _factors(self, slot: str) -> tuple[Tensor | None, Tensor | None]:
         """L and R of a linear slot, as in interp_linear."""
-        t, r = self.maps, self.rotation
-        assert t is not None
-        if slot in _HEAD_READERS:
-            return head_maps(t, slot), r
-        if slot == "o":
-            inverse = head_maps(t, slot)
-            return r, None if inverse is None else inverse.mT
-        if slot == "down":
-            return r, None if t.unit_scale is None else 1 / t.unit_scale
-        return (t.unit_scale if slot == "up" else None), r
+        return factor(self.spec, self.elements, slot, 0), factor(self.spec, self.elements, slot, 1)
 
     @property
     def _whole(self) -> bool:
         """Whether layers multiply with W(λ) as made by `__getitem__`."""
-        return self.maps is None or self.position == 0 or (self.path == "weight" and not self.once)
+        return self.outside or self.position == 0 or (self.path == "weight" and not self.once)
 
     def linear(self, slot: str, x: Tensor) -> Tensor:
         """The interpolated linear layer of x (..., in)."""

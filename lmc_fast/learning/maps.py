@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 
 import torch
 from torch import Tensor
 
 from ..engine.passes import pull_back
 from ..symmetry.charts import Chart
-from ..symmetry.transform import BlockTransform
 
 
 class MovingMaps:
@@ -26,16 +24,15 @@ class MovingMaps:
             made = chart.block(i, self.coordinates)
         self.made: list[Tensor] = []
         self.tensors: list[Tensor] = []
-        parts: dict[str, Tensor] = {}
-        for f in fields(BlockTransform):
-            tensor = getattr(made, f.name)
-            if tensor is not None and tensor.requires_grad:
-                self.made.append(tensor)
-                self.tensors.append(tensor.detach().to(dtype).requires_grad_())
-                parts[f.name] = self.tensors[-1]
-            elif tensor is not None:
-                parts[f.name] = tensor  # permutations
-        self.leaves = BlockTransform(**parts)
+
+        def leaf(t: Tensor) -> Tensor:
+            if not t.requires_grad:
+                return t
+            self.made.append(t)
+            self.tensors.append(t.detach().to(dtype).requires_grad_())
+            return self.tensors[-1]
+
+        self.leaves = {space: g.map(leaf) for space, g in made.items()}
         self.sums: list[Tensor | None] = [None] * len(self.tensors)
 
     def add(self, gradients: Sequence[Tensor | None]) -> None:

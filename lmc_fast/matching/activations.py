@@ -17,7 +17,7 @@ from ..checkpoints.writer import Stored, write_file
 from ..engine.layerwise import Walk
 from ..examples import Data, inputs_of
 from ..output import Names, disk_errors
-from .stream import work_dtype
+from .evidence import work_dtype
 
 GATHERED = 2048  # tokens that go through a block together, or one sequence
 STATISTICS_NAMES: Names = {"statistics-*.safetensors": None}  # files of gather_statistics
@@ -38,9 +38,9 @@ class Covariance:
         """x (..., m), y (..., n): one row each per token."""
         x, y = x.flatten(0, -2), y.flatten(0, -2)
         if self._cross is None:
-            zero = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=x.device)  # noqa: E731
-            self._cross = zero(x.shape[1], y.shape[1])
-            self._sides = [(zero(t.shape[1]), zero(t.shape[1])) for t in (x, y)]
+            self._cross = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=x.device)
+            sums = ([self._cross.new_zeros(t.shape[1]) for _ in range(2)] for t in (x, y))
+            self._sides = [(total, squares) for total, squares in sums]
         for run in row_runs(self._cross):
             self._cross[run] += x[:, run].mT @ y
         for t, (total, squares) in zip((x, y), self._sides, strict=True):

@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 
 from ..architectures import Spec
+from ..architectures.axes import HEAD_UNITS, STREAM
 from ..checkpoints.lazy import Slots, Table
 from ..checkpoints.weights import Weights
-from ..solvers import solve_assignments
-from ..symmetry.groups import heads_move, rotates
-from ..symmetry.transform import BlockTransform, Transform, apply_block, apply_ends
+from ..symmetry.elements import Dense, Element, Elements, Scale, Wreath, orthogonal
+from ..symmetry.groups import rotates
+from ..symmetry.transform import Transform, apply
 from .activations import Statistics
-from .procrustes import nearest_query_key_map, nearest_value_map, query_key_score, value_score
-from .stream import StreamEvidence, at_work, block_evidence, ends_evidence, transform_evidence, weigh, work_dtype
+from .evidence import StreamEvidence, at_work, ends_evidence, weigh, work_dtype
+from .heads import match_heads
+from .procrustes import residual_rotation
 from .units import match_experts, match_head_units, match_units, unit_scores
 
 MAX_ROUNDS = 50
@@ -49,122 +51,88 @@ def match(
     Rounds go on until no assignment changes, at most `rounds`; each loads every block once, one at a time.
     `statistics` are needed if the activations count.
     """
-    spec, shares = a.spec, evidence.shares
-    stream = statistics.stream if statistics else None
+    spec, seen_stream = a.spec, statistics.stream if statistics else None
     ends = ends_evidence(a, b)
-    start = StreamEvidence(ends.total.clone(), ends.gains)
-    found = Transform(start.best(spec, stream, shares), [BlockTransform() for _ in range(spec.layers)])
+    found = Transform({STREAM: _stream(spec, ends.copy(), seen_stream, evidence)}, [{} for _ in range(spec.layers)])
     for done in range(1, rounds + 1):
-        before = _assignments(spec, found)
-        total = StreamEvidence(ends.total.clone(), ends.gains.clone())
+        before = _assignments(found)
+        total = ends.copy()
         for i in range(spec.layers):
             x, y = a.blocks[i], b.blocks[i]
             seen = statistics.blocks[i] if statistics else {}
-            found.blocks[i], part = _match_block(spec, x, y, found.rotation, evidence, seen)
-            total.add(part)
+            found.blocks[i] = _match_block(spec, x, y, found.model, total, evidence, seen)
             del x, y
         if spec.head_transform:
-            found.head_units = _match_head(a, b, found.rotation)
-            total.total += transform_evidence(a, b, found.head_units)
-        found.rotation = total.best(spec, stream, shares)
-        pairs = list(zip(before, _assignments(spec, found), strict=True))
-        changed = sum(not _same(p, q) for p, q in pairs)
-        _log.info("matching, round %d: %d of %d assignments changed", done, changed, len(pairs))
+            found.model[HEAD_UNITS] = _match_head(a, b, found.model, total)
+        found.model[STREAM] = _stream(spec, total, seen_stream, evidence)
+        after = _assignments(found)
+        changed = sum(name not in before or not torch.equal(before[name], p) for name, p in after.items())
+        _log.info("matching, round %d: %d of %d assignments changed", done, changed, len(after))
         if not changed:
             break
     return found
 
 
-def _match_block(
-    spec: Spec, a: Slots, b: Slots, rotation: Tensor | None, evidence: Evidence, seen: Mapping[str, Table]
-) -> tuple[BlockTransform, StreamEvidence]:
-    """(the transform of b's block, what the block so transformed says about the next rotation).
+def _stream(spec: Spec, found: StreamEvidence, activations: Tensor | None, evidence: Evidence) -> Element:
+    """The legal element of the stream (float64) that fits best; uses `found` up. activations (d, d)."""
+    mapped = weigh(found.mapped, activations, evidence.shares)
+    best = residual_rotation(spec, mapped, found.ordered * evidence.weights)
+    return Dense.orthogonal(best) if rotates(spec) else orthogonal(best)
 
-    seen: statistics of its activations, if there are any.
+
+def _match_block(
+    spec: Spec,
+    a: Slots,
+    b: Slots,
+    model: Elements,
+    total: StreamEvidence,
+    evidence: Evidence,
+    seen: Mapping[str, Table],
+) -> dict[str, Element]:
+    """The elements of b's block; adds to `total` what the block, so moved, says about the stream.
+
+    model: of the stream, as found so far. seen: statistics of the block's activations, if there are any.
     """
-    dtype = work_dtype(spec)
     a, b = at_work(spec, a), at_work(spec, b)
-    turned = apply_block(spec, None if rotation is None else rotation.to(dtype), BlockTransform(), b)
-    heads, queries, vo, qk = _match_heads(spec, a, turned, evidence, seen)
+    turned = apply(spec, {STREAM: _in(work_dtype(spec), model[STREAM])}, b)
+    found = match_heads(spec, a, turned, seen, evidence.shares)
     for name in ("q", "k", "v", "o"):
         del turned[name]
-    found = BlockTransform(heads, queries, vo, vo.mT, qk, qk.mT)  # both orthogonal
     if spec.ffn.experts.count:
-        found.experts, found.expert_units, found.expert_scale = match_experts(spec, a, turned)
+        found |= match_experts(spec, a, turned)
     if spec.ffn.width:
         score, negative = unit_scores(spec, a, turned, seen.get("hidden"), evidence.shares)
         turned.clear()  # the assignment of many units takes much memory of its own
-        found.units, found.unit_scale = match_units(score, negative)
+        found["units"] = match_units(score, negative)
         del score, negative
-    moved = apply_block(spec, None, Transform(None, [found]).map(lambda t: t.to(dtype)).blocks[0], b)
-    return found, block_evidence(spec, a, moved)
+    moved = apply(spec, {space: _in(work_dtype(spec), g) for space, g in found.items()}, b)
+    total.add(spec, a, moved)
+    return found
 
 
-def _match_head(a: Weights, b: Weights, rotation: Tensor | None) -> Tensor:
-    double = lambda w: {name: t.double() for name, t in w.small_ends.items()}  # noqa: E731
-    heads = a.table("head"), b.table("head")
+def _match_head(a: Weights, b: Weights, model: Elements, total: StreamEvidence) -> Element:
+    """The element of a head transform's units; adds to `total` what the transform, so moved, says about the stream."""
+    spec, heads = a.spec, (a.table("head"), b.table("head"))
     assert heads[0] is not None and heads[1] is not None
-    return match_head_units(double(a), apply_ends(a.spec, rotation, double(b)), (heads[0], heads[1]))
+    x, y = ({name: t.double() for name, t in w.small_ends.items()} for w in (a, b))
+    found = match_head_units(spec, x, apply(spec, {STREAM: model[STREAM]}, y), (heads[0], heads[1]))
+    name = "head_transform"
+    total.add(spec, {name: x[name]}, apply(spec, {HEAD_UNITS: found}, {name: y[name]}))
+    return found
 
 
-def _match_heads(
-    spec: Spec, a: Slots, b: Slots, evidence: Evidence, seen: Mapping[str, Table]
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """(groups, queries within them, V/O maps, Q/K maps): the assignment whose Procrustes fits are best in sum."""
-    g, r, e = spec.attention.kv_heads, spec.attention.queries_per_group, spec.attention.head_dim
-
-    def rows(slot: str, count: int) -> Tensor:
-        """Evidence for every pair of heads from a reader: (count A, count B, e, e)."""
-        c = (a[slot] @ b[slot].mT).double()
-        if f"{slot}_bias" in a:
-            c = c + torch.outer(a[f"{slot}_bias"], b[f"{slot}_bias"])
-        c = weigh(c, seen.get(slot), evidence.shares)
-        return c.view(count, e, count, e).transpose(1, 2)
-
-    out = (a["o"].mT @ b["o"]).double()
-    out = weigh(out, seen.get("mixed"), evidence.shares).view(g * r, e, g * r, e).transpose(1, 2)
-    q, k, v = rows("q", g * r), rows("k", g), rows("v", g)
-
-    if not heads_move(spec):
-        return None, None, *_maps_in_place(spec, v, k, out, q)
-    if r == 1:
-        inner = None
-        value, query = v + out, k + q
-    else:  # within each pair of groups, queries are assigned first, by their own evidence
-        pair_score = value_score(spec, out) + query_key_score(spec, q)
-        pair_score = pair_score.view(g, r, g, r).transpose(1, 2).flatten(0, 1)
-        inner = torch.stack(solve_assignments(list(pair_score), maximize=True)).to(q.device).view(g, g, r)
-        value, query = v + _along(out, inner, g, r), k + _along(q, inner, g, r)
-
-    score = value_score(spec, value) + query_key_score(spec, query)
-    heads = solve_assignments([score], maximize=True)[0].to(q.device)
-    pick = torch.arange(g, device=q.device), heads
-    queries = None if inner is None else inner[pick]
-    return heads, queries, nearest_value_map(spec, value[pick]), nearest_query_key_map(spec, query[pick])
+def _in(dtype: torch.dtype, g: Element) -> Element:
+    return g.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
 
 
-def _maps_in_place(spec: Spec, v: Tensor, k: Tensor, out: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """(V/O maps, Q/K maps) where every head keeps its place."""
-    g, r = spec.attention.kv_heads, spec.attention.queries_per_group
-    groups, heads = torch.arange(g, device=q.device), torch.arange(g * r, device=q.device)
-    by_group = lambda c: c[heads, heads].unflatten(0, (g, r)).sum(1)  # noqa: E731
-    value, query = v[groups, groups] + by_group(out), k[groups, groups] + by_group(q)
-    return nearest_value_map(spec, value), nearest_query_key_map(spec, query)
-
-
-def _along(c: Tensor, inner: Tensor, g: int, r: int) -> Tensor:
-    """Sums (g r, g r, e, e) evidence over matched queries of each pair of groups: (g, g, e, e)."""
-    c = c.view(g, r, g, r, *c.shape[2:])
-    i, j, x = torch.meshgrid(*(torch.arange(n, device=c.device) for n in (g, g, r)), indexing="ij")
-    return c[i, x, j, inner].sum(2)
-
-
-def _assignments(spec: Spec, t: Transform) -> list[Tensor | None]:
-    """All of a transform that is discrete."""
-    names = ("heads", "queries", "units", "experts", "expert_units")
-    parts = [getattr(block, name) for block in t.blocks for name in names]
-    return [*parts, t.head_units, None if rotates(spec) else t.rotation]
-
-
-def _same(p: Tensor | None, q: Tensor | None) -> bool:
-    return (p is None and q is None) or (p is not None and q is not None and torch.equal(p, q))
+def _assignments(found: Transform) -> dict[str, Tensor]:
+    """All of a transform that is discrete: permutations, and signs of the stream's."""
+    out: dict[str, Tensor] = {}
+    for i, elements in enumerate((found.model, *found.blocks)):
+        for space, g in elements.items():
+            if isinstance(g, Wreath):
+                out[f"{space} {i}"] = g.places
+    stream = found.stream
+    if isinstance(stream, Wreath) and isinstance(stream.inner, Scale):
+        out["signs"] = stream.inner.scale
+    return out

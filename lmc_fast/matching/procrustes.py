@@ -69,13 +69,12 @@ def nearest_query_key_map(spec: Spec, x: Tensor) -> Tensor:
         return nearest_rotary(x, rotary)
     dot, cross = _plane_fit(x, rotary)
     rest = x[..., rotary:, rotary:]
-    sign = lambda t: torch.where(t < 0, -1.0, 1.0).to(t)  # noqa: E731
     if kind == "signs":
-        return rotary_map(sign(dot), torch.zeros_like(dot), torch.diag_embed(sign(rest.diagonal(dim1=-2, dim2=-1))))
+        return rotary_map(_sign(dot), torch.zeros_like(dot), torch.diag_embed(_sign(rest.diagonal(dim1=-2, dim2=-1))))
     upright = dot.abs() >= cross.abs()
     zero = torch.zeros_like(dot)
     passing = torch.stack([nearest_signed_permutation(m) for m in rest]) if rest.numel() else rest
-    return rotary_map(torch.where(upright, sign(dot), zero), torch.where(upright, zero, sign(cross)), passing)
+    return rotary_map(torch.where(upright, _sign(dot), zero), torch.where(upright, zero, _sign(cross)), passing)
 
 
 def query_key_score(spec: Spec, x: Tensor) -> Tensor:
@@ -120,6 +119,13 @@ def nuclear_norm(x: Tensor) -> Tensor:
 def _plane_fit(x: Tensor, rotary: int) -> tuple[Tensor, Tensor]:
     """tr(Nᵀ x) on pair i for N = [[c, -s], [s, c]] is c·dot + s·cross."""
     half = rotary // 2
-    diagonal = lambda rows, cols: x[..., rows, cols].diagonal(dim1=-2, dim2=-1)  # noqa: E731
     first, second = slice(0, half), slice(half, rotary)
+
+    def diagonal(rows: slice, columns: slice) -> Tensor:
+        return x[..., rows, columns].diagonal(dim1=-2, dim2=-1)
+
     return diagonal(first, first) + diagonal(second, second), diagonal(second, first) - diagonal(first, second)
+
+
+def _sign(x: Tensor) -> Tensor:
+    return torch.where(x < 0, -1.0, 1.0).to(x)

@@ -35,7 +35,7 @@ from ..streaming.ring import Streamed
 from ..symmetry import canonicalize
 from ..symmetry.checksum import understood
 from ..symmetry.legality import check_legal
-from ..symmetry.storage import load_tensors, pack, save_tensors, unpack
+from ..symmetry.storage import as_stored, load_tensors, pack, save_tensors, unpack
 from ..symmetry.transform import Transform
 from .budgeted import chunking_of, disk_bytes, on_disk, path_of, plan_learning, tokens_to_gather
 from .resume import made_from, require_same_run
@@ -229,7 +229,7 @@ def match_endpoints(
         statistics = gather_statistics(a, b, tokens[:: len(tokens) // count][:count], keep=keep)
     with _overflow("A and B"):
         found = match(a, b, evidence, statistics, rounds).compose(even_b)
-    return even_a.map(_plain), found.map(_plain)
+    return as_stored(even_a), as_stored(found)
 
 
 @contextmanager
@@ -241,11 +241,6 @@ def _overflow(ends: str) -> Iterator[None]:
         if isinstance(error, ValueError) and "finite" not in str(error):
             raise
         raise LmcError(f"{ends} cannot be matched: products of weights overflow; look for huge weights") from error
-
-
-def _plain(t: Tensor) -> Tensor:
-    """Laid out as it will be when read back from a state file: a transposed view multiplies to other last bits."""
-    return t.contiguous()
 
 
 def _learn(

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..architectures import END_ROWS, END_WRITERS, Spec
+from ..architectures import Spec
+from ..architectures.axes import END_SLOTS
 from ..checkpoints.weights import Slots
 
 ALIGNMENT = 256  # bytes: what vectorised loads and copies of every device are content with
 HEAD = ("head", "head_bias")
-_OTHER_ENDS = ("embed_norm", "final_norm", "head", "head_transform", "head_norm", "pooler", "relation")
-END_SLOTS = {*END_ROWS, *END_WRITERS, *_OTHER_ENDS}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,6 @@
 from .canonical import canonicalize
 from .groups import Group, legal_groups
 from .legality import check_legal
-from .transform import BlockTransform, Transform
+from .transform import Transform
 
-__all__ = ["BlockTransform", "Group", "Transform", "canonicalize", "check_legal", "legal_groups"]
+__all__ = ["Group", "Transform", "canonicalize", "check_legal", "legal_groups"]

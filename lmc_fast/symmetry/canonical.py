@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..architectures import ATTN_READERS, END_ROWS, END_WRITERS, FFN_READERS, Spec
+from ..architectures import Spec
+from ..architectures.axes import ATTN_READERS, END_ROWS, END_WRITERS, FFN_READERS
 from ..checkpoints.lazy import Slots, Table
 from ..checkpoints.weights import Weights
 from ..errors import LmcError

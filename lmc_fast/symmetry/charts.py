@@ -11,14 +11,16 @@ Only continuous legal groups have coordinates. Permutations and signs are discre
 from __future__ import annotations
 
 import math
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
 from ..architectures import Spec
 from ..solvers import cayley, polar
+from .elements import Dense, Element, Scale, compose, inverse_of
 from .groups import query_key_maps, rotates, unit_scale_signs, value_maps
-from .transform import BlockTransform, Transform, compose_block, inverse_block, rotary_map
+from .transform import Transform, rotary_map
 
 MAX_STRETCH = 10.0  # singular values of head maps, and scales, stay within [1/10, 10]
 
@@ -58,13 +60,13 @@ class Chart:
         """One group element per side; differentiable in `tensors`."""
         rotations, blocks = self._rotations(), [self._sides(self.coordinates(i)) for i in range(self.spec.layers)]
         return [
-            Transform(None if rotations is None else rotations[s], [sides[s] for sides in blocks])
+            Transform(_stream(None if rotations is None else rotations[s]), [sides[s] for sides in blocks])
             for s in range(self.sides)
         ]
 
     def relative(self) -> Transform:
         """g_A⁻¹ g_B (g_B alone for one side): all that the loss along the line depends on."""
-        return Transform(self.rotation(), [self.block(i) for i in range(self.spec.layers)])
+        return Transform(_stream(self.rotation()), [self.block(i) for i in range(self.spec.layers)])
 
     def rotation(self) -> Tensor | None:
         """(d, d), the rotation of `relative`."""
@@ -75,25 +77,25 @@ class Chart:
         """The coordinates that belong to block i, (S, ...) each: all but the rotation's."""
         return {name: x[:, i] for name, x in self.tensors.items() if name != "rotation"}
 
-    def block(self, i: int, coordinates: dict[str, Tensor] | None = None) -> BlockTransform:
+    def block(self, i: int, coordinates: dict[str, Tensor] | None = None) -> dict[str, Element]:
         """The part of `relative` inside block i, from `coordinates(i)` or what a caller puts in their place."""
         sides = self._sides(self.coordinates(i) if coordinates is None else coordinates)
-        return sides[0] if self.sides == 1 else compose_block(inverse_block(sides[0]), sides[1])
+        return sides[0] if self.sides == 1 else compose(inverse_of(sides[0]), sides[1])
 
     def _rotations(self) -> Tensor | None:
         t = self.tensors
         return cayley(_skew(self._projected(t["rotation"]))) if "rotation" in t else None
 
-    def _sides(self, t: dict[str, Tensor]) -> list[BlockTransform]:
-        parts: dict[str, Tensor] = {}
+    def _sides(self, t: dict[str, Tensor]) -> list[dict[str, Element]]:
+        made: dict[str, Element] = {}
         if "vo" in t:
-            parts["vo"], parts["vo_inverse"] = _polar_map(t["vo"])
+            made["vo"] = Dense(*_polar_map(t["vo"]))
         if "qk" in t or "pair_angle" in t:
-            parts["qk"], parts["qk_inverse"] = self._query_key_maps(t)
-        for name in ("unit_scale", "expert_scale"):
+            made["qk"] = Dense(*self._query_key_maps(t))
+        for space, name in (("units", "unit_scale"), ("expert_units", "expert_scale")):
             if name in t:
-                parts[name] = t[name].exp()
-        return [BlockTransform(**{name: part[s] for name, part in parts.items()}) for s in range(self.sides)]
+                made[space] = Scale(t[name].exp())
+        return [{space: g.map(itemgetter(s)) for space, g in made.items()} for s in range(self.sides)]
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -141,3 +143,7 @@ def _skew(free: Tensor) -> Tensor:
 
 def _polar_map(free: Tensor) -> tuple[Tensor, Tensor]:
     return polar(_skew(free), (free + free.mT) / 2)
+
+
+def _stream(rotation: Tensor | None) -> dict[str, Element]:
+    return {} if rotation is None else {"stream": Dense.orthogonal(rotation)}

@@ -13,7 +13,8 @@ from scipy.stats import ortho_group
 from torch import Tensor
 
 from lmc_fast.architectures import Spec
-from lmc_fast.symmetry import BlockTransform, Transform
+from lmc_fast.symmetry import Transform
+from lmc_fast.symmetry.elements import Dense, Element, Wreath, orthogonal, units
 
 
 @dataclass(frozen=True)
@@ -138,21 +139,25 @@ def random_element(known: Known, spec: Spec, seed: int) -> Transform:
             return None
         return draw.scales(*shape) * (draw.signs(*shape) if known.scale == "any" else 1)
 
-    def block() -> BlockTransform:
+    def block() -> dict[str, Element]:
         value = draw.general if known.vo == "gl" else draw.signed
         experts, width = spec.ffn.experts.count, spec.ffn.experts.width
-        return BlockTransform(
-            heads=draw.places(groups) if known.heads else None,
-            queries=torch.stack([draw.places(r) for _ in range(groups)]) if known.heads and r > 1 else None,
-            vo=torch.stack([value(e) for _ in range(groups)]),
-            qk=torch.stack([draw.query_key(known.qk, e, spec.rope.rotary_dim) for _ in range(groups)]),
-            units=draw.places(spec.ffn.width) if spec.ffn.width else None,
-            unit_scale=unit_scale(spec.ffn.width),
-            experts=draw.places(experts) if experts else None,
-            expert_units=torch.stack([draw.places(width) for _ in range(experts)]) if experts else None,
-            expert_scale=unit_scale(experts, width),
-        )
+        out: dict[str, Element] = {}
+        if known.heads:
+            out["heads"] = Wreath(draw.places(groups))
+            if r > 1:
+                out["queries"] = Wreath(torch.stack([draw.places(r) for _ in range(groups)]))
+        out["vo"] = Dense.of(torch.stack([value(e) for _ in range(groups)]))
+        out["qk"] = Dense.of(torch.stack([draw.query_key(known.qk, e, spec.rope.rotary_dim) for _ in range(groups)]))
+        if spec.ffn.width:
+            out["units"] = units(draw.places(spec.ffn.width), unit_scale(spec.ffn.width))
+        if experts:
+            out["experts"] = Wreath(draw.places(experts))
+            places = torch.stack([draw.places(width) for _ in range(experts)])
+            out["expert_units"] = units(places, unit_scale(experts, width))
+        return out
 
-    rotation = draw.residual(known.residual, spec.width)
-    head = draw.places(spec.width) if spec.head_transform else None
-    return Transform(rotation, [block() for _ in range(spec.layers)], head)
+    model = {"stream": orthogonal(draw.residual(known.residual, spec.width))}
+    if spec.head_transform:
+        model["head_units"] = Wreath(draw.places(spec.width))
+    return Transform(model, [block() for _ in range(spec.layers)])

@@ -14,7 +14,8 @@ from test_zoo_symmetries import canonical, changed
 from lmc_fast.architectures.layouts import Plain
 from lmc_fast.checkpoints import Model, export
 from lmc_fast.checkpoints.weights import Weights
-from lmc_fast.symmetry import canonicalize
+from lmc_fast.symmetry import Transform, canonicalize
+from lmc_fast.symmetry.elements import orthogonal
 
 VISIBLE = 1e-3
 
@@ -84,9 +85,13 @@ FORBIDDEN = {
     ),
     "signs of single channels of BERT are seen": (
         "bert",
-        lambda w: dataclasses.replace(random_element(KNOWN["bert"], w.spec, 1), rotation=_one_flip(24)).apply(w),
+        lambda w: _with_stream(random_element(KNOWN["bert"], w.spec, 1), _one_flip(24)).apply(w),
     ),
 }
+
+
+def _with_stream(element, matrix):
+    return Transform(element.model | {"stream": orthogonal(matrix)}, element.blocks)
 
 
 def _one_flip(n):
@@ -114,8 +119,8 @@ def test_what_looks_like_a_symmetry_and_is_none(what, checkpoint_of, expected_of
 )
 def test_a_rotation_needs_the_canonical_form(name, why, checkpoint_of, expected_of):
     weights = loaded(checkpoint_of(name))
-    element = dataclasses.replace(random_element(KNOWN[name], weights.spec, 2), blocks=[])
-    element.blocks = [type(b)() for b in random_element(KNOWN[name], weights.spec, 2).blocks]
+    element = random_element(KNOWN[name], weights.spec, 2)
+    element.blocks = [{} for _ in element.blocks]
     assert changed(name, element.apply(weights), expected_of(name)) > VISIBLE, why
     assert changed(name, element.apply(canonicalize(weights)), expected_of(name)) < 1e-9
 
@@ -123,8 +128,7 @@ def test_a_rotation_needs_the_canonical_form(name, why, checkpoint_of, expected_
 def test_a_rotation_that_skips_the_router(checkpoint_of, expected_of):
     weights = canonical(checkpoint_of("mixtral"))
     rotation = Random(1).residual("any", 24)
-    element = dataclasses.replace(random_element(KNOWN["mixtral"], weights.spec, 2), rotation=rotation)
-    element.blocks = [type(b)() for b in element.blocks]
+    element = Transform({"stream": orthogonal(rotation)}, [{} for _ in range(weights.spec.layers)])
     moved = element.apply(weights)
     for old, new in zip(weights.blocks, moved.blocks, strict=True):
         new["router"] = old["router"]
@@ -158,4 +162,4 @@ def test_falcons_one_norm_keeps_its_bias_in_mid_network(checkpoint_of):
     weights = canonical(checkpoint_of("falcon-7b"))
     element = random_element(KNOWN["falcon-7b"], weights.spec, 2)
     before, after = weights.blocks[0]["attn_norm_bias"], element.apply(weights).blocks[0]["attn_norm_bias"]
-    assert before.abs().max() > 0.1 and torch.allclose(after, element.rotation @ before)
+    assert before.abs().max() > 0.1 and torch.allclose(after, element.stream.matrix @ before)

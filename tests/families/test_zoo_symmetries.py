@@ -1,7 +1,5 @@
 """The group of every family: derived as known, its elements keep the function, what is illegal is refused."""
 
-import dataclasses
-
 import pytest
 import torch
 import zoo
@@ -12,6 +10,7 @@ from lmc_fast.checkpoints import Model, export, lerp
 from lmc_fast.engine.model import logits
 from lmc_fast.symmetry import Transform, canonicalize, check_legal, legal_groups
 from lmc_fast.symmetry.charts import Chart
+from lmc_fast.symmetry.elements import Dense, Scale, Wreath, orthogonal
 from lmc_fast.symmetry.groups import heads_move, query_key_maps, residual_group, unit_scale_signs, value_maps
 from lmc_fast.symmetry.storage import pack, unpack
 
@@ -95,13 +94,12 @@ def test_the_chart_has_legal_elements_only(name, checkpoint_of, expected_of):
     assert changed(name, element.apply(weights), expected_of(name)) < 1e-9
 
 
-def _first_block(element, **parts):
-    blocks = [dataclasses.replace(element.blocks[0], **parts), *element.blocks[1:]]
-    return Transform(element.rotation, blocks, element.head_units)
+def _first_block(element, **spaces):
+    return Transform(element.model, [element.blocks[0] | spaces, *element.blocks[1:]])
 
 
-def _with_map(element, kind, maps):
-    return _first_block(element, **{kind: maps, f"{kind}_inverse": torch.linalg.inv(maps)})
+def _with_map(element, space, maps):
+    return _first_block(element, **{space: Dense.of(maps)})
 
 
 def _illegal(name, spec, element):
@@ -115,7 +113,8 @@ def _illegal(name, spec, element):
     for kind in ("any", "ones", "signed"):
         wider = {"any": (), "ones": ("any", "signed"), "signed": ("any", "ones"), "plain": ("any", "ones", "signed")}
         if kind in wider[known.residual]:
-            yield f"residual {kind}", Transform(draw.residual(kind, spec.width), element.blocks, element.head_units)
+            stream = orthogonal(draw.residual(kind, spec.width))
+            yield f"residual {kind}", Transform(element.model | {"stream": stream}, element.blocks)
     if known.qk != "rope":
         general = each(lambda: draw.query_key("rope", e, rotary))
         yield "general query/key map", _with_map(element, "qk", general)
@@ -129,11 +128,11 @@ def _illegal(name, spec, element):
     if known.vo == "signed":
         yield "general value map", _with_map(element, "vo", each(lambda: draw.general(e)))
     if not known.heads and groups > 1:
-        yield "heads under ALiBi", _first_block(element, heads=torch.arange(groups).roll(1))
+        yield "heads under ALiBi", _first_block(element, heads=Wreath(torch.arange(groups).roll(1)))
     if known.scale == "none":
-        yield "scaled units", _first_block(element, unit_scale=draw.scales(spec.ffn.width) + 1)
+        yield "scaled units", _first_block(element, units=Scale(draw.scales(spec.ffn.width) + 1))
     if known.scale == "positive":
-        yield "negative scale", _first_block(element, unit_scale=-draw.scales(spec.ffn.width))
+        yield "negative scale", _first_block(element, units=Scale(-draw.scales(spec.ffn.width)))
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)

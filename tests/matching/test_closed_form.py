@@ -17,6 +17,7 @@ from lmc_fast.matching.procrustes import (
     rotary_score,
 )
 from lmc_fast.symmetry import Transform, canonicalize, check_legal
+from lmc_fast.symmetry.elements import Dense, units
 from lmc_fast.symmetry.groups import unit_scale_signs
 
 EVIDENCE = {"weights": Evidence(1, 0), "activations": Evidence(0, 1), "both": Evidence(1, 0.3)}
@@ -92,10 +93,10 @@ def test_a_planted_transform_is_found(variant, evidence, make_checkpoint, tokens
     a = canonical(make_checkpoint(variant))
     planted = random_element(a.spec, 11)
     for block in planted.blocks:
-        block.unit_scale = None if unit_scale_signs(a.spec) != "any" else block.unit_scale.sign()
-        block.vo = nearest_orthogonal(block.vo)
-        block.qk = nearest_rotary(block.qk, a.spec.rope.rotary_dim)
-        block.vo_inverse, block.qk_inverse = block.vo.mT, block.qk.mT
+        places, inner = block["units"].places, block["units"].inner
+        block["units"] = units(places, inner.scale.sign() if unit_scale_signs(a.spec) == "any" else None)
+        block["vo"] = Dense.orthogonal(nearest_orthogonal(block["vo"].matrix))
+        block["qk"] = Dense.orthogonal(nearest_rotary(block["qk"].matrix, a.spec.rope.rotary_dim))
     b = planted.apply(a)
     statistics = gather_statistics(a, b, torch.randint(40, (64, 20), generator=torch.Generator().manual_seed(1)))
     found = match(a, b, EVIDENCE[evidence], statistics)

@@ -61,7 +61,7 @@ def test_the_result_is_that_of_a_run_in_memory(variant, case, state):
     assert [stage.name for stage in meter.stages] == ["matching", "preparing", "learning"]
     assert meter.facts["plan"]["total"] <= ENOUGH and meter.facts["traffic"]["visits"] > 0
     for x, y in ((expected.a, found.a), (expected.b, found.b)):
-        assert (x.rotation - y.rotation).abs().max() < 1e-4
+        assert (x.stream.matrix - y.stream.matrix).abs().max() < 1e-4
     for x, y in zip(expected.info["history"]["loss"], found.info["history"]["loss"], strict=True):
         assert abs(x - y) < 1e-5
     assert Store.open(state.parent / "store", pair.spec).layers == pair.spec.layers
@@ -184,7 +184,7 @@ def test_a_damaged_store_is_made_anew(case, state):
     size = block.stat().st_size
     block.write_bytes(block.read_bytes()[:-1])
     again = align(pair, tokens, memory=ENOUGH, state_file=state, **FAST)
-    assert block.stat().st_size == size and torch.equal(again.b.rotation, first.b.rotation)
+    assert block.stat().st_size == size and torch.equal(again.b.stream.matrix, first.b.stream.matrix)
 
 
 def test_a_read_error_while_learning_names_the_file_and_keeps_the_state(case, state, monkeypatch):

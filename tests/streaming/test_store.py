@@ -13,13 +13,14 @@ from conftest import VARIANTS
 from zoo import write
 
 from lmc_fast.architectures import FAMILIES
+from lmc_fast.architectures.axes import END_SLOTS
 from lmc_fast.checkpoints import Model
 from lmc_fast.errors import LmcError
 from lmc_fast.kernels.paths import side_by_side
 from lmc_fast.output import OWNER, atomic_directory, marker
 from lmc_fast.streaming import packing
 from lmc_fast.streaming import store as store_module
-from lmc_fast.streaming.layout import ALIGNMENT, END_SLOTS, head_rows, slot_shapes, unit_bytes
+from lmc_fast.streaming.layout import ALIGNMENT, head_rows, slot_shapes, unit_bytes
 from lmc_fast.streaming.packing import fingerprint, pieces
 from lmc_fast.streaming.store import STORE_NAMES, Store
 

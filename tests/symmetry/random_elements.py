@@ -4,8 +4,9 @@ import torch
 from scipy.stats import ortho_group, special_ortho_group
 
 from lmc_fast.architectures import Spec
+from lmc_fast.symmetry import Transform
+from lmc_fast.symmetry.elements import Dense, Wreath, units
 from lmc_fast.symmetry.groups import unit_scale_signs
-from lmc_fast.symmetry.transform import BlockTransform, Transform
 
 
 def rotation_fixing_ones(n: int, seed: int) -> torch.Tensor:
@@ -17,8 +18,12 @@ def rotation_fixing_ones(n: int, seed: int) -> torch.Tensor:
 
 def random_element(spec: Spec, seed: int) -> Transform:
     g = torch.Generator().manual_seed(seed)
-    groups, r, e = spec.attention.kv_heads, spec.attention.queries_per_group, spec.attention.head_dim
-    rotary = spec.rope.rotary_dim
+    groups, r, e, rotary = (
+        spec.attention.kv_heads,
+        spec.attention.queries_per_group,
+        spec.attention.head_dim,
+        spec.rope.rotary_dim,
+    )
 
     def general(n):
         q1, q2 = (torch.linalg.qr(torch.randn(n, n, generator=g, dtype=torch.float64))[0] for _ in range(2))
@@ -42,17 +47,15 @@ def random_element(spec: Spec, seed: int) -> Transform:
         scale = None if signs == "none" else 0.5 + torch.rand(spec.ffn.width, generator=g, dtype=torch.float64)
         if signs == "any":
             scale[::2] *= -1
-        return BlockTransform(
-            heads=torch.randperm(groups, generator=g),
-            queries=permutations(groups, r) if r > 1 else None,
-            vo=torch.stack([general(e) for _ in range(groups)]),
-            qk=torch.stack([query_key() for _ in range(groups)]),
-            units=torch.randperm(spec.ffn.width, generator=g),
-            unit_scale=scale,
-        )
+        out = {"heads": Wreath(torch.randperm(groups, generator=g))}
+        if r > 1:
+            out["queries"] = Wreath(permutations(groups, r))
+        out["vo"] = Dense.of(torch.stack([general(e) for _ in range(groups)]))
+        out["qk"] = Dense.of(torch.stack([query_key() for _ in range(groups)]))
+        return out | {"units": units(torch.randperm(spec.ffn.width, generator=g), scale)}
 
     if spec.norms.kind == "layernorm":
         rotation = rotation_fixing_ones(spec.width, seed)
     else:
         rotation = torch.from_numpy(special_ortho_group.rvs(spec.width, random_state=seed))
-    return Transform(rotation, [block() for _ in range(spec.layers)])
+    return Transform({"stream": Dense.orthogonal(rotation)}, [block() for _ in range(spec.layers)])

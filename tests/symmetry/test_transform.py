@@ -1,7 +1,5 @@
 """The group: its elements keep the function, obey the group laws, and nothing else is let through."""
 
-import dataclasses
-
 import pytest
 import torch
 from conftest import VARIANTS, reference_logits
@@ -14,6 +12,7 @@ from lmc_fast import LmcError
 from lmc_fast.checkpoints import Model, export, lerp
 from lmc_fast.engine.model import logits
 from lmc_fast.symmetry import Transform, canonicalize, check_legal
+from lmc_fast.symmetry.elements import Dense, Scale, Wreath
 from lmc_fast.symmetry.storage import load_tensors, pack, save_tensors, unpack
 
 SPECS = ["neox", "neox-sequential", "gpt2", "llama"]
@@ -80,14 +79,19 @@ def test_only_the_relative_element_matters(variant, make_checkpoint, tokens):
         assert (both - one).abs().max() < 1e-10 * both.abs().max()
 
 
-def _break(element, part, change):
-    blocks = [dataclasses.replace(b) for b in element.blocks]
-    if part == "rotation":
-        return Transform(change(element.rotation), blocks)
-    setattr(blocks[1], part, change(getattr(blocks[1], part)))
-    if part in ("vo", "qk"):
-        setattr(blocks[1], f"{part}_inverse", torch.linalg.inv(getattr(blocks[1], part)))
-    return Transform(element.rotation, blocks)
+def _break(element, space, change):
+    if space == "stream":
+        return Transform({"stream": Dense.orthogonal(change(element.stream.matrix))}, element.blocks)
+    g = element.blocks[1].get(space)
+    if isinstance(g, Dense):
+        broken = Dense(change(g.matrix), torch.linalg.inv(change(g.matrix)))
+    elif space == "scale":
+        space, places = "units", element.blocks[1]["units"].places
+        inner = element.blocks[1]["units"].inner
+        broken = Wreath(places, Scale(change(getattr(inner, "scale", None))))
+    else:
+        broken = Wreath(change(g.places), g.inner)
+    return Transform(element.model, [element.blocks[0], element.blocks[1] | {space: broken}])
 
 
 _SIGNS = torch.tensor([-1.0] + [1.0] * 23, dtype=torch.float64)
@@ -102,18 +106,18 @@ def _swap_rows(x):
 
 
 ILLEGAL = [
-    ("neox", "rotation", lambda r: r * 1.1, "orthogonal"),
-    ("neox", "rotation", lambda r: r @ _generic_rotation(), "ones"),
-    ("gpt2", "rotation", lambda r: r * _SIGNS, "ones"),
+    ("neox", "stream", lambda r: r * 1.1, "orthogonal"),
+    ("neox", "stream", lambda r: r @ _generic_rotation(), "ones"),
+    ("gpt2", "stream", lambda r: r * _SIGNS, "ones"),
     ("neox", "qk", _swap_rows, "rotary"),
     ("llama", "qk", _swap_rows, "rotary"),
     ("neox", "vo", lambda m: m[:2], "invertible"),
     ("neox", "heads", lambda p: torch.zeros_like(p), "permutation"),
     ("llama", "queries", lambda p: torch.zeros_like(p), "permutation"),
     ("neox", "units", lambda p: p[:-1], "shape"),
-    ("neox", "unit_scale", lambda _: torch.full((40,), 2.0).double(), "homogeneous"),
-    ("neox-sequential", "unit_scale", lambda s: -s, "positive"),
-    ("llama", "unit_scale", lambda s: s * 0, "zero"),
+    ("neox", "scale", lambda _: torch.full((40,), 2.0).double(), "homogeneous"),
+    ("neox-sequential", "scale", lambda s: -s, "positive"),
+    ("llama", "scale", lambda s: s * 0, "zero"),
 ]
 
 
@@ -133,7 +137,7 @@ def test_illegal_elements_are_refused_and_would_change_the_function(
 def test_turning_everything_round_is_legal_for_layernorm(make_checkpoint, tokens):
     weights = canonical(make_checkpoint("neox"))
     element = random_element(weights.spec, 6)
-    element.rotation = -element.rotation
+    element.model["stream"] = element.stream.map(torch.neg)
     check_legal(element, weights.spec)
     change = logits(element.apply(weights), tokens).log_softmax(-1) - logits(weights, tokens).log_softmax(-1)
     assert change.abs().max() < 1e-9
@@ -142,11 +146,11 @@ def test_turning_everything_round_is_legal_for_layernorm(make_checkpoint, tokens
 def test_differentiable_in_the_element(make_checkpoint):
     weights = canonical(make_checkpoint("neox"))
     element = random_element(weights.spec, 7)
-    element.rotation.requires_grad_()
-    element.blocks[0].vo.requires_grad_()
+    rotation, maps = element.stream.matrix.requires_grad_(), element.blocks[0]["vo"].matrix.requires_grad_()
+    element.model["stream"] = Dense.orthogonal(rotation)
     moved = element.apply(weights)
     (moved.blocks[0]["v"].sum() + moved.ends["head"].sum()).backward()
-    assert element.rotation.grad.abs().max() > 0 and element.blocks[0].vo.grad.abs().max() > 0
+    assert rotation.grad.abs().max() > 0 and maps.grad.abs().max() > 0
 
 
 def test_result_keeps_the_dtype_of_the_weights(make_checkpoint):

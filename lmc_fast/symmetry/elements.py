@@ -129,7 +129,7 @@ class Dense:
 
     def act(self, x: Tensor, dim: int, batch: int | None) -> Tensor:
         if batch is None and dim == x.dim() - 1:
-            return x @ self.matrix.mT
+            return (x.reshape(-1, x.shape[-1]) @ self.matrix.mT).view(x.shape)
         if batch is None and dim == 0:
             return (self.matrix @ x.flatten(1)).view(x.shape)
         lead = [] if batch is None else [batch]
@@ -147,7 +147,7 @@ class Dense:
     def then(self, g: Element) -> Element:
         if isinstance(g, Identity):
             return self
-        other = g if isinstance(g, Dense) else dense(g)
+        other = dense(g, self.matrix.dtype)
         return Dense(other.matrix @ self.matrix, self.back @ other.back)
 
     def at(self, places: Tensor) -> Dense:
@@ -239,7 +239,7 @@ class Wreath:
             return Wreath(self.places.gather(-1, g.places), self.inner.take(g.places).scaled(g.inner))
         if isinstance(g, (Identity, Scale)):
             return Wreath(self.places, self.inner.scaled(g))
-        return dense(self).then(g)
+        return dense(self, g.factor.dtype if g.factor is not None else torch.float64).then(g)
 
     def at(self, places: Tensor) -> Wreath:
         return Wreath(self.places[places], self.inner.at(places))
@@ -267,15 +267,15 @@ def orthogonal(matrix: Tensor) -> Element:
     return Dense.orthogonal(matrix)
 
 
-def dense(g: Element) -> Dense:
-    """Any element as a matrix. Raises ValueError for Identity, which has no size."""
+def dense(g: Element, dtype: torch.dtype = torch.float64) -> Dense:
+    """Any element as a matrix; dtype: of a mere permutation. Raises ValueError for Identity, which has no size."""
     if isinstance(g, Dense):
         return g
     if isinstance(g, Scale):
         return Dense(torch.diag_embed(g.scale), torch.diag_embed(1 / g.scale))
     if not isinstance(g, Wreath):
         raise ValueError("the identity has no size")
-    scale = g.inner.scale if isinstance(g.inner, Scale) else torch.ones(g.places.shape, device=g.places.device)
+    scale = g.inner.scale if isinstance(g.inner, Scale) else torch.ones_like(g.places, dtype=dtype)
     eye = torch.eye(g.places.shape[-1], dtype=scale.dtype, device=scale.device)[g.places]
     return Dense(scale[..., None] * eye, (eye / scale[..., None]).mT)
 

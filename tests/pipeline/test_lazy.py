@@ -20,6 +20,7 @@ from lmc_fast.pipeline.export import export_endpoint
 from lmc_fast.pipeline.prepare import prepare
 from lmc_fast.streaming.store import Store
 from lmc_fast.symmetry import Transform, canonicalize
+from lmc_fast.symmetry.elements import Dense
 
 WIDTH, FFN, VOCAB = 64, 192, 64
 BLOCK = (4 * WIDTH * WIDTH + 2 * WIDTH * FFN) * 8  # bytes in float64
@@ -74,7 +75,12 @@ def _statistics(a, b, out):
 
 def _export(a, b, out):
     spec = Model(a).spec
-    export_endpoint(Model(a), Transform(torch.eye(WIDTH).double(), Transform.identity(spec).blocks), out / "x", None)
+    export_endpoint(
+        Model(a),
+        Transform({"stream": Dense.orthogonal(torch.eye(WIDTH).double())}, Transform.identity(spec).blocks),
+        out / "x",
+        None,
+    )
 
 
 def _merge(a, b, out):

@@ -77,7 +77,7 @@ def test_every_contraction_is_one_co_and_one_contra(name, checkpoint_of):
 def test_the_table_fits_every_slot(name, checkpoint_of):
     spec = Model(checkpoint_of(name)).spec
     moved = {slot for space in (*MODEL_SPACES, *BLOCK_SPACES) for slot, _ in slots_of(spec, space)}
-    for slot, shape in spec.slots.items():
+    for slot, shape in spec.shapes.items():
         axes = axes_of(spec, slot)
         assert bool(axes) == (slot in moved)
         if not axes:

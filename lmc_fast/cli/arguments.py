@@ -48,7 +48,11 @@ def parser() -> argparse.ArgumentParser:
         type=user_path,
         help="calibration text (.txt, .jsonl, .npy token ids) or images (.npz, class folders)",
     )
-    sub.add_argument("--val", type=user_path, help="picks the best state of the run (default: the last 3%% of --data)")
+    sub.add_argument(
+        "--val",
+        type=user_path,
+        help="text or images that pick the best state (default: the last 3%% of --data, held out from learning)",
+    )
     sub.add_argument(
         "--test", type=user_path, help="text or images to measure the curves on (default: what --val says)"
     )
@@ -56,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--method", choices=METHODS, default="dual", help="how to align (default: dual)")
     sub.add_argument("--steps", type=positive_integer, help=f"steps of learning (default: {Schedule.steps})")
     sub.add_argument("--batch", type=positive_integer, help=f"sequences per step (default: {Schedule.batch})")
-    sub.add_argument("--block", type=positive_integer, help="tokens per block (default: 128)")
+    sub.add_argument("--length", "--block", type=positive_integer, help="tokens per sequence (default: 128)")
     sub.add_argument(
         "--range",
         type=float,
@@ -101,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"device to plan for: here (default: the one that --device names), {names}",
     )
     sub.add_argument("--tokens", type=positive_integer, help=f"tokens per step (default: {Schedule.batch} sequences)")
-    sub.add_argument("--block", type=positive_integer, help="tokens per block (default: 128)")
+    sub.add_argument("--length", "--block", type=positive_integer, help="tokens per sequence (default: 128)")
 
     sub = command("merge", merge_command, "write the weighted average of two checkpoints", "a", "b")
     sub.add_argument("--weight", type=float, default=0.5, help="share of B (default: 0.5)")
@@ -114,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--alignment", type=user_path, help="alignment.safetensors of the pair, to be applied first")
     sub.add_argument("--points", type=positive_integer, default=11, help="points on the line (default: 11)")
     sub.add_argument("--memory", help=limit)
-    sub.add_argument("--block", type=positive_integer, help="tokens per block (default: 128)")
+    sub.add_argument("--length", "--block", type=positive_integer, help="tokens per sequence (default: 128)")
     sub.add_argument("--out", type=user_path, nargs="+", help="files to write: curve.json, curve.png")
 
     sub = command("verify", verify_command, "check whether two checkpoints compute the same function", "a", "b")

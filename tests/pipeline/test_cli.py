@@ -131,8 +131,8 @@ def test_tokens_may_come_as_text_jsonl_or_npy(pair, tmp_path, capsys):
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": words}) + "\n")
     np.save(tmp_path / "t.npy", np.array([int(w[1:]) for w in words.split()], dtype=np.uint16))
     losses = []
-    for name in ("t.txt", "t.jsonl", "t.npy"):
-        assert main(["barrier", *pair, "--data", str(tmp_path / name), "--points", "3", "--block", "16", "--json"]) == 0
+    for name, length in (("t.txt", "--length"), ("t.jsonl", "--block"), ("t.npy", "--length")):  # two names of one
+        assert main(["barrier", *pair, "--data", str(tmp_path / name), "--points", "3", length, "16", "--json"]) == 0
         losses.append(json.loads(capsys.readouterr().out)["losses"])
     assert losses[0] == losses[1] == losses[2]
 

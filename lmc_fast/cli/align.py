@@ -88,7 +88,7 @@ def _show(args: argparse.Namespace, console: Console, report: dict[str, Any]) ->
     for name, found in report["proof"].items():
         console.say(
             f"endpoint {name}: KL to the original {found['kl']:.1e} nats, max |log-probability difference| "
-            f"{found['max_log_probability']:.1e}: same function"
+            f"{found['max_log_probability']:.1e}: same function, says {found['by']}"
         )
     _show_costs(console, report["costs"], args.memory)
     curves = report.get("curves", [])

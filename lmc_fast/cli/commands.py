@@ -129,6 +129,6 @@ def verify_command(args: argparse.Namespace, console: Console) -> int:
     found, same = verify(args.a, args.b, tokens, args.device, memory=memory)
     console.say(f"KL {found.kl:.2e} nats per token, max |log-probability difference| {found.max_log_probability:.2e}")
     console.say(f"loss {found.loss_a:.5f} and {found.loss_b:.5f} nats per token")
-    console.say("same function" if same else "different functions")
+    console.say(("same function" if same else "different functions") + f", says {found.by}")
     console.result(found.to_json() | {"same": same})
     return 0 if same else DIFFERENT

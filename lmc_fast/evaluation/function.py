@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..budget.stages import ELEMENTS
 from ..checkpoints import Weights
-from ..checkpoints.lazy import CHUNK_ELEMENTS
+from ..checkpoints.lazy import CHUNK_ELEMENTS, Table
 from ..engine.head import capped
 from ..engine.layerwise import head_inputs
 from ..engine.model import labels
@@ -27,14 +28,18 @@ TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-8, torch.float16: 1e-4, tor
 ROWS = 2048  # predictions that are compared together
 
 
+OURS = "lmc_fast"
+
+
 @dataclass(frozen=True)
 class Difference:
-    """Largest |Δ log-probability|, mean KL(A‖B) in nats per prediction, and both mean losses."""
+    """Largest |Δ log-probability|, mean KL(A‖B) in nats per prediction, both mean losses, and who computed them."""
 
     max_log_probability: float
     kl: float
     loss_a: float
     loss_b: float
+    by: str = OURS
 
     def __post_init__(self) -> None:
         for what, value in (("first", self.loss_a), ("second", self.loss_b)):
@@ -43,13 +48,71 @@ class Difference:
         if not math.isfinite(self.kl + self.max_log_probability):
             raise LmcError("the outputs of these checkpoints are not finite; look for huge weights")
 
-    def to_json(self) -> dict[str, float]:
+    def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+class Answering(Protocol):
+    """Something that computes a model's answers: our engine, or transformers."""
+
+    @property
+    def by(self) -> str: ...
+
+    @property
+    def task(self) -> str:
+        """As in Spec."""
+
+    @property
+    def width(self) -> int:
+        """Of what the head reads."""
+
+    def head_inputs(self, data: Data, batch: int) -> Tensor:
+        """What the head reads wherever `data` asks for a prediction: (n, d); `batch` inputs are computed together."""
+
+    def logits(self, rows: Tensor, columns: int) -> Iterator[tuple[int, Tensor]]:
+        """(first column, logits (n, c)) of runs of `columns` of the vocabulary, of rows (n, d) from head_inputs."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Our own engine's answers."""
+
+    weights: Weights
+    by: str = OURS
+
+    @property
+    def task(self) -> str:
+        return self.weights.spec.task
+
+    @property
+    def width(self) -> int:
+        return self._head.shape[1]
+
+    @property
+    def _head(self) -> Table:
+        head = self.weights.table("head")
+        assert head is not None
+        return head
+
+    def head_inputs(self, data: Data, batch: int) -> Tensor:
+        return head_inputs(self.weights, data, batch)
+
+    def logits(self, rows: Tensor, columns: int) -> Iterator[tuple[int, Tensor]]:
+        bias = self.weights.ends.get("head_bias")
+        for start, weight in self._head.chunks(columns):
+            part = F.linear(rows, weight, None if bias is None else bias[start : start + len(weight)])
+            yield start, capped(part, self.weights.spec.head_softcap)
 
 
 @torch.no_grad()
 def difference(
-    a: Weights, b: Weights, data: Data, batch: int = 8, *, rows: int | None = None, logits: int = ELEMENTS
+    a: Weights | Answering,
+    b: Weights | Answering,
+    data: Data,
+    batch: int = 8,
+    *,
+    rows: int | None = None,
+    logits: int = ELEMENTS,
 ) -> Difference:
     """Compares log-probabilities (not logits: alignment may shift all logits of a token alike) on tokens or examples.
 
@@ -58,40 +121,42 @@ def difference(
     batch: inputs that go through a block together; rows: inputs whose streams are held, by default all, at the price of
     one pass over both models each; logits: how many of one model are held.
     """
+    one, two = (Engine(w) if isinstance(w, Weights) else w for w in (a, b))
     some = data.split(max(batch, rows or len(data)))
-    if a.spec.task == "features":
-        return _features(zip(*(_outputs(w, some, batch) for w in (a, b)), strict=True))
+    if one.task == "features":
+        return _features(zip(*(_outputs(w, some, batch) for w in (one, two)), strict=True), one.by)
     found = []
     for part in some:
-        x, y = (head_inputs(w, part, batch) for w in (a, b))
-        right = torch.cat([labels(inputs) for inputs in part.split(batch)])
+        x, y = (w.head_inputs(part, batch) for w in (one, two))
+        right = torch.cat([labels(inputs) for inputs in part.split(batch)]).to(x.device)
         for p, q, answer in zip(*(t.split(ROWS) for t in (x, y, right)), strict=True):
-            found.append(compared(_runs(a, b, p, q, logits), answer))
-    worst, *sums = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return Difference(worst.max().item(), *(t.mean().item() for t in sums))
+            found.append(compared(_runs(one, two, p, q, logits), answer))
+    worst, kl, *losses = (torch.cat(parts) for parts in zip(*found, strict=True))
+    loss_a, loss_b = (t.mean().item() for t in losses)
+    return Difference(worst.max().item(), kl.mean().item(), loss_a, loss_b, one.by)
 
 
-def _outputs(w: Weights, parts: Sequence[Data], batch: int) -> Iterator[Tensor]:
+def _outputs(w: Answering, parts: Sequence[Data], batch: int) -> Iterator[Tensor]:
     """The features of a tower, part by part of the data, in float64."""
     for part in parts:
-        read = head_inputs(w, part, batch)
-        yield torch.cat([out for _, out in _logits(w, read, max(1, ELEMENTS // len(read)))], 1)
+        read = w.head_inputs(part, batch)
+        yield torch.cat([out.double() for _, out in w.logits(read, max(1, ELEMENTS // len(read)))], 1)
 
 
-def _features(pairs: Iterable[tuple[Tensor, Tensor]]) -> Difference:
+def _features(pairs: Iterable[tuple[Tensor, Tensor]], by: str) -> Difference:
     worst = apart = size = 0.0
     for p, q in pairs:
         worst = max(worst, (p - q).abs().max().item())
         apart += (p - q).square().sum().item()
         size += p.square().sum().item()
-    return Difference(worst, apart / size, 0.0, 0.0)
+    return Difference(worst, apart / size, 0.0, 0.0, by)
 
 
-def _runs(a: Weights, b: Weights, x: Tensor, y: Tensor, elements: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _runs(a: Answering, b: Answering, x: Tensor, y: Tensor, elements: int) -> Iterator[tuple[int, Tensor, Tensor]]:
     """What `compared` wants, of rows that both heads read."""
-    columns = max(1, elements // len(x))
-    for (start, p), (_, q) in zip(_logits(a, x, columns), _logits(b, y, columns), strict=True):
-        yield start, p, q
+    columns = max(1, min(elements // len(x), CHUNK_ELEMENTS // max(a.width, b.width)))
+    for (start, p), (_, q) in zip(a.logits(x, columns), b.logits(y, columns), strict=True):
+        yield start, p.double(), q.double()
 
 
 def compared(runs: Iterable[tuple[int, Tensor, Tensor]], right: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -139,15 +204,6 @@ class _LogSumExp:
     @property
     def mean(self) -> Tensor:
         return self.weighted / self.total
-
-
-def _logits(w: Weights, rows: Tensor, columns: int) -> Iterator[tuple[int, Tensor]]:
-    """(first column, logits in float64) of runs of the vocabulary, of `columns` at most."""
-    head, bias = w.table("head"), w.ends.get("head_bias")
-    assert head is not None
-    for start, weight in head.chunks(min(columns, max(1, CHUNK_ELEMENTS // head.shape[1]))):
-        part = F.linear(rows, weight, None if bias is None else bias[start : start + len(weight)])
-        yield start, capped(part, w.spec.head_softcap).double()
 
 
 def tolerance(*dtypes: torch.dtype) -> float:

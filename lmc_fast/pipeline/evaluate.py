@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -16,13 +17,16 @@ from ..budget.stages import POINTS, Stages, TooSmall
 from ..checkpoints import Model
 from ..errors import LmcError
 from ..evaluation import Curve, Difference, curve_between, difference
-from ..evaluation.function import tolerance
+from ..evaluation.function import OURS, tolerance
+from ..evaluation.reference import Unreadable
 from ..examples import Data, Examples, inputs_of
 from ..pair import Pair, in_common
 from ..symmetry import canonicalize
+from .proof import by_transformers
 
 Device = torch.device | str
 MOST_POINTS = 1001
+_log = logging.getLogger("lmc_fast")
 
 
 def barrier(
@@ -84,7 +88,8 @@ def verify(
 ) -> tuple[Difference, bool]:
     """How far the functions of two checkpoints are apart, and whether that is within their dtypes' rounding.
 
-    tokens: data to compare on; by default random token ids or images. memory: bytes that this may take.
+    The functions are those that transformers computes wherever it can; the difference tells. tokens: data to compare
+    on, by default random token ids or images. memory: bytes that this may take.
 
     Raises LmcError.
     """
@@ -108,11 +113,16 @@ def compare(
         )
     if tokens is None:
         tokens = _inputs(x, y)
-    portions = {}
-    if memory is not None:
-        wider = x.spec if x.spec.width >= y.spec.width else y.spec
-        portions = asdict(_stages(wider, tokens, device).portions_of_comparison(memory))
-    found = difference(x.open_weights(device=device), y.open_weights(device=device), tokens.to(device), **portions)
+    try:
+        found = by_transformers(x, y, tokens, device, memory)
+    except Unreadable as error:
+        _log.info("both models are compared by our own engine, since %s", error)
+        portions = {}
+        if memory is not None:
+            wider = x.spec if x.spec.width >= y.spec.width else y.spec
+            portions = asdict(_stages(wider, tokens, device).portions_of_comparison(memory))
+        found = difference(x.open_weights(device=device), y.open_weights(device=device), tokens.to(device), **portions)
+        found = replace(found, by=f"{OURS}, since {error}")
     return found, found.kl <= tolerance(x.coarsest_dtype, y.coarsest_dtype)
 
 

@@ -224,7 +224,9 @@ class Reference:
         """As Answering; of models whose whole output is small, that."""
         if self.head is None:
             return torch.cat([self._outputs(inputs_of(part)) for part in data.split(batch)])
-        return torch.cat([target_rows(self._hidden(model_inputs(part)), part) for part in data.to(self.device).split(batch)])
+        return torch.cat(
+            [target_rows(self._hidden(model_inputs(part)), part) for part in data.to(self.device).split(batch)]
+        )
 
     @torch.no_grad()
     def logits(self, rows: Tensor, columns: int) -> Iterator[tuple[int, Tensor]]:

@@ -56,9 +56,10 @@ def windows(config: Any, by_layer: bool) -> tuple[int, ...]:
     Raises LmcError for a window that is no positive number, and for other types of layers.
     """
     size = config.sliding_window
-    kinds = (
-        config.layer_types if by_layer else ["full_attention" if size is None else _SLIDING] * config.num_hidden_layers
-    )
+    if by_layer:
+        kinds = config.layer_types
+    else:
+        kinds = ["full_attention" if size is None else _SLIDING] * config.num_hidden_layers
     unknown = set(kinds) - {_SLIDING, "full_attention"}
     if unknown:
         raise LmcError(f"layer type {min(unknown)!r} is not supported; use a checkpoint with full or sliding attention")

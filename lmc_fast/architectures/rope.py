@@ -70,7 +70,8 @@ def trained_positions(config: Any) -> int:
 
 def changing_rope(config: Any) -> str:
     """The type of a RoPE that changes with the length of the text; empty where there is none."""
-    return next((k for k in (part.get("rope_type") for part in _parts(config)) if k in ("longrope", "dynamic")), "")
+    kinds = [part.get("rope_type") for part in _parts(config)]
+    return next((kind for kind in kinds if kind in ("longrope", "dynamic")), "")
 
 
 def _parts(config: Any) -> list[dict[str, Any]]:

@@ -60,7 +60,7 @@ def match(
         for i in range(spec.layers):
             x, y = a.blocks[i], b.blocks[i]
             seen = statistics.blocks[i] if statistics else {}
-            found.blocks[i] = _match_block(spec, x, y, found.model, total, evidence, seen)
+            found.blocks[i] = match_block(spec, x, y, found.model, total, evidence, seen)
             del x, y
         if spec.head_transform:
             found.model[HEAD_UNITS] = _match_head(a, b, found.model, total)
@@ -80,7 +80,7 @@ def _stream(spec: Spec, found: StreamEvidence, activations: Tensor | None, evide
     return Dense.orthogonal(best) if rotates(spec) else orthogonal(best)
 
 
-def _match_block(
+def match_block(
     spec: Spec,
     a: Slots,
     b: Slots,

@@ -59,10 +59,8 @@ class Chart:
     def elements(self) -> list[Transform]:
         """One group element per side; differentiable in `tensors`."""
         rotations, blocks = self._rotations(), [self._sides(self.coordinates(i)) for i in range(self.spec.layers)]
-        return [
-            Transform(_stream(None if rotations is None else rotations[s]), [sides[s] for sides in blocks])
-            for s in range(self.sides)
-        ]
+        streams = [_stream(r) for r in ([None] * self.sides if rotations is None else rotations)]
+        return [Transform(streams[s], [sides[s] for sides in blocks]) for s in range(self.sides)]
 
     def relative(self) -> Transform:
         """g_A⁻¹ g_B (g_B alone for one side): all that the loss along the line depends on."""
@@ -71,7 +69,9 @@ class Chart:
     def rotation(self) -> Tensor | None:
         """(d, d), the rotation of `relative`."""
         r = self._rotations()
-        return None if r is None else r[0] if self.sides == 1 else r[0].mT @ r[1]
+        if r is None:
+            return None
+        return r[0] if self.sides == 1 else r[0].mT @ r[1]
 
     def coordinates(self, i: int) -> dict[str, Tensor]:
         """The coordinates that belong to block i, (S, ...) each: all but the rotation's."""

@@ -282,7 +282,9 @@ def dense(g: Element, dtype: torch.dtype = torch.float64) -> Dense:
 
 def moved(g: Element, move: Move) -> Element:
     """What g does to an index that moves in this way."""
-    return g if move is Move.CO else g.dual if move is Move.CONTRA else g.order
+    if move is Move.CO:
+        return g
+    return g.dual if move is Move.CONTRA else g.order
 
 
 def inverse_of(elements: Elements) -> dict[str, Element]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,10 +38,19 @@ def as_stored(transform: Transform) -> Transform:
 def unpack(tensors: dict[str, Tensor], prefix: str, layers: int) -> Transform:
     """The inverse of `pack`. Raises LmcError for parts that make no element."""
     model, *blocks = (
-        {space: _element(space, parts) for space in spaces if (parts := _within(tensors, f"{place}.{space}."))}
+        _elements_at(tensors, place, spaces)
         for place, spaces in _places(prefix, [MODEL_SPACES, *[BLOCK_SPACES] * layers])
     )
     return Transform(model, blocks)
+
+
+def _elements_at(tensors: dict[str, Tensor], place: str, spaces: Iterable[str]) -> dict[str, Element]:
+    found = {}
+    for space in spaces:
+        parts = _within(tensors, f"{place}.{space}.")
+        if parts:
+            found[space] = _element(space, parts)
+    return found
 
 
 T = TypeVar("T")

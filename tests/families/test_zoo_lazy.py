@@ -90,8 +90,8 @@ def test_matching_in_float32_finds_the_same(name, checkpoint_of, monkeypatch):
 def test_rounds_are_limited(checkpoint_of, monkeypatch):
     a, b = pair_of(checkpoint_of, "gpt2", False)
     seen = []
-    real = closed_form._match_block
-    monkeypatch.setattr(closed_form, "_match_block", lambda *args: seen.append(1) or real(*args))
+    real = closed_form.match_block
+    monkeypatch.setattr(closed_form, "match_block", lambda *args: seen.append(1) or real(*args))
     match(a, b, Evidence(1, 0), rounds=1)
     assert len(seen) == a.spec.layers
 

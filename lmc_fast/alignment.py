@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .architectures import Spec
 from .checkpoints import Weights
 from .errors import LmcError
 from .symmetry.checksum import understood
 from .symmetry.legality import check_legal
-from .symmetry.storage import load_tensors, pack, save_tensors, unpack
+from .symmetry.storage import load_tensors, pack, save_tensors, unpack, unpack_version_1
 from .symmetry.transform import Transform
 
-FORMAT_VERSION = 2  # 1 had no checksum
+FORMAT_VERSION = 2  # 1 had a and b for members, and no checksum
+MEMBERS = [{"name": name, "element": f"members.{i}", "matched": f"matched.{i}"} for i, name in enumerate("ab")]
 _MOST_LAYERS = 10_000
+_FIRST_NAMES = (  # of a block's tensors in version 1
+    *("heads", "queries", "vo", "vo_inverse", "qk", "qk_inverse", "units", "unit_scale"),
+    *("experts", "expert_units", "expert_scale"),
+)
 
 
 @dataclass
@@ -32,20 +39,32 @@ class Alignment:
     matched: tuple[Transform, Transform]
     info: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def members(self) -> tuple[Transform, Transform]:
+        """(a, b)."""
+        return self.a, self.b
+
     def save(self, file: str | Path) -> None:
-        """Writes alignment.safetensors (float64 tensors, versioned JSON metadata), whole or not at all."""
-        tensors = pack(self.a, "a") | pack(self.b, "b")
-        tensors |= pack(self.matched[0], "matched.a") | pack(self.matched[1], "matched.b")
-        metadata = {"version": FORMAT_VERSION, "layers": len(self.a.blocks), "info": self.info}
+        """Writes alignment.safetensors, whole or not at all: float64 tensors, and versioned JSON metadata that name
+        the members and where each one's tensors are.
+        """
+        tensors: dict[str, Tensor] = {}
+        for member, element, matched in zip(MEMBERS, self.members, self.matched, strict=True):
+            tensors |= pack(element, member["element"]) | pack(matched, member["matched"])
+        metadata = {"version": FORMAT_VERSION, "members": MEMBERS, "layers": len(self.a.blocks), "info": self.info}
         save_tensors(Path(file), tensors, metadata)
 
     @staticmethod
     def load(file: str | Path, spec: Spec | None = None) -> Alignment:
-        """Reads what `save` wrote; with `spec`, checks that both elements are symmetries of it. Raises LmcError."""
+        """Reads what `save` wrote, also in format version 1; with `spec`, checks that both elements are symmetries of
+        it. Raises LmcError.
+        """
         tensors, metadata = load_tensors(Path(file))
-        layers, info = metadata.get("layers"), metadata.get("info")
-        if metadata.get("version") != FORMAT_VERSION:
-            raise LmcError(f"{file} is not an alignment of format version {FORMAT_VERSION}")
+        layers, info, version = (metadata.get(name) for name in ("layers", "info", "version"))
+        if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
+            raise LmcError(f"{file} is not an alignment of format version {FORMAT_VERSION} or 1")
+        if version == FORMAT_VERSION and metadata.get("members") != MEMBERS:
+            raise LmcError(f"{file} is not an alignment of two members; give the one that was made for this pair")
         if not isinstance(layers, int) or isinstance(layers, bool) or not isinstance(info, dict):
             raise LmcError(f"{file} does not say its layers and info as an alignment does; make it again")
         if layers < 1 or layers != (spec.layers if spec else layers) or layers > _MOST_LAYERS:
@@ -55,15 +74,28 @@ class Alignment:
             if t.dtype not in (torch.float64, torch.float32, torch.int64):
                 raise LmcError(f"{file}: {name} is {t.dtype}, neither a map nor a permutation; make it again")
         with understood(Path(file), "an alignment"):
-            parts = {name: unpack(tensors, name, layers) for name in ("a", "b", "matched.a", "matched.b")}
-            known = {key for name, part in parts.items() for key in pack(part, name)}
+            prefixes, read = [member[part] for part in ("element", "matched") for member in MEMBERS], unpack
+            if version == 1:
+                prefixes, read = ["a", "b", "matched.a", "matched.b"], unpack_version_1
+            a, b, *matched = found = [read(tensors, prefix, layers) for prefix in prefixes]
+            if version == 1:
+                known = {name for prefix in prefixes for name in _first_names(prefix, layers)}
+            else:
+                known = {name for prefix, part in zip(prefixes, found, strict=True) for name in pack(part, prefix)}
             if spec:
-                for part in parts.values():
+                for part in found:
                     check_legal(part, spec)
         for name in sorted(tensors.keys() - known):
             raise LmcError(f"{file} holds {name}, which is no part of an alignment; make it again")
-        return Alignment(parts["a"], parts["b"], (parts["matched.a"], parts["matched.b"]), info)
+        return Alignment(a, b, (matched[0], matched[1]), info)
 
     def apply(self, a: Weights, b: Weights) -> tuple[Weights, Weights]:
         """Both endpoints, given in canonical form, aligned."""
         return self.a.apply(a), self.b.apply(b)
+
+
+def _first_names(prefix: str, layers: int) -> Iterator[str]:
+    """What version 1 may have called the tensors of a transform."""
+    yield from (f"{prefix}.rotation", f"{prefix}.head_units")
+    for i in range(layers):
+        yield from (f"{prefix}.blocks.{i}.{name}" for name in _FIRST_NAMES)

@@ -112,7 +112,7 @@ def align(
         "inputs": made_from(pair, tokens, validation),
     }
     if learns:
-        run |= {"schedule": asdict(schedule), "calibration_blocks": list(tokens.shape)}
+        run |= {"schedule": asdict(schedule), "calibration_shape": list(tokens.shape)}
     state = Path(state_file) if state_file else None
     saved, before = load_tensors(state) if state and state.exists() else ({}, {})
     if before:
@@ -122,9 +122,9 @@ def align(
     if memory is not None:
         return_freed_memory()
         if learns:
-            strategy = before["run"].get("way") if before else None
+            strategy = before["run"].get("strategy") if before else None
             within = plan_learning(pair.spec, schedule, length, device, memory, strategy and Strategy(*strategy))
-            run["way"] = list(within.strategy)
+            run["strategy"] = list(within.strategy)
             meter.facts["plan"] = within.to_json()
         if not before:
             at_hand = within.device if within else here(device)
@@ -150,7 +150,7 @@ def align(
         if not saved and state:
             saved, _ = load_tensors(state)  # the first process wrote it
         with understood(state or Path("the state"), "the state of this run"):
-            base = unpack(saved, "base.a", pair.spec.layers), unpack(saved, "base.b", pair.spec.layers)
+            base = unpack(saved, "members.0", pair.spec.layers), unpack(saved, "members.1", pair.spec.layers)
             for part in base if before else ():
                 check_legal(part, pair.spec)
         with meter.stage("preparing"):
@@ -294,4 +294,5 @@ def _save(state: Path | None, learner: Learner, base: tuple[Transform, Transform
 
 
 def _packed(base: tuple[Transform, Transform]) -> dict[str, Tensor]:
-    return pack(base[0], "base.a") | pack(base[1], "base.b")
+    """What matching found for each member."""
+    return pack(base[0], "members.0") | pack(base[1], "members.1")

@@ -113,7 +113,8 @@ def run(
                 raise
             require_unchanged(pair)
             directory.drop_store()
-            report: dict[str, Any] = {"a": pair.a.source, "b": pair.b.source, "version": __version__, **alignment.info}
+            members = [{"name": name, "source": model.source} for name, model in (("a", pair.a), ("b", pair.b))]
+            report: dict[str, Any] = {"members": members, "version": __version__, **alignment.info}
             if test is not None:
                 with meter.stage("measuring"):
                     curves = measure(pair, test, alignment, device, memory, progress)

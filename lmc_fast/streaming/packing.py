@@ -19,7 +19,8 @@ from ..checkpoints.weights import Slots, Weights
 from ..errors import LmcError
 from .layout import HEAD, Place, aligned, arrange, head_rows, memory, side_by_side, slot_shapes
 
-FORMAT, VERSION = "lmc_fast pair store", 1
+FORMAT, VERSION = "lmc_fast store", 2
+MEMBERS = [{"name": "a"}, {"name": "b"}]  # side by side in every file, in this order
 CHUNK = 8 << 20  # bytes read by one thread at a time, each with a checksum
 
 Piece = tuple[int | str, Slots, Slots]
@@ -109,6 +110,7 @@ class Writer:
         index = {
             "format": FORMAT,
             "version": VERSION,
+            "members": MEMBERS,
             "fingerprint": fingerprint(self.spec),
             "family": self.spec.family,
             "dtype": dtype_name(self.dtype),

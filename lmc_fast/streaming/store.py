@@ -1,6 +1,6 @@
 """A pair on disk in the form that the ring reads: one file per unit, both endpoints packed as in layout.py.
 
-    index.json        format, version, fingerprint of the spec, dtype, key; places, size and checksums of every file
+    index.json        format, version, members, fingerprint of the spec, dtype, key; files: places, size, checksums
     block-00000.bin   one unit each, read as a whole: blocks, then head-00000.bin, ... (runs of vocabulary rows)
     embed.bin         (V, 2, d): rows are read one by one
     lmc_fast.json     tells that the directory is ours
@@ -29,7 +29,7 @@ from ..checkpoints.weights import Slots
 from ..errors import LmcError
 from ..output import OWNER, Names, atomic_directory, marker, write_synced
 from .layout import Place, memory, views
-from .packing import CHUNK, FORMAT, VERSION, Piece, Writer, checksum, fingerprint
+from .packing import CHUNK, FORMAT, MEMBERS, VERSION, Piece, Writer, checksum, fingerprint
 
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORE_NAMES: Names = dict.fromkeys((OWNER, "index.json", "block-*.bin", "head-*.bin", "embed.bin", "ends.bin"))
@@ -95,7 +95,7 @@ class Store:
             raise LmcError(f"{file} is corrupt; {_MAKE_AGAIN}") from error
         if not sound:
             raise LmcError(f"{file} is corrupt; {_MAKE_AGAIN}")
-        if (index["format"], index["version"]) != (FORMAT, VERSION):
+        if (index["format"], index["version"], index["members"]) != (FORMAT, VERSION, MEMBERS):
             raise LmcError(f"{file} is of another format or version; {_MAKE_AGAIN}")
         if index["fingerprint"] != fingerprint(spec):
             raise LmcError(f"{file} belongs to a pair of another architecture; {_MAKE_AGAIN}")

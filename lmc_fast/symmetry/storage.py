@@ -132,7 +132,7 @@ def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise LmcError(f"{file} is damaged or not a file of lmc_fast ({error})") from error
     if not isinstance(metadata, dict):
         raise LmcError(f"{file} is damaged or not a file of lmc_fast (its metadata are no object)")
-    # the first version of alignments had none
-    if handle.metadata.get("checksum") != checksum(tensors, text) and metadata.get("version") != 1:
+    whole = {"format": "pt", "lmc_fast": text, "checksum": checksum(tensors, text)}
+    if handle.metadata != whole and metadata.get("version") != 1:  # which had no checksum
         raise LmcError(f"{file} is damaged, edited or of an older version: its checksum does not fit; make it again")
     return tensors, metadata

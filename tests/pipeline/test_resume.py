@@ -69,9 +69,9 @@ def test_another_model_other_data_or_options_are_refused(inputs, make_checkpoint
     refused("A and B have changed places", b, a)
     llamas = [make_checkpoint("llama", seed) for seed in (1, 2)]
     refused("config.json of A", *llamas)
-    refused("what --data and --block give", tokens=other)
-    refused("what --val and --block give", validation=None)
-    refused("what --val and --block give", validation=validation.flip(1))
+    refused("what --data and --length give", tokens=other)
+    refused("what --val and --length give", validation=None)
+    refused("what --val and --length give", validation=validation.flip(1))
     refused("activations was 0.3", activations=0.5)
     refused("seed was 0", seed=3)
     refused("method was dual", method="one-sided")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from lmc_fast import Alignment, LmcError, align, open_pair
 from lmc_fast.checkpoints import Model
+from lmc_fast.symmetry import canonicalize
 from lmc_fast.symmetry.storage import load_tensors, save_tensors
 
 
@@ -81,6 +82,11 @@ def test_edited_tensors_and_metadata_are_noticed(saved, spec):
     [
         {"version": 99},
         {"version": None},
+        {"version": 1},
+        {"version": True},
+        {"members": None},
+        {"members": 2},
+        {"members": [{"name": "a"}]},
         {"layers": 3},
         {"layers": 0},
         {"layers": -1},
@@ -104,7 +110,7 @@ def test_metadata_that_make_no_sense_are_refused_though_the_checksum_fits(change
 
 def test_tensors_that_make_no_sense_are_refused_though_the_checksum_fits(saved, spec):
     tensors, metadata = load_tensors(saved)
-    names = [n for n in sorted(tensors) if n.startswith(("a.", "matched.b"))]
+    names = [n for n in sorted(tensors) if n.startswith(("members.0", "matched.1"))]
     for name in names[:: max(1, len(names) // 25)]:
         t = tensors[name]
         for bad in (t[..., :-1], t[None], torch.zeros_like(t), t.flatten()[0], t.to(torch.bool)):
@@ -112,7 +118,7 @@ def test_tensors_that_make_no_sense_are_refused_though_the_checksum_fits(saved, 
             with pytest.raises(LmcError):
                 Alignment.load(saved, spec)
                 pytest.fail(f"{name} {tuple(t.shape)} may be {bad.dtype} {tuple(bad.shape)}")
-    save_tensors(saved, tensors | {"a.blocks.7.vo": tensors[names[0]]}, metadata)
+    save_tensors(saved, tensors | {"members.0.blocks.7.vo.matrix": tensors[names[0]]}, metadata)
     refused(saved, spec)
 
 
@@ -141,7 +147,7 @@ def test_states_that_make_no_sense_are_refused_though_the_checksum_fits(make_che
             if bad is None and not name.startswith(("chart.", "momentum.")):
                 continue  # a best state and Adam's moments may not be there yet
             refused_state(rest if bad is None else rest | {name: bad}, metadata)
-    base = next(n for n in sorted(tensors) if n.startswith("base.a") and tensors[n].is_floating_point())
+    base = next(n for n in sorted(tensors) if n.startswith("members.0") and tensors[n].is_floating_point())
     refused_state(tensors | {base: torch.zeros_like(tensors[base])}, metadata)
     for change in (
         {"history": None},
@@ -153,3 +159,48 @@ def test_states_that_make_no_sense_are_refused_though_the_checksum_fits(make_che
         {"run": {"method": "dual", "schedule": 5}},
     ):
         refused_state(tensors, json.loads(json.dumps(metadata)) | change)
+
+
+def first_layout(transform, prefix):
+    """The tensors of a transform as version 1 wrote them, from the elements and not by the library's names."""
+    out = {f"{prefix}.rotation": transform.stream.matrix}
+    for i, block in enumerate(transform.blocks):
+        at = f"{prefix}.blocks.{i}."
+        out |= {at + "heads": block["heads"].places, at + "units": block["units"].places}
+        if "queries" in block:
+            out[at + "queries"] = block["queries"].places
+        for name in ("vo", "qk"):
+            out |= {at + name: block[name].matrix, f"{at}{name}_inverse": block[name].back}
+        if hasattr(block["units"].inner, "scale"):
+            out[at + "unit_scale"] = block["units"].inner.scale
+    return {name: t.contiguous() for name, t in out.items()}
+
+
+@pytest.mark.parametrize("variant", ["llama", "neox-sequential"])
+def test_alignments_of_version_1_are_read(variant, make_checkpoint, tmp_path):
+    model = Model(make_checkpoint(variant))
+    elements = [random_element(model.spec, seed) for seed in range(4)]
+    tensors = {}
+    for prefix, element in zip(("a", "b", "matched.a", "matched.b"), elements, strict=True):
+        tensors |= first_layout(element, prefix)
+    file = tmp_path / "alignment.safetensors"
+    info = {"method": "dual", "history": {"loss": [1.5], "excess": {"1": 0.25}}}
+    text = json.dumps({"version": 1, "layers": model.spec.layers, "info": info})
+    save_file(tensors, file, {"lmc_fast": text})  # no checksum
+    found = Alignment.load(file, model.spec)
+    assert found.info == info
+    weights = canonicalize(model.load(torch.float64))
+    for element, same in zip(elements, (*found.members, *found.matched), strict=True):
+        x, y = element.apply(weights), same.apply(weights)
+        assert all(torch.equal(x.ends[name], y.ends[name]) for name in x.ends)
+        assert all(torch.equal(p[n], q[n]) for p, q in zip(x.blocks, y.blocks, strict=True) for n in p)
+    found.save(file)
+    with safe_open(file, "pt") as handle:
+        metadata = json.loads(handle.metadata()["lmc_fast"])
+        assert (metadata["version"], [m["name"] for m in metadata["members"]]) == (2, ["a", "b"])
+        assert {name.rpartition(".blocks")[0] for name in handle.keys() if "blocks" in name} == {  # noqa: SIM118
+            part for m in metadata["members"] for part in (m["element"], m["matched"])
+        }
+    save_file(tensors | {"a.blocks.0.odd": torch.zeros(2)}, file, {"lmc_fast": text})
+    with pytest.raises(LmcError, match=r"a\.blocks\.0\.odd"):
+        Alignment.load(file, model.spec)

@@ -69,3 +69,29 @@ def test_imports_go_down():
         if layer.get(other, -1) > layer[module] or other == "lmc_fast"
     ]
     assert not upward
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def test_no_private_name_leaves_its_module():
+    """Neither by import, nor as an attribute of what was imported, nor by its name in a monkeypatch."""
+    found = []
+    for folder in (PACKAGE, PACKAGE.parent / "tests", PACKAGE.parent / "benchmarks"):
+        for file in sorted(folder.rglob("*.py")):
+            tree = ast.parse(file.read_text())
+            ours = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.level or "lmc_fast" in n.module)]
+            names = [a for n in ours for a in n.names]
+            found += [(file.name, a.name) for a in names if private(a.name) and a.name != "_C"]
+            bound = {a.asname or a.name for a in names}
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                    owner, name = node.value, node.attr
+                elif isinstance(node, ast.Call) and len(node.args) > 1 and isinstance(node.args[1], ast.Constant):
+                    owner, name = node.args[0], str(node.args[1].value)
+                else:
+                    continue
+                if isinstance(owner, ast.Name) and owner.id in bound and private(name):
+                    found.append((file.name, f"{owner.id}.{name}"))
+    assert not found

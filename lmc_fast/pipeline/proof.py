@@ -17,9 +17,9 @@ from ..examples import Data, inputs_of
 from ..sizes import show_bytes
 
 _log = logging.getLogger("lmc_fast")
-_TABLES = 48 << 20  # runs of rows of both heads, with what they are read from
-_HELD = 6  # tensors of the size of a run of logits: of both, also wide, their gap, a share
-_SPARE = 0.04
+TABLES = 48 << 20  # runs of rows of both heads, with what they are read from
+HELD = 6  # tensors of the size of a run of logits: of both, also wide, their gap, a share
+SPARE = 0.04
 _BATCH = 32  # inputs that go through a block together
 
 
@@ -39,17 +39,17 @@ def by_transformers(
         length = x.spec.length(inputs_of(data).shape)
         each = length * FP32 * Demand(x.spec, Job(length, length), FP32).block_floats(WEIGHT)
         kept = 2 * length * x.spec.width * FP32
-        block, head = max(a.block_bytes, b.block_bytes), _HELD * ELEMENTS * 2 * FP32 + _TABLES
+        block, head = max(a.block_bytes, b.block_bytes), HELD * ELEMENTS * 2 * FP32 + TABLES
         _require(memory, counted_bytes(device) + kept + max(block + each, head))
-        room = memory * (1 - _SPARE) - counted_bytes(device)
+        room = memory * (1 - SPARE) - counted_bytes(device)
         batch = max(1, min(_BATCH, int((room - block) / 2 / each)))
         rows = max(batch, int((room - max(block + batch * each, head)) / kept))
     return difference(a, b, data, min(batch, _BATCH), rows=rows)
 
 
 def _require(memory: int, needed: float) -> None:
-    if needed > memory * (1 - _SPARE):
-        least = show_bytes(needed / (1 - _SPARE))
+    if needed > memory * (1 - SPARE):
+        least = show_bytes(needed / (1 - SPARE))
         _log.info(
             "transformers would need %s of memory to compare, more than the %s allowed", least, show_bytes(memory)
         )

@@ -148,7 +148,7 @@ def test_what_our_reader_misreads_is_not_published(misread, pair, tmp_path, monk
 
 
 def test_a_budget_below_its_needs(pair, monkeypatch):
-    monkeypatch.setattr(proof, "_SPARE", 0.99)
+    monkeypatch.setattr(proof, "SPARE", 0.99)
     found, same = lmc.verify(*pair, memory=8 << 30)
     assert not same and "needs more memory than is allowed" in found.by and found.by.startswith("lmc_fast")
     monkeypatch.undo()
@@ -166,8 +166,8 @@ def test_within_a_budget_fewer_go_at_a_time(pair, monkeypatch):
 
     monkeypatch.setattr(Reference, "head_inputs", head_inputs)
     monkeypatch.setattr(proof, "counted_bytes", lambda _: 0)
-    monkeypatch.setattr(proof, "_HELD", 0)
-    monkeypatch.setattr(proof, "_TABLES", 0)
+    monkeypatch.setattr(proof, "HELD", 0)
+    monkeypatch.setattr(proof, "TABLES", 0)
     with pytest.raises(Unreadable, match="more memory"):
         proof.by_transformers(model, model, data, memory=70 << 10)
     found = [proof.by_transformers(model, model, data, memory=size << 10) for size in (150, 250, 4096)]

@@ -1,6 +1,6 @@
-# `make demo` and `make test` set up everything they need in .venv.
+# `make demo` and `make test` set up everything they need in .venv; with PYTHON=python3.12 in .venv-python3.12.
 PYTHON ?= python3
-VENV ?= .venv
+VENV ?= .venv$(addprefix -,$(notdir $(filter-out python3,$(PYTHON))))
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
@@ -9,9 +9,9 @@ STAMP = $(VENV)/.installed
 venv: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
-	touch $@
+	@$(PYTHON) -c '' || { echo "$(PYTHON) does not run; PYTHON=python3.12 names another (3.10 or newer)"; exit 1; }
+	@$(PYTHON) install.py $(VENV)
+	@touch $@
 
 # The tiny pair that ships with the project: align, merge, measure. Figures and pictures go to demo-out.
 PAIR = examples/pair
@@ -51,4 +51,4 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu $(GPU)
 
 clean:
-	rm -rf $(VENV) build demo-out *.egg-info lmc_fast/_C*.so
+	rm -rf $(VENV) .venv-* build demo-out *.egg-info lmc_fast/_C*.so

@@ -180,7 +180,7 @@ def test_the_file_that_config_json_names(make_checkpoint, tokens, tmp_path):
 def test_each_tensor_keeps_its_dtype(wide, make_checkpoint, tmp_path):
     shutil.copytree(make_checkpoint("llama"), tmp_path / "m")
     tensors = load_file(tmp_path / "m" / SINGLE)
-    tensors = {key: t if any(w in key for w in wide) else t.bfloat16() for key, t in tensors.items()}
+    tensors = {key: t.clone() if any(w in key for w in wide) else t.bfloat16() for key, t in tensors.items()}
     save_file(tensors, tmp_path / "m" / SINGLE, metadata={"format": "pt"})
     edit_config(tmp_path / "m", dtype="bfloat16")
     model = Model(tmp_path / "m")

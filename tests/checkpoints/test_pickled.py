@@ -77,7 +77,7 @@ def test_nothing_of_the_file_is_mapped_or_read_without_need(as_pickled):
     checkpoint = Checkpoint(directory)
     whole = {name: checkpoint.read(name) for name in checkpoint.names}
     with open("/proc/self/maps") as maps:
-        assert str(directory) not in maps.read()
+        assert str(file) not in maps.read()
     data = bytearray(file.read_bytes())
     place = data.find(whole["transformer.wpe.weight"][2:].numpy().tobytes())
     data[place : place + 4] = bytes(4)

@@ -64,7 +64,7 @@ class Checkpoint:
         if any(self.path.glob("*.gguf")) and not any(self.path.glob("*.safetensors")):
             raise LmcError(f"{path}: {_GGUF}")
         self.config = read_object(self.path / "config.json", remedy=f"is {self.source} a checkpoint directory?")
-        if self.config.get("quantization_config"):
+        if self.config.get("quantization_config") is not None:
             method = self.config["quantization_config"]
             method = method.get("quant_method", "") if isinstance(method, dict) else ""
             raise LmcError(
@@ -128,7 +128,7 @@ class Checkpoint:
         safetensors before weights of torch.save.
         """
         chosen, ends, listing = self.config.get("transformers_weights"), ".safetensors", ".safetensors.index.json"
-        if chosen:
+        if chosen is not None:
             if not isinstance(chosen, str) or Path(chosen).name != chosen or not chosen.endswith((ends, listing)):
                 raise LmcError(
                     f"{self.path / 'config.json'}: transformers_weights is {chosen!r}, which is no safetensors file"
@@ -144,7 +144,8 @@ class Checkpoint:
     def _indexed(self, name: str, ending: str) -> tuple[list[str], set[str]]:
         """As _locate, from an index, which names no file outside the directory."""
         index = self.path / name
-        weight_map = read_object(index, _INDEX_BYTES, "download it again").get("weight_map")
+        content = read_object(index, _INDEX_BYTES, "download it again")
+        weight_map = content.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise LmcError(f"{index} has no weight_map; download it again")
         for tensor, file in weight_map.items():
@@ -152,6 +153,8 @@ class Checkpoint:
                 raise LmcError(f"{index} sends tensor {tensor} to '{file}', outside the directory; refused")
             if not file.endswith(ending):
                 raise LmcError(f"{index} names '{file}', which does not end in {ending}; refused")
+        if not isinstance(content.get("metadata"), dict):  # transformers does without the rest, but not without this
+            raise LmcError(f"{index} has no metadata, without which transformers does not load it; download it again")
         return sorted(set(weight_map.values())), set(weight_map)
 
 

@@ -48,9 +48,13 @@ def read_elements(handle: FileIO, offset: int, count: int, dtype: torch.dtype) -
 def require_weights(file: Path) -> None:
     """Raises LmcError where there is no ordinary file, or what git leaves in place of a large one."""
     require_regular(file, "download the checkpoint again")
-    with FileIO(file) as handle:
-        if handle.read(len(_LFS)) == _LFS:
-            raise LmcError(f"{file} is a pointer of Git LFS, not the weights; run git lfs pull there")
+    try:
+        with FileIO(file) as handle:
+            begin = handle.read(len(_LFS))
+    except OSError as error:
+        raise LmcError(f"{file} cannot be read ({error.strerror}); download the checkpoint again") from error
+    if begin == _LFS:
+        raise LmcError(f"{file} is a pointer of Git LFS, not the weights; run git lfs pull there")
 
 
 def require_finite(file: Path, name: str, tensor: Tensor) -> None:
@@ -77,7 +81,7 @@ class TensorFile:
                 raise SafetensorError(f"its header would have {length:,} bytes")
             with safe_open(file, framework="pt"):  # checks offsets, sizes and the file's length
                 header = parse_json(self._handle.read(length), file)
-        except (SafetensorError, OSError, UnicodeError) as error:  # UnicodeError: a path that safetensors does not take
+        except (SafetensorError, OSError, MemoryError, UnicodeError) as error:  # the last: of a path's letters
             raise LmcError(f"{file} is corrupt or truncated ({error}); download it again") from error
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         self._entries: dict[str, dict] = header

@@ -18,6 +18,7 @@ from ..architectures.layouts import OfExpert, Plain
 from ..errors import LmcError
 from .coverage import cover
 from .lazy import TABLES, LazyBlocks, Slots, Table
+from .plain_config import require_plain
 from .reader import Checkpoint
 
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_experts", "num_local_experts")
@@ -233,11 +234,12 @@ def read_config(checkpoint: Checkpoint) -> tuple[Family, Any]:
     names = checkpoint.config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise LmcError(f"{file}: architectures is {names!r}, not a list of class names")
-    _require_countable(checkpoint)
     if names and not any(name.endswith(family.architectures) for name in names):
         ends = " or ".join(family.architectures)
         wanted = "causal language model" if "ForCausalLM" in family.architectures else f"{kind} model with its head"
         raise LmcError(f"{checkpoint.path}: {names[0]} is not a {wanted}; give a checkpoint of a class named ...{ends}")
+    _require_countable(checkpoint)
+    require_plain(checkpoint.config, file)
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     except Exception as error:  # transformers validates with many exception types

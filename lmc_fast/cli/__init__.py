@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import warnings
 from functools import partial
 
 from ..backends import backends
@@ -39,6 +40,7 @@ def _main(argv: list[str] | None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     import transformers
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of what checkpoints say
     transformers.logging.set_verbosity_error()
     require_device(args.device)
     _require_settings()

@@ -90,9 +90,9 @@ def test_index_that_promises_too_much(copy):
     directory = copy()
     index = directory / "model.safetensors.index.json"
     (directory / "model.safetensors").rename(directory / "one.safetensors")
-    index.write_text(json.dumps({"weight_map": {"nothing.weight": "one.safetensors"}}))
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"nothing.weight": "one.safetensors"}}))
     refused(directory, "nothing.weight")
-    index.write_text(json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}}))
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"x": "model-00001-of-00002.safetensors"}}))
     refused(directory, "model-00001-of-00002.safetensors", "missing")
 
 

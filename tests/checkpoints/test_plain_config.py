@@ -1,0 +1,53 @@
+"""Options with which transformers fails, often only when it computes, are refused when config.json is read."""
+
+import shutil
+
+import pytest
+from conftest import edit_config
+
+from lmc_fast import LmcError
+from lmc_fast.checkpoints import Model
+
+
+@pytest.mark.parametrize(
+    ("variant", "key", "value"),
+    [
+        ("neox", "hidden_dropout", 3),
+        ("neox", "attention_dropout", None),
+        ("gpt2", "resid_pdrop", "x"),
+        ("llama", "pad_token_id", 40),
+        ("llama", "pad_token_id", -41),
+        ("llama", "sliding_window", "24"),
+        ("llama", "sliding_window", [1]),
+        ("llama", "output_hidden_states", "gelu"),
+        ("llama", "attn_implementation", -1),
+        ("llama", "text_config", {}),
+        ("llama", "architectures", ""),
+        ("llama", "architectures", [None]),
+        ("llama", "transformers_weights", []),
+        ("llama", "quantization_config", {}),
+        ("llama", "num_hidden_layers", 10**9),
+        ("llama", "num_labels", 10**9),
+        ("llama", "model_type", ["llama"]),
+    ],
+)
+def test_it_is_named(variant, key, value, make_checkpoint, tmp_path):
+    shutil.copytree(make_checkpoint(variant), tmp_path / "odd")
+    edit_config(tmp_path / "odd", **{key: value})
+    with pytest.raises(LmcError, match="quantised" if key == "quantization_config" else key):
+        Model(tmp_path / "odd")
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        ("gpt2", {"pad_token_id": 50257}),  # its embeddings know no padding token
+        ("llama", {"pad_token_id": -1}),
+        ("llama", {"classifier_dropout": None, "architectures": None, "sliding_window": None, "use_cache": True}),
+        ("llama", {"attention_dropout": 0, "output_attentions": False}),
+    ],
+)
+def test_what_files_on_the_hub_really_say_is_read(variant, options, make_checkpoint, tmp_path):
+    shutil.copytree(make_checkpoint(variant), tmp_path / "odd")
+    edit_config(tmp_path / "odd", **options)
+    Model(tmp_path / "odd")

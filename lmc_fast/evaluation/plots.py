@@ -13,6 +13,11 @@ from ..output import atomic_file
 
 _MAKER = "lmc-fast"  # in the picture's own metadata
 _SIGNATURES = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
+_METADATA: dict[str, dict[str, str | None]] = {
+    ".png": {"Software": _MAKER},
+    ".svg": {"Creator": _MAKER, "Date": None},
+    ".pdf": {"Creator": _MAKER, "CreationDate": None},
+}
 _LARGEST = 64 * MIB
 
 
@@ -30,14 +35,14 @@ def new_figure() -> tuple[Any, Any]:
 
 def save_figure(figure: Any, file: Path) -> None:
     """Writes the picture, whole or not at all, and closes the figure. Raises LmcError."""
-    from matplotlib import pyplot
+    from matplotlib import pyplot, rc_context
 
     try:
         if file.suffix not in _SIGNATURES:
             raise LmcError(f"{file}: a picture is written as one of {', '.join(_SIGNATURES)}")
-        key = "Software" if file.suffix == ".png" else "Creator"
         picture = io.BytesIO()  # matplotlib's writers do not all survive a full disk
-        figure.savefig(picture, format=file.suffix[1:], dpi=144, metadata={key: _MAKER})
+        with rc_context({"svg.hashsalt": _MAKER}):  # and no date: the same figure is the same file
+            figure.savefig(picture, format=file.suffix[1:], dpi=144, metadata=_METADATA[file.suffix])
     finally:
         pyplot.close(figure)
     with atomic_file(file) as new:

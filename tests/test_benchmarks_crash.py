@@ -10,7 +10,7 @@ if importlib.util.find_spec("benchmarks") is None:
 from benchmarks.crash import measure
 
 
-@pytest.mark.parametrize("command", ["align", "merge", "barrier"])
+@pytest.mark.parametrize("command", ["align", "merge"])
 def test_nothing_is_lost(command, capfd):
     rows = measure(0.0, [command], ["kill", "full"])
     assert [row["points"] for row in rows] == [2, 2]

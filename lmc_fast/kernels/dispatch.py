@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from functools import cache, partial
@@ -22,6 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import LmcError
+from ..output import write_whole
 from .paths import PATHS, interpolated, product
 
 COUNTED = {True: 1.5, False: 0.9}  # crossover in tokens per width, by whether graphs are kept
@@ -195,9 +196,7 @@ def _cached(key: str, measure: Callable[[], float]) -> float:
     known = (known if isinstance(known, dict) else {}) | {key: value}
     try:
         cache_file().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=cache_file().parent, delete=False) as file:
-            json.dump(known, file, indent=1)
-        os.replace(file.name, cache_file())
-    except OSError:
+        write_whole(cache_file(), json.dumps(known, indent=1))
+    except (OSError, LmcError):
         _log.info("could not write %s", cache_file())
     return value

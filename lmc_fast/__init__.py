@@ -4,7 +4,7 @@ from . import importing  # isort: skip  # noqa: F401  (it takes signals while th
 from .alignment import Alignment
 from .backends import Backends, backends
 from .data import read_data, read_tokens
-from .errors import LmcError
+from .errors import Cancelled, LmcError
 from .evaluation import Curve, Difference
 from .examples import Examples
 from .images import read_images
@@ -14,6 +14,7 @@ from .pair import Pair, open_pair
 from .pipeline.align import align
 from .pipeline.evaluate import barrier, verify
 from .pipeline.export import export, merge
+from .pipeline.progress import Progress
 from .pipeline.run import run
 from .solvers import cayley, expm, polar
 from .version import __version__
@@ -21,11 +22,13 @@ from .version import __version__
 __all__ = [
     "Alignment",
     "Backends",
+    "Cancelled",
     "Curve",
     "Difference",
     "Examples",
     "LmcError",
     "Pair",
+    "Progress",
     "Schedule",
     "__version__",
     "align",

@@ -11,6 +11,10 @@ class LmcError(Exception):
         super().__init__(printable(message))
 
 
+class Cancelled(LmcError):
+    """What was given as `cancel` said that the work is to end. The message says what is kept and how to go on."""
+
+
 def printable(text: object) -> str:
     """One line without control characters, cut in the middle where it is very long."""
     line = "".join(c if c.isprintable() else _escaped(c) for c in str(text))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import warnings
 from functools import partial
 
@@ -10,14 +9,11 @@ from ..backends import backends
 from ..budget.devices import require_device
 from ..errors import LmcError
 from ..importing import release
+from ..interrupts import interrupt_on_signals
 from ..kernels.dispatch import forced_path
 from .arguments import parser
 from .boundary import guarded
 from .console import Console
-
-
-def _terminate(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _require_settings() -> None:
@@ -30,14 +26,14 @@ def _require_settings() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command. 0: done; 1: verify found a difference; 2: bad input, in one sentence; 130: interrupted."""
+    """Runs one command and returns its exit code, see arguments.EXIT_CODES."""
     return guarded(partial(_main, argv))
 
 
 def _main(argv: list[str] | None) -> int:
-    args = parser().parse_args(argv)
+    interrupt_on_signals()
     release()
-    signal.signal(signal.SIGTERM, _terminate)
+    args = parser().parse_args(argv)
     import transformers
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of what checkpoints say

@@ -12,7 +12,7 @@ from ..data import read_data, sequence_length
 from ..learning import parallel
 from ..learning.schedule import Schedule
 from ..pair import open_pair
-from ..pipeline.align import LEARNING, Progress, require_settings
+from ..pipeline.align import LEARNING, require_settings
 from ..pipeline.run import run
 from ..pipeline.run_directory import RunDirectory
 from ..sizes import parse_bytes, show_bytes
@@ -50,23 +50,7 @@ def _align(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     console.say(
         f"matching on {tokens.numel():,} calibration {unit_of(pair)}, then {steps} steps of {args.method} learning"
     )
-    with console.bar(steps, "matching", "step") as bar:
-        stage = "learning"
-
-        def progress(at: Progress) -> None:
-            nonlocal stage
-            if at.stage != stage:
-                stage = at.stage
-                bar.reset(at.steps)
-            bar.set_description(stage, refresh=False)
-            shown = {} if at.loss is None else {"loss": f"{at.loss:.3f}"}
-            if at.excess is not None:
-                shown["validation excess"] = f"{at.excess:.4f}"
-            if bar.format_dict["elapsed"] > 0 and at.tokens:
-                shown["tokens/s"] = f"{at.tokens * (bar.format_dict['rate'] or 0):,.0f}"
-            bar.set_postfix(shown, refresh=False)
-            bar.update(at.step - bar.n)
-
+    with console.progress() as shown:
         return run(
             pair,
             tokens,
@@ -80,7 +64,7 @@ def _align(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             memory=args.memory,
             dtype=DTYPES.get(args.dtype),
             resume=args.resume,
-            progress=progress,
+            progress=shown,
         )
 
 

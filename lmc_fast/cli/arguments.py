@@ -13,11 +13,21 @@ from ..version import __version__
 from .align import DTYPES, align_command
 from .commands import barrier_command, inspect_command, merge_command, plan_command, verify_command
 
+EXIT_CODES = """exit codes:
+  0    done
+  1    verify found a difference
+  2    refused or failed, in one sentence; nothing is lost
+  129, 130, 143
+       ended by SIGHUP (a closed terminal), SIGINT (Ctrl-C) or SIGTERM;
+       what was learned is kept: go on with --resume"""
+
 
 def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(
         prog="lmc-fast",
         description="Change the weights of two transformers, not what they compute, so that their average is good.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     whole.add_argument("--version", action="version", version=f"lmc-fast {__version__}")
     commands = whole.add_subparsers(metavar="COMMAND", required=True)

@@ -13,9 +13,10 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from typing import Any, TextIO
 
 from ..errors import LmcError, printable
+from ..interrupts import number_of
 from ..version import __version__
 
-BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
+BAD_INPUT, SIGNALLED = 2, 128  # exit codes; the latter plus the signal's number
 # of these the user's machine is the cause, and not the program
 _OF_THE_MACHINE = frozenset(
     (
@@ -81,9 +82,9 @@ def _guarded(work: Callable[[], int]) -> int:
         return work()
     except LmcError as error:
         return _complain(str(error))
-    except KeyboardInterrupt:
-        print("lmc-fast: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as error:
+        print(f"lmc-fast: interrupted{'; ' if str(error) else ''}{printable(error)}", file=sys.stderr)
+        return SIGNALLED + number_of(error)
     except (SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # also panics of libraries in Rust, which are no Exception

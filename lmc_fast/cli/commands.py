@@ -87,9 +87,9 @@ def barrier_command(args: argparse.Namespace, console: Console) -> int:
     pair = open_pair(args.a, args.b)
     tokens = read_data(args.data, pair.a, sequence_length(pair.a, args.length))
     alignment = None if args.alignment is None else Alignment.load(args.alignment, pair.spec)
-    with console.bar(args.points, "measuring", "point") as bar:
+    with console.progress() as shown:
         how = {"device": args.device, "memory": memory}
-        curve = barrier(pair, tokens, alignment, args.points, progress=lambda _: bar.update(), **how)
+        curve = barrier(pair, tokens, alignment, args.points, progress=shown, **how)
     console.say("lambda    loss  excess" + ("  accuracy" if curve.accuracies else ""))
     accuracies = [f"  {share:8.2%}" for share in curve.accuracies] if curve.accuracies else [""] * len(curve.lambdas)
     for point, loss, excess, right in zip(curve.lambdas, curve.losses, curve.excess, accuracies, strict=True):

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ..files import to_json
 from ..pair import Pair
+from .progress import Display
 
 DIFFERENT = 1  # exit code
 
@@ -47,9 +48,9 @@ class Console:
         if self.json:
             print(to_json(value))
 
-    def bar(self, total: int, text: str, unit: str = "it") -> tqdm:
-        hidden = self.quiet or self.json
-        return tqdm(total=total, desc=text, unit=unit, disable=hidden, leave=False, dynamic_ncols=True, file=sys.stderr)
+    def progress(self) -> Display:
+        """Shown while a command works; a context manager around it."""
+        return Display(hidden=self.quiet or self.json)
 
 
 def unit_of(pair: Pair) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,11 +32,13 @@ class Score:
 
 class _Evaluation(Pass):
     @torch.no_grad()
-    def run(self) -> list[Score]:
+    def run(self, visited: Callable[[int], None] | None) -> list[Score]:
         source, spec = self.source, self.spec
+        visited = visited or _ignore
         source.begin(visit_order(spec.layers, source.head_parts, learn=False))
         streams = [self._embedded(item) for item in self.items]
         for i in range(spec.layers):
+            visited(i)
             with source.visit(i) as (a, b):
                 maps = self.maps(i)
                 for position, group in self.groups():
@@ -52,6 +54,7 @@ class _Evaluation(Pass):
             losses.append(HeadLoss(student, labels(item.data), softcap=spec.head_softcap, elements=self.logits))
         start = 0
         for k in range(source.head_parts):
+            visited(spec.layers + k)
             with source.visit(spec.layers + k) as (a, b):
                 for position, group in self.groups():
                     with self.head_chunk(a, b, position, start) as chunk:
@@ -73,12 +76,17 @@ def evaluate(
     chart: Chart | None = None,
     path: str | None = None,
     logits: int = CHUNK_ELEMENTS,
+    visited: Callable[[int], None] | None = None,
 ) -> list[Score]:
     """Scores of `items`, in order of lambda, in one pass over the units. chart: applied to b; None: the plain line.
 
-    logits: how many are held at a time.
+    logits: how many are held at a time. visited: told the number of each unit before it is visited.
     """
-    return _Evaluation(source, items, chart, path, logits, learn=False, keep=False).run()
+    return _Evaluation(source, items, chart, path, logits, learn=False, keep=False).run(visited)
+
+
+def _ignore(_: int) -> None:
+    pass
 
 
 def line_scores(
@@ -90,18 +98,23 @@ def line_scores(
     *,
     rows: int | None = None,
     logits: int = CHUNK_ELEMENTS,
+    visited: Callable[[int, int], None] | None = None,
 ) -> list[Score]:
     """One score per place of the line, ascending, on data taken `batch` rows at a time.
 
     All places share a pass over the units, on `rows` rows of data; by default as many as make STREAM_ELEMENTS.
+    visited: told how many units are done, and how many there are in all passes.
     """
     spec = source.spec
     length = spec.length(model_inputs(data).shape)
     rows = max(batch, rows or STREAM_ELEMENTS // (len(points) * length * spec.width))
     seen: list[list[Score]] = [[] for _ in points]
-    for some in data.split(rows):
+    units, together = spec.layers + source.head_parts, data.split(rows)
+    for number, some in enumerate(together):
         parts = [part for part in some.split(batch) if len(labels(part))]
-        scores = evaluate(source, [Item(part, t) for t in sorted(points) for part in parts], chart, logits=logits)
+        items = [Item(part, t) for t in sorted(points) for part in parts]
+        told = visited and _counted(visited, number * units, len(together) * units)
+        scores = evaluate(source, items, chart, logits=logits, visited=told)
         for k in range(len(points)):
             seen[k] += scores[k * len(parts) : (k + 1) * len(parts)]
     found = [_together(scores) for scores in seen]
@@ -115,6 +128,10 @@ def require_finite(points: Sequence[float], losses: Sequence[float]) -> None:
         if not math.isfinite(loss):
             end = {0.0: " (endpoint A itself)", 1.0: " (endpoint B itself)"}.get(point, "")
             raise LmcError(f"the loss at lambda {point:g}{end} is {loss}: numbers overflow; look for huge weights")
+
+
+def _counted(visited: Callable[[int, int], None], before: int, units: int) -> Callable[[int], None]:
+    return lambda unit: visited(before + unit, units)
 
 
 def _together(scores: list[Score]) -> Score:

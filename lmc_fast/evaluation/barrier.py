@@ -18,18 +18,16 @@ def curve_between(
     tokens: Data,
     points: int = 11,
     name: str = "line",
-    progress: Callable[[float], None] | None = None,
+    visited: Callable[[int, int], None] | None = None,
     **portions: Any,
 ) -> Curve:
     """Losses at `points` evenly spaced lambdas between two models of one spec; tokens (n, T), or examples.
 
-    A pass over the blocks of both models serves all points; of lazy models it holds one block. progress: called once
-    per point. portions: batch, rows and logits of line_scores.
+    A pass over the blocks of both models serves all points; of lazy models it holds one block. visited, portions
+    (batch, rows and logits): see line_scores.
     """
     lambdas = [i / (points - 1) for i in range(points)]
-    scores = line_scores(Resident(a, b), tokens, lambdas, **portions)
-    for t in lambdas if progress else ():
-        progress(t)  # type: ignore[misc]
+    scores = line_scores(Resident(a, b), tokens, lambdas, visited=visited, **portions)
     accuracies = None
     if isinstance(tokens, Examples) and a.spec.task == "image":
         accuracies = [score.accuracy for score in scores]

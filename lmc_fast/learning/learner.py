@@ -24,6 +24,7 @@ from ..engine.passes import Item, choose_path
 from ..engine.source import Source
 from ..errors import LmcError
 from ..examples import Data
+from ..interrupts import uninterrupted
 from ..symmetry.charts import Chart
 from . import parallel
 from .muon import muon_step
@@ -133,11 +134,12 @@ class Learner:
             raise NonFiniteLoss(f"the loss became {loss.item()} at step {i + 1} (lambda {position:.2f})")
         if self.before_update:
             self.before_update()
-        self._whole = False
-        with _overflow(i):
-            self._update(gradients, self.schedule.rate(i))
-        self.history.loss.append(loss.item())
-        self._whole = True
+        with uninterrupted():
+            self._whole = False
+            with _overflow(i):
+                self._update(gradients, self.schedule.rate(i))
+            self.history.loss.append(loss.item())
+            self._whole = True
         return self.history.loss[-1]
 
     @property
@@ -194,9 +196,10 @@ class Learner:
             losses = self.losses(tokens, VALIDATION_POINTS, self.chart)
         line = [(1 - point) * ends[0] + point * ends[1] for point in VALIDATION_POINTS]
         excess = sum(x - y for x, y in zip(losses, line, strict=True)) / len(line)
-        if excess < min(self.history.excess.values(), default=math.inf):
-            self.best = {name: t.detach().clone() for name, t in self.chart.tensors.items()}
-        self.history.excess[self.done] = excess
+        with uninterrupted():
+            if excess < min(self.history.excess.values(), default=math.inf):
+                self.best = {name: t.detach().clone() for name, t in self.chart.tensors.items()}
+            self.history.excess[self.done] = excess
         return excess
 
     def final_chart(self) -> Chart:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -94,13 +94,18 @@ class Statistics:
 
 @torch.no_grad()
 def gather_statistics(
-    a: Weights, b: Weights, data: Data, batch: int | None = None, keep: Path | None = None
+    a: Weights,
+    b: Weights,
+    data: Data,
+    batch: int | None = None,
+    keep: Path | None = None,
+    visited: Callable[[int], None] | None = None,
 ) -> Statistics:
     """Tokens (n, T), or examples, through both endpoints; a and b canonical and balanced, on one device.
 
     Of lazy weights one block is in memory at a time, beside the residual streams of all data. keep: a directory for
     what is found out about each block, which may be larger than the block; by default it stays in memory. batch:
-    sequences at a time, by default as many as have GATHERED tokens.
+    sequences at a time, by default as many as have GATHERED tokens. visited: told the number of each block before it.
     """
     spec, dtype = a.spec, work_dtype(a.spec)
     batch = batch or max(1, GATHERED // spec.length(inputs_of(data).shape))
@@ -110,6 +115,8 @@ def gather_statistics(
     names = ("q", "k", "v", "mixed") + (("hidden",) if spec.ffn.width else ())
 
     def visit(i: int) -> dict[str, Covariance]:
+        if visited:
+            visited(i)
         w, u = a.blocks[i], b.blocks[i]
         found = {name: Covariance() for name in names}
         for j in range(len(batches)):

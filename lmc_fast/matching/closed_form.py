@@ -8,7 +8,7 @@ part of B is a matrix C that asks for a large tr(Mᵀ C).
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,7 @@ from .procrustes import residual_rotation
 from .units import match_experts, match_head_units, match_units, unit_scores
 
 MAX_ROUNDS = 50
+Changes = Sequence[tuple[int, int]]  # for each round: how many assignments changed, how many there are
 _log = logging.getLogger("lmc_fast")
 
 
@@ -44,13 +45,20 @@ class Evidence:
 
 
 def match(
-    a: Weights, b: Weights, evidence: Evidence, statistics: Statistics | None = None, rounds: int = MAX_ROUNDS
+    a: Weights,
+    b: Weights,
+    evidence: Evidence,
+    statistics: Statistics | None = None,
+    rounds: int = MAX_ROUNDS,
+    visited: Callable[[int, int, Changes], None] | None = None,
 ) -> Transform:
     """The transform (float64) of canonical, balanced `b` that brings it closest to `a`.
 
     Rounds go on until no assignment changes, at most `rounds`; each loads every block once, one at a time.
-    `statistics` are needed if the activations count.
+    `statistics` are needed if the activations count. visited: told, before each block, the number of the round, that of
+    the block, and the changes of earlier rounds.
     """
+    changes: list[tuple[int, int]] = []
     spec, seen_stream = a.spec, statistics.stream if statistics else None
     ends = ends_evidence(a, b)
     found = Transform({STREAM: _stream(spec, ends.copy(), seen_stream, evidence)}, [{} for _ in range(spec.layers)])
@@ -58,6 +66,8 @@ def match(
         before = _assignments(found)
         total = ends.copy()
         for i in range(spec.layers):
+            if visited:
+                visited(done, i, changes)
             x, y = a.blocks[i], b.blocks[i]
             seen = statistics.blocks[i] if statistics else {}
             found.blocks[i] = match_block(spec, x, y, found.model, total, evidence, seen)
@@ -67,9 +77,10 @@ def match(
         found.model[STREAM] = _stream(spec, total, seen_stream, evidence)
         after = _assignments(found)
         changed = sum(name not in before or not torch.equal(before[name], p) for name, p in after.items())
-        _log.info("matching, round %d: %d of %d assignments changed", done, changed, len(after))
+        changes.append((changed, len(after)))
         if not changed:
             break
+    _log.info("matched in %d rounds, in the last of which %d of %d assignments changed", len(changes), *changes[-1])
     return found
 
 

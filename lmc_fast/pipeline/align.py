@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,8 +21,9 @@ from ..budget.meter import Meter, return_freed_memory
 from ..budget.planner import Strategy
 from ..checkpoints import Model, Weights
 from ..engine.source import Resident, paired
-from ..errors import LmcError
+from ..errors import Cancelled, LmcError
 from ..examples import Data, inputs_of
+from ..interrupts import uninterrupted
 from ..learning import parallel
 from ..learning.learner import History, Learner, NonFiniteLoss
 from ..learning.schedule import METHODS as LEARNING
@@ -38,6 +40,7 @@ from ..symmetry.legality import check_legal
 from ..symmetry.storage import as_stored, load_tensors, pack, save_tensors, unpack
 from ..symmetry.transform import Transform
 from .budgeted import chunking_of, disk_bytes, on_disk, path_of, plan_learning, tokens_to_gather
+from .progress import Cancel, MatchingWatch, Progress, Watch
 from .resume import made_from, require_same_run
 from .room import require_room
 from .run_directory import STATISTICS
@@ -51,19 +54,6 @@ SAVE_SECONDS = 20.0  # between two saves, or SAVE_SHARE times what one takes, if
 SAVE_SHARE = 20
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Handed to the `progress` callback: once (`step` 0) when matching is done, after each step of learning, and by
-    `run` after each point of a curve (stage "measuring")."""
-
-    step: int
-    steps: int
-    loss: float | None = None
-    excess: float | None = None  # of the last validation, in nats
-    tokens: int = 0  # read in this step
-    stage: str = "learning"
-
-
 def align(
     pair: Pair,
     tokens: Data,
@@ -75,6 +65,7 @@ def align(
     device: torch.device | str = "cpu",
     memory: int | None = None,
     progress: Callable[[Progress], None] | None = None,
+    cancel: Cancel | None = None,
     state_file: str | Path | None = None,
     meter: Meter | None = None,
     **options: Any,
@@ -88,11 +79,13 @@ def align(
     activations: how much activation evidence counts beside the weights in the matching that learning starts from.
     memory: bytes that this process (on a GPU: its memory there) may take; the pair is then prepared on disk, beside the
     state file, and streams through. None: whole models are held.
+    progress: called in every stage, see Progress. cancel: called, or a threading.Event looked at, at the same moments;
+    where it says True, the work ends.
     state_file: written about every SAVE_SECONDS and on interruption; if it exists, the run goes on from there, to the
     same result as if it had not stopped. meter: told what each stage takes.
 
     Raises LmcError for a bad method, schedule, option or state file, a budget that is too small and for a loss that
-    becomes NaN or infinite (the state is kept).
+    becomes NaN or infinite, and Cancelled, an LmcError, where `cancel` says so (the state is kept).
     """
     require_settings(method, activations)
     if pair.spec.task == "features" and method not in ("weight", "activation"):
@@ -101,7 +94,7 @@ def align(
     device = require_device(device)
     meter = meter or Meter(device)
     tokens = tokens.to(device)
-    learns = method in LEARNING
+    learns, watch = method in LEARNING, Watch(progress, cancel)
     if learns and schedule.batch > max(len(tokens), Schedule.batch):
         raise LmcError(
             f"a batch of {schedule.batch} is more than all {len(tokens)} calibration blocks; give a smaller --batch"
@@ -140,7 +133,7 @@ def align(
             with meter.stage("matching"), _scratch(place, load is not Model.load) as keep:
                 if keep is not None:
                     require_room(keep, disk_bytes(pair.spec, evidence, within))
-                base = match_endpoints(a, b, tokens, evidence, keep=keep, statistics_tokens=gathered)
+                base = match_endpoints(a, b, tokens, evidence, keep=keep, statistics_tokens=gathered, watch=watch)
             if not learns:
                 return Alignment(*base, matched=base, info=run)
             saved = _packed(base)
@@ -154,12 +147,13 @@ def align(
             for part in base if before else ():
                 check_legal(part, pair.spec)
         with meter.stage("preparing"):
+            watch.begin("preparing", pair.spec.layers)
             source: Resident | Streamed
             if within is None:
                 source = Resident(*paired(base[0].apply(a), base[1].apply(b)))
             else:
                 place = place or Path(stack.enter_context(TemporaryDirectory()))
-                source = stack.enter_context(on_disk(a, b, base, within, place, device))
+                source = stack.enter_context(on_disk(a, b, base, within, place, device, watch))
         del a, b
         path = before["run"].get("path") if before else None
         if path is None and within is not None:
@@ -170,7 +164,8 @@ def align(
             with understood(state or Path("the state"), "the state of this run"):
                 learner.restore(saved, History(**before["history"]))
         with meter.stage("learning"):
-            _learn(learner, validation, progress, lambda: _save(state, learner, base, run))
+            expected = within.step_seconds if within else None
+            _learn(learner, validation, watch, expected, partial(_save, state, learner, base, run))
         if isinstance(source, Streamed):
             meter.facts["traffic"] = source.traffic.to_json()
     moved = learner.final_chart().elements()
@@ -211,12 +206,14 @@ def match_endpoints(
     keep: Path | None = None,
     statistics_tokens: int = STATISTICS_TOKENS,
     rounds: int = MAX_ROUNDS,
+    watch: Watch | None = None,
 ) -> tuple[Transform, Transform]:
     """(g_A, g_B) that balance both canonical endpoints and match B to A; one block of lazy endpoints at a time.
 
     keep: a directory for statistics of activations, by default in memory; statistics_tokens: how many tokens these are
-    taken from at most; rounds: see match.
+    taken from at most; rounds: see match. watch: told how far it is.
     """
+    told = MatchingWatch(watch or Watch(), a.spec.layers, bool(evidence.activations), rounds)
     with _overflow("A"):
         even_a = balance(a)
     with _overflow("B"):
@@ -226,9 +223,9 @@ def match_endpoints(
     if evidence.activations:
         length = a.spec.length(inputs_of(tokens).shape)
         count = max(1, min(len(tokens), statistics_tokens // length))
-        statistics = gather_statistics(a, b, tokens[:: len(tokens) // count][:count], keep=keep)
+        statistics = gather_statistics(a, b, tokens[:: len(tokens) // count][:count], keep=keep, visited=told.gathered)
     with _overflow("A and B"):
-        found = match(a, b, evidence, statistics, rounds).compose(even_b)
+        found = match(a, b, evidence, statistics, rounds, told.visited).compose(even_b)
     return as_stored(even_a), as_stored(found)
 
 
@@ -244,15 +241,11 @@ def _overflow(ends: str) -> Iterator[None]:
 
 
 def _learn(
-    learner: Learner, validation: Data | None, progress: Callable[[Progress], None] | None, save: Callable[[], None]
+    learner: Learner, validation: Data | None, watch: Watch, step_seconds: float | None, save: Callable[[], None]
 ) -> None:
-    """Runs the learner to its end, validating and saving on the way."""
+    """Runs the learner to its end, validating and saving on the way. step_seconds: as the plan expects."""
     steps = learner.schedule.steps
     ends = [0.0, 0.0]
-    if validation is not None:
-        picked = validation[:: max(1, len(validation) // VALIDATION_SEQUENCES)][:VALIDATION_SEQUENCES]
-        validation = picked.to(learner.tokens.device)
-        ends = learner.losses(validation, (0.0, 1.0))
     excess: float | None = None
     per_step = learner.schedule.batch * learner.tokens.shape[1]
     every = max(1, steps // VALIDATIONS)
@@ -267,14 +260,18 @@ def _learn(
 
     learner.before_update = save_if_due  # of a state whose next step is known to be possible
     try:
+        watch.begin("learning", steps, learner.done, step_seconds)
+        if validation is not None:
+            picked = validation[:: max(1, len(validation) // VALIDATION_SEQUENCES)][:VALIDATION_SEQUENCES]
+            validation = picked.to(learner.tokens.device)
+            ends = learner.losses(validation, (0.0, 1.0))
         while True:
             done = learner.done
             due = done % every == 0 or done == steps
             if validation is not None and due and done not in learner.history.excess:
                 excess = learner.validate(validation, ends)
-            if progress:
-                loss = learner.history.loss[-1] if done else None
-                progress(Progress(done, steps, loss, excess, per_step if done else 0))
+            loss = learner.history.loss[-1] if done else None
+            watch.at(done, steps, loss=loss, excess=excess, tokens=per_step if done else 0)
             if done >= steps:
                 break
             learner.step()
@@ -282,8 +279,9 @@ def _learn(
             raise NonFiniteLoss(f"the update of step {steps} became infinite or NaN")
     except NonFiniteLoss as error:
         raise LmcError(f"{error}; the last good state is kept: try a smaller --matrix-lr and --scale-lr") from error
-    except KeyboardInterrupt:
-        save()
+    except (KeyboardInterrupt, Cancelled):
+        with uninterrupted():
+            save()
         raise
     save()
 

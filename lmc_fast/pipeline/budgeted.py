@@ -26,11 +26,13 @@ from ..matching.activations import GATHERED
 from ..matching.closed_form import Evidence
 from ..output import remove_own
 from ..sizes import show_bytes
+from ..streaming.packing import Piece
 from ..streaming.ring import Streamed
 from ..streaming.store import STORE_NAMES, Store
 from ..symmetry import Transform
 from ..symmetry.storage import pack
 from .prepare import prepare
+from .progress import Watch
 from .room import require_room
 from .run_directory import STORE
 
@@ -85,7 +87,7 @@ def path_of(plan: Plan, spec: Spec, device: torch.device) -> str:
 
 @contextmanager
 def on_disk(
-    a: Weights, b: Weights, base: Base, plan: Plan, directory: Path, device: torch.device
+    a: Weights, b: Weights, base: Base, plan: Plan, directory: Path, device: torch.device, watch: Watch
 ) -> Iterator[Streamed]:
     """The pair, moved by `base`, from a store in `directory`: the one that is there, or one that is made now.
 
@@ -93,7 +95,7 @@ def on_disk(
     """
     key = _key(base)
     if parallel.place()[0] == 0:
-        _make(a, b, base, plan, directory / STORE, key)
+        _make(a, b, base, plan, directory / STORE, key, watch)
     parallel.wait()
     store = Store.open(directory / STORE, a.spec, key)
     pinned = plan.device.kind == "cuda" and plan.host_bytes < 0.9 * available_memory()
@@ -101,7 +103,7 @@ def on_disk(
         yield source
 
 
-def _make(a: Weights, b: Weights, base: Base, plan: Plan, target: Path, key: str) -> None:
+def _make(a: Weights, b: Weights, base: Base, plan: Plan, target: Path, key: str, watch: Watch) -> None:
     if target.exists():
         try:
             Store.open(target, a.spec, key)
@@ -110,7 +112,19 @@ def _make(a: Weights, b: Weights, base: Base, plan: Plan, target: Path, key: str
             _log.info("%s: it is made anew", error)
             remove_own(target, STORE_NAMES)
     require_room(target.parent, plan.store_bytes)
-    Store.create(target, a.spec, prepare(a, b, base, plan.device.dtype), plan.device.dtype, key=key)
+    pieces = _watched(prepare(a, b, base, plan.device.dtype), watch, a.spec.layers)
+    Store.create(target, a.spec, pieces, plan.device.dtype, key=key)
+
+
+def _watched(pieces: Iterator[Piece], watch: Watch, layers: int) -> Iterator[Piece]:
+    """Tells of every block that is asked for, and holds none."""
+    while True:
+        piece = next(pieces, None)
+        if piece is None:
+            return
+        watch.at(piece[0] if isinstance(piece[0], int) else 0, layers)
+        yield piece
+        del piece
 
 
 def _key(base: Base) -> str:

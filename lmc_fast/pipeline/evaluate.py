@@ -22,6 +22,7 @@ from ..evaluation.reference import Unreadable
 from ..examples import Data, Examples, inputs_of
 from ..pair import Pair, in_common
 from ..symmetry import canonicalize
+from .progress import Cancel, Progress, Watch
 from .proof import by_transformers
 
 Device = torch.device | str
@@ -38,17 +39,21 @@ def barrier(
     name: str = "line",
     device: Device = "cpu",
     memory: int | None = None,
-    progress: Callable[[float], None] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    cancel: Cancel | None = None,
 ) -> Curve:
     """Loss on tokens (n, T) at `points` places of the line between both checkpoints, aligned first if told how.
 
-    One block of both is held at a time. memory: bytes that this may take; None: what is convenient. Raises LmcError.
+    One block of both is held at a time. memory: bytes that this may take; None: what is convenient. progress, cancel:
+    as in `align`. Raises LmcError.
     """
     require_points(points)
     require_device(device)
     if memory is not None:
         _require(_stages(pair.spec, tokens, device).measuring(points, alignment is not None, held=True), memory, device)
-    return measure_line(pair, tokens, alignment, points, name, device, memory, progress)
+    watch = Watch(progress, cancel)
+    watch.begin("measuring", 1)
+    return measure_line(pair, tokens, alignment, points, name, device, memory, watch.at)
 
 
 def measure_line(
@@ -59,9 +64,12 @@ def measure_line(
     name: str,
     device: Device,
     memory: int | None,
-    progress: Callable[[float], None] | None = None,
+    visited: Callable[[int, int], None] | None = None,
 ) -> Curve:
-    """As `barrier`; where `memory` is too little, the smallest portions are taken: a run has planned with them."""
+    """As `barrier`; where `memory` is too little, the smallest portions are taken: a run has planned with them.
+
+    visited: see engine.evaluate.line_scores.
+    """
     portions = {}
     if memory is not None:
         stages = _stages(pair.spec, tokens, device)
@@ -69,7 +77,7 @@ def measure_line(
     a, b = pair.a.open_weights(device=device), pair.b.open_weights(device=device)
     if alignment:
         a, b = alignment.apply(canonicalize(a), canonicalize(b))
-    return curve_between(a, b, tokens.to(device), points, name, progress, **portions)
+    return curve_between(a, b, tokens.to(device), points, name, visited, **portions)
 
 
 def require_points(points: int) -> None:

@@ -19,6 +19,7 @@ from ..output import atomic_directory, check_target, disk_errors, partial_of, re
 from ..pair import Pair, open_pair
 from ..symmetry import Transform, canonicalize, check_legal
 from .evaluate import compare
+from .progress import Watch
 from .room import alignment_bytes, endpoint_bytes, largest_file, require_room
 from .run_directory import export_names
 
@@ -61,6 +62,7 @@ def prove(
     tokens: Data | None = None,
     device: torch.device | str = "cpu",
     memory: int | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Difference]:
     """How far directory/a and directory/b, as they are read back, are from the pair's endpoints.
 
@@ -68,7 +70,9 @@ def prove(
     a run has planned with them. Raises LmcError where an endpoint does not keep its function.
     """
     sample = None if tokens is None else tokens[:PROOF_SEQUENCES]
-    proof = {}
+    proof: dict[str, Difference] = {}
+    watch = watch or Watch()
+    watch.begin("verifying", 2)
     for name, original in (("a", pair.a), ("b", pair.b)):
         written = Model(directory / name)
         found, same = compare(original, written, sample, device, memory)
@@ -80,15 +84,25 @@ def prove(
                 f"nothing is published; {remedy}"
             )
         proof[name] = found
+        watch.at(len(proof), 2)
     return proof
 
 
-def export_into(pair: Pair, alignment: Alignment, directory: Path, dtype: torch.dtype | None = None) -> None:
+def export_into(
+    pair: Pair,
+    alignment: Alignment,
+    directory: Path,
+    dtype: torch.dtype | None = None,
+    watch: Watch | None = None,
+) -> None:
     """Writes a/ and b/ into an existing directory. Raises LmcError, also where an input changed since it was opened."""
     require_unchanged(pair)
+    watch = watch or Watch()
+    watch.begin("writing", 2)
     for name, model, transform in (("a", pair.a, alignment.a), ("b", pair.b, alignment.b)):
         with disk_errors(directory / name):
             export_endpoint(model, transform, directory / name, dtype)
+        watch.at(1 + (name == "b"), 2)
     require_unchanged(pair)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,23 @@ from ..budget.meter import Meter
 from ..budget.stages import POINTS
 from ..checkpoints import notes_on
 from ..data import split_validation
+from ..errors import Cancelled
 from ..evaluation import Curve
 from ..evaluation.curve import DEFINITION, plot_curves
 from ..evaluation.plots import plot_learning
 from ..examples import Data
 from ..files import read_object, to_json
+from ..interrupts import Interrupted, number_of, uninterrupted
 from ..learning import parallel
 from ..learning.learner import History
 from ..learning.schedule import Schedule
 from ..output import write_whole
 from ..pair import Pair
 from ..version import __version__
-from .align import LEARNING, Progress, align
+from .align import LEARNING, align
 from .evaluate import measure_line
 from .export import export_into, prove, require_unchanged
+from .progress import Cancel, Progress, Watch
 from .room import alignment_bytes, endpoint_bytes, largest_file, require_room, state_bytes
 from .run_directory import RunDirectory, export_names, state_file_of
 
@@ -51,6 +55,7 @@ def run(
     dtype: torch.dtype | None = None,
     resume: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    cancel: Cancel | None = None,
     meter: Meter | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -59,7 +64,7 @@ def run(
     tokens, method, schedule, activations, memory, options: as in `align`. validation picks the best state of learning;
     by default it is the end of `tokens`, held out from learning. test: what curves are measured on, by default the
     validation data. dtype: of the written weights, by default each endpoint's own. resume: go on with the unfinished
-    run that out.partial holds. progress: called while learning and while measuring, see Progress.
+    run that out.partial holds. progress, cancel: as in `align`, in all stages.
 
     `out` gets a/ and b/ (stock checkpoints), alignment.safetensors, curve.png, learning.png and report.json. The report
     has the method and schedule, the naive, matched and learned curves, how far each written endpoint is from its
@@ -73,7 +78,7 @@ def run(
     test = validation if test is None else test
     if pair.spec.task == "features":
         validation = test = None  # features have no loss
-    meter = meter or Meter(device)
+    meter, watch = meter or Meter(device), Watch(progress, cancel)
     for note in dict.fromkeys(f"{model.source}: {note}" for model in (pair.a, pair.b) for note in notes_on(model)):
         _log.info(note)
     find = partial(
@@ -87,6 +92,7 @@ def run(
         device=device,
         memory=memory,
         progress=progress,
+        cancel=cancel,
         meter=meter,
         **options,
     )
@@ -100,38 +106,34 @@ def run(
         if not directory.finished:
             learns = Schedule.of(method, schedule, options) if method in LEARNING else None
             _require_room(pair, directory, learns, torch.device(device), memory, dtype)
-        with directory:
+        with directory, _telling_what_is_kept(directory):
             if directory.finished:
                 _log.info("%s was complete already; what was left of the run is removed", directory.target)
                 return read_object(directory.target / "report.json", 1 << 30)
             parallel.wait()
-            try:
-                alignment = find(state_file=directory.state_file)
-            except KeyboardInterrupt:
-                if directory.state_file.exists():
-                    _log.info("interrupted; the state is in %s: go on with --resume", directory.path)
-                raise
+            alignment = find(state_file=directory.state_file)
             require_unchanged(pair)
             directory.drop_store()
             members = [{"name": name, "source": model.source} for name, model in (("a", pair.a), ("b", pair.b))]
             report: dict[str, Any] = {"members": members, "version": __version__, **alignment.info}
             if test is not None:
                 with meter.stage("measuring"):
-                    curves = measure(pair, test, alignment, device, memory, progress)
+                    curves = measure(pair, test, alignment, device, memory, watch)
                 report |= {"curves": [curve.to_json() for curve in curves], "definition": DEFINITION}
                 plot_curves(curves, directory.result / "curve.png")
             if "history" in alignment.info:
                 plot_learning(History(**alignment.info["history"]), directory.result / "learning.png")
             _log.info("writing the aligned endpoints")
             with meter.stage("writing"):
-                export_into(pair, alignment, directory.result, dtype)
+                export_into(pair, alignment, directory.result, dtype, watch)
             alignment.save(directory.result / "alignment.safetensors")
             with meter.stage("verifying"):
-                proof = prove(pair, directory.result, test, device, memory)
+                proof = prove(pair, directory.result, test, device, memory, watch)
             report |= {"proof": {name: found.to_json() for name, found in proof.items()}, "costs": meter.to_json()}
             write_whole(directory.result / "report.json", to_json(report, indent=2) + "\n")
             require_unchanged(pair)
-            directory.publish()
+            with uninterrupted():
+                directory.publish()
     return report
 
 
@@ -154,13 +156,27 @@ def _require_room(
     require_room(directory.path, writes - directory.kept_bytes(), largest)
 
 
+@contextmanager
+def _telling_what_is_kept(directory: RunDirectory) -> Iterator[None]:
+    """An interruption, or what was cancelled, says how to go on where there is something to go on with."""
+    try:
+        yield
+    except (KeyboardInterrupt, Cancelled) as error:
+        if not directory.state_file.exists():
+            raise
+        kept = f"the state is in {directory.path}: go on with"
+        if isinstance(error, Cancelled):
+            raise Cancelled(f"{error}; {kept} resume=True") from None
+        raise Interrupted(number_of(error), f"{kept} --resume") from None
+
+
 def measure(
     pair: Pair,
     tokens: Data,
     alignment: Alignment,
     device: torch.device | str = "cpu",
     memory: int | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    watch: Watch | None = None,
 ) -> list[Curve]:
     """Curves of the pair as it is, as matching left it and, where something was learned, as learning left it."""
     stages: list[tuple[str, Alignment | None]] = [
@@ -170,14 +186,12 @@ def measure(
     if alignment.info.get("method") in LEARNING:
         stages.append(("learned", alignment))
     curves: list[Curve] = []
-    done = 0
+    watch = watch or Watch()
+    watch.begin("measuring", len(stages))
 
-    def point(_: float) -> None:
-        nonlocal done
-        done += 1
-        if progress:
-            progress(Progress(done, POINTS * len(stages), stage="measuring"))
+    def visited(unit: int, units: int) -> None:
+        watch.at(len(curves) * units + unit, len(stages) * units)
 
     for name, stage in stages:
-        curves.append(measure_line(pair, tokens, stage, POINTS, name, device, memory, point))
+        curves.append(measure_line(pair, tokens, stage, POINTS, name, device, memory, visited))
     return curves

@@ -294,7 +294,7 @@ def whole_run(request, make_checkpoint, tmp_path_factory):
         ((), "learning", signal.SIGTERM),
         ((), "learning", signal.SIGKILL),
         (WITHIN, "matched", signal.SIGKILL),
-        (WITHIN, "learning", signal.SIGINT),
+        (WITHIN, "learning", signal.SIGHUP),
     ],
     indirect=["whole_run"],
     ids=str,
@@ -311,7 +311,12 @@ def test_a_killed_run_resumes_to_the_same_bits(whole_run, moment, kill, tmp_path
             seen.add(state.stat().st_size)
         time.sleep(0.001)
     broken.send_signal(kill)
-    assert broken.wait() == (-9 if kill == signal.SIGKILL else 130)
+    if kill == signal.SIGKILL:
+        assert broken.wait() == -9
+    else:
+        assert broken.wait() == 128 + kill
+        last = broken.stderr.read().splitlines()[-1]
+        assert last.startswith("lmc-fast: interrupted; the state is in ") and last.endswith(": go on with --resume")
     assert not (tmp_path / "broken").exists()
     resumed = start([*command, "--resume"])
     assert resumed.wait() == 0, resumed.stderr.read()

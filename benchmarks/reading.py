@@ -205,6 +205,8 @@ def main() -> int:
             continue
         row = judge(variant)
         rows.append(row | origin)
+        if len(rows) % 250 == 0:
+            print(f"{len(rows)} variants", flush=True)
         if row["outcome"] in ("difference", "traceback") or args.only:
             print(
                 f"{row['outcome']:16} {row['variant']}: {row.get('error', '')} {row.get('own', '')} {row['why']}",

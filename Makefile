@@ -39,6 +39,7 @@ bench: bench-solvers
 	$(BIN)/python -m benchmarks.alignment
 	$(BIN)/python -m benchmarks.learning
 	$(BIN)/python -m benchmarks.families
+	$(BIN)/python -m benchmarks.reading
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.streaming
 	$(BIN)/python -m benchmarks.budget

@@ -39,6 +39,7 @@ from lmc_fast.engine.model import logits  # noqa: E402
 SOURCES = ("lmc_fast", "tests/families", "tests/conftest.py", "benchmarks/reading.py", "benchmarks/reading_options.py")
 FLOOR = 1e-6  # of the largest output: below that float32 says nothing
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+OUTCOMES = ("equal", "refused", "refused by both", "ours alone", "difference", "traceback")
 TIES = ("as saved", "head stored, another", "head stored, equal", "only the head stored")
 ENDS_OF_TABLES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
@@ -191,6 +192,26 @@ def _default(directory: Path, x: torch.Tensor) -> torch.Tensor:
     raise AssertionError(type(model))
 
 
+def summary(rows: list[Row]) -> list[Row]:
+    """One row for each model of the zoo: how many variants had which outcome, and the largest errors of equal ones."""
+    found = []
+    for name in dict.fromkeys(row["family"] for row in rows):
+        own = [row for row in rows if row["family"] == name]
+        counts = Counter(row["outcome"] for row in own)
+        equal = [row for row in own if row["outcome"] == "equal"]
+        worst = {key: max((row[key] for row in equal), default=0.0) for key in ("error", "own")}
+        origin = {
+            key: value for key, value in own[0].items() if key not in ("variant", "family", "outcome", "why", *worst)
+        }
+        found.append(
+            {"model": name, "variants": len(own)}
+            | {what.replace(" ", "_"): counts[what] for what in OUTCOMES}
+            | {key: f"{value:.1e}" for key, value in worst.items()}
+            | origin
+        )
+    return found
+
+
 def main() -> int:
     parser = options(__doc__)
     parser.add_argument("--only", metavar="WORD", help="only variants whose description holds this")
@@ -217,7 +238,7 @@ def main() -> int:
     if args.json:
         write_json(args.json, rows)
     if not args.quick and not args.only:
-        write_csv(RESULTS / "reading.csv", rows)
+        write_csv(RESULTS / "reading.csv", summary(rows))
     bad = counts["difference"] + counts["traceback"]
     if bad:
         print(f"missed: {bad} silent differences or tracebacks", file=sys.stderr)

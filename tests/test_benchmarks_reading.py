@@ -1,9 +1,11 @@
 """Options that were once read otherwise than transformers reads them, each judged by transformers."""
 
 import pytest
+
 from benchmarks.reading import TIES, Variant, judge, variants
 
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 2.0, 3.0, 4.0], "long_factor": [4.0] * 4}
+SHORT = "original_max_position_embeddings"
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 
@@ -13,7 +15,7 @@ EQUAL = [
     ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
     ("llama", {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 16}}),
     ("qwen2", {"head_dim": 12}),
-    ("phi3", {"rope_parameters": LONG | {"original_max_position_embeddings": 16, "short_factor": [1.0, 2.0, 3.0]}}),
+    ("phi3", {"rope_parameters": LONG | {"short_factor": [1.0, 2.0, 3.0], "long_factor": [4.0] * 3}} | {SHORT: 16}),
     ("neox", {"rope_parameters": YARN | {"partial_rotary_factor": 0.5}}),
     ("neox", {"head_dim": 6}),
     ("vit", {"head_dim": 12}),
@@ -31,9 +33,8 @@ REFUSED = [
     ("llama", {"rope_theta": 1e-300}, "no numbers"),
     ("llama", {"rope_parameters": YARN | {"factor": 0.0}}, "factor"),
     ("llama", {"rope_parameters": YARN | {"partial_rotary_factor": 0.5}}, "rope_parameters turn 4 of the 8"),
-    ("llama", {"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}}, "no numbers"),
-    ("neox", {"partial_rotary_factor": 1.5}, "at most 1"),
-    ("neox", {"head_dim": 64, "partial_rotary_factor": 1.0}, "rope_parameters turn 64 of the 8"),
+    ("neox", {"rotary_pct": 1.5}, "at most 1"),
+    ("neox", {"head_dim": 64}, "rope_parameters turn 32 of the 8"),
     ("llama", {"hidden_act": "laplace"}, "activation"),
     ("gpt2", {"activation_function": "nonsense"}, "activation"),
     ("gemma2", {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping"),

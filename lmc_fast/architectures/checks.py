@@ -21,12 +21,11 @@ _SIZES = (
 )
 
 
-def check_sizes(config: Any) -> None:
+def check_sizes(values: dict[str, Any], config_class: Any) -> None:
     """Every size that the configuration class has is a positive whole number. Raises LmcError."""
-    own = {*type(config).__dataclass_fields__, *type(config).attribute_map.values()}
+    own = {*config_class.__dataclass_fields__, *config_class.attribute_map.values()}
     if own & {"rope_parameters", "qkv_bias"}:
         own.add("head_dim")  # read wherever it is given
-    values = vars(config)
     for key in _SIZES:
         value = values.get(key) if key in own else None
         if value is None:
@@ -34,6 +33,10 @@ def check_sizes(config: Any) -> None:
         largest = _LARGEST_HEAD if key == "head_dim" else _LARGEST
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= largest:
             raise LmcError(f"{key} is {value!r}; it must be a positive whole number, at most {largest}")
+
+
+def check_kind(config: Any) -> None:
+    """Raises LmcError for options of all configurations that are not computed here."""
     if getattr(config, "is_heterogeneous", False):
         raise LmcError("per_layer_config is not supported; use a checkpoint whose layers are alike")
     if getattr(config, "is_causal", True) is False:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..architectures import FAMILIES, Family, Fold, Spec
-from ..architectures.checks import check_sizes, check_spec
+from ..architectures.checks import check_kind, check_sizes, check_spec
 from ..architectures.layouts import OfExpert, Plain
 from ..errors import LmcError
 from .coverage import cover
@@ -214,7 +214,7 @@ def read_config(checkpoint: Checkpoint) -> tuple[Family, Any]:
 
     Raises LmcError for an unknown architecture, and for a config that transformers refuses or that makes no sense.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     kind, file = checkpoint.config.get("model_type"), checkpoint.path / "config.json"
     if not isinstance(kind, str):
@@ -241,6 +241,10 @@ def read_config(checkpoint: Checkpoint) -> tuple[Family, Any]:
     _require_countable(checkpoint)
     require_plain(checkpoint.config, file)
     try:
+        check_sizes(checkpoint.config, CONFIG_MAPPING[kind])
+    except LmcError as error:
+        raise LmcError(f"{file}: {error}") from error
+    try:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     except Exception as error:  # transformers validates with many exception types
         raise LmcError(f"{file} is refused by transformers: {_last_line(error)}") from error
@@ -249,7 +253,8 @@ def read_config(checkpoint: Checkpoint) -> tuple[Family, Any]:
 
 def _spec(family: Family, config: Any, file: Path) -> Spec:
     try:
-        check_sizes(config)
+        check_sizes(vars(config), type(config))
+        check_kind(config)
         spec = family.spec(config)
         check_spec(spec)
         return spec

@@ -77,7 +77,7 @@ def variants(quick: bool) -> Iterator[Variant]:
         seen.add(type(config))
         own = {*type(config).__dataclass_fields__, *type(config).attribute_map.values()}
         for key, values in OPTIONS.items():
-            if key in own or key in FOREIGN:
+            if key in own or (key in FOREIGN and not quick):
                 yield from (Variant(name, {key: v}) for v in (values[:1] if quick else values))
 
 

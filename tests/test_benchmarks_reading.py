@@ -51,6 +51,7 @@ REFUSED = [
     ("llama", {"max_position_embeddings": 1}, "max_position_embeddings"),
     ("llama", {"rms_norm_eps": -1.0}, "epsilon"),
     ("llama", {"is_causal": False}, "is_causal"),
+    ("deit", {"is_causal": True}, "is_causal"),
     ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok"),
     ("roberta", {"pad_token_id": None}, "pad_token_id"),
     ("bert", {"type_vocab_size": 0}, "type_vocab_size"),

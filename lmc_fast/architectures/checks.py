@@ -35,12 +35,13 @@ def check_sizes(values: dict[str, Any], config_class: Any) -> None:
             raise LmcError(f"{key} is {value!r}; it must be a positive whole number, at most {largest}")
 
 
-def check_kind(config: Any) -> None:
+def check_kind(config: Any, spec: Spec) -> None:
     """Raises LmcError for options of all configurations that are not computed here."""
     if getattr(config, "is_heterogeneous", False):
         raise LmcError("per_layer_config is not supported; use a checkpoint whose layers are alike")
-    if getattr(config, "is_causal", True) is False:
-        raise LmcError("is_causal is false, which is not supported; use a causal checkpoint")
+    causal = getattr(config, "is_causal", None)
+    if causal is not None and causal != spec.attention.causal:
+        raise LmcError(f"is_causal is {causal}, which is not supported in {spec.family}; remove that option")
 
 
 def positive(config: Any, key: str) -> float:

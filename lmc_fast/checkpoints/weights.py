@@ -254,8 +254,8 @@ def read_config(checkpoint: Checkpoint) -> tuple[Family, Any]:
 def _spec(family: Family, config: Any, file: Path) -> Spec:
     try:
         check_sizes(vars(config), type(config))
-        check_kind(config)
         spec = family.spec(config)
+        check_kind(config, spec)
         check_spec(spec)
         return spec
     except LmcError as error:

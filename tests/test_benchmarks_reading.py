@@ -55,6 +55,8 @@ REFUSED = [
     ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok"),
     ("roberta", {"pad_token_id": None}, "pad_token_id"),
     ("bert", {"type_vocab_size": 0}, "type_vocab_size"),
+    ("roberta", {"hidden_act": "relu"}, "hidden_act"),
+    ("vit", {"image_size": 0}, "image_size"),
 ]
 
 

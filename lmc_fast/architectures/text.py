@@ -42,6 +42,10 @@ def _encoder(config: Any, **features: Any) -> Spec:
 
 
 def _roberta(config: Any) -> Spec:
+    if config.hidden_act != "gelu":
+        raise LmcError(
+            f"hidden_act is {config.hidden_act!r}; RoBERTa's head uses gelu whatever it is, so must its blocks"
+        )
     if not isinstance(config.pad_token_id, int) or config.pad_token_id < 0:
         raise LmcError(f"pad_token_id is {config.pad_token_id!r}; RoBERTa counts its positions from there")
     offset = config.pad_token_id + 1

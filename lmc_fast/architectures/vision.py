@@ -18,6 +18,10 @@ def _image(config: Any) -> ImageInput:
         if len({*size}) != 1 or len({*patch}) != 1:
             raise LmcError(f"{config.model_type} with images or patches that are not square is not supported")
         size, patch = size[0], patch[0]
+    if not (isinstance(size, int) and isinstance(patch, int) and 0 < patch <= size):
+        raise LmcError(
+            f"image_size is {config.image_size!r} and patch_size {config.patch_size!r}; both must be positive"
+        )
     if size % patch:
         raise LmcError(f"{config.model_type} whose image size is no multiple of its patch size is not supported")
     return ImageInput(size, patch, config.num_channels)

@@ -1,7 +1,7 @@
 """Kills and full disks, put into a process at a chosen file operation below its working directory.
 
 Operations are what changes a disk or waits for it: files opened to be written, writes, fsync, locks, directories made,
-renames and removals. The working directory is the whole world: relative paths count, others only below it.
+renames and removals. The working directory is the whole world: relative paths count, others only below it. For Linux.
 """
 
 import builtins
@@ -62,7 +62,8 @@ class Faults:
         real: Callable[..., Any] = getattr(module, name)
 
         def counted(fd: Any, *arguments: Any) -> Any:
-            if not isinstance(fd, int) or fd > 2:
+            number = fd if isinstance(fd, int) else fd.fileno()
+            if os.readlink(f"/proc/self/fd/{number}").startswith(self._home):  # no pipe, no cache elsewhere
                 self.happens(needs_room)
             return real(fd, *arguments)
 

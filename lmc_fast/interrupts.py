@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_SOON = 0.01  # seconds: the finalizer has ended by then
 
 
 class Interrupted(KeyboardInterrupt):
@@ -28,8 +32,28 @@ def _raise(number: int, _: FrameType | None) -> None:
     raise Interrupted(number)
 
 
+class _Again:
+    """Errors that nobody can catch: interruptions are sent once more, all else goes to the hook of before."""
+
+    def __init__(self) -> None:
+        self._before = sys.unraisablehook
+
+    def __call__(self, lost: Any) -> None:
+        if isinstance(lost.exc_value, KeyboardInterrupt):
+            timer = threading.Timer(_SOON, os.kill, (os.getpid(), number_of(lost.exc_value)))
+            timer.daemon = True
+            timer.start()
+        else:
+            self._before(lost)
+
+
 def interrupt_on_signals() -> None:
-    """SIGTERM and SIGHUP raise Interrupted, unless whoever started the process has them ignored (nohup)."""
+    """SIGTERM and SIGHUP raise Interrupted, unless whoever started the process has them ignored (nohup).
+
+    An interruption, of Ctrl-C too, that comes while Python runs a finalizer, where errors go nowhere, comes again.
+    """
+    if not isinstance(sys.unraisablehook, _Again):
+        sys.unraisablehook = _Again()
     for number in SIGNALS:
         if number != signal.SIGINT and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _raise)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 
 import pytest
@@ -32,6 +33,22 @@ def test_what_nohup_ignores_stays_ignored():
     interrupt_on_signals()
     os.kill(os.getpid(), signal.SIGHUP)
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_in_a_finalizer_is_not_lost(number, monkeypatch, capsys):
+    class Finalized:
+        def __del__(self):
+            os.kill(os.getpid(), number)
+            raise AssertionError("not interrupted")
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    interrupt_on_signals()
+    interrupt_on_signals()
+    Finalized()
+    with pytest.raises(KeyboardInterrupt) as caught:
+        threading.Event().wait(60)
+    assert number_of(caught.value) == number and "Traceback" not in capsys.readouterr().err
 
 
 def test_signals_wait_for_what_must_not_be_left_half_done():

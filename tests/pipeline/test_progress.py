@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from functools import cache
 
 import pytest
 import torch
@@ -18,11 +19,26 @@ FAST = {"steps": 4, "batch": 2}
 STAGES = ["matching", "preparing", "learning", "measuring", "writing", "verifying"]
 
 
-@pytest.fixture
-def case(make_checkpoint, tmp_path):
+@pytest.fixture(scope="module")
+def case(make_checkpoint, tmp_path_factory):
     pair = lmc.open_pair(make_checkpoint("neox", 1), make_checkpoint("neox", 2))
-    data = read_data(str(write_lines(tmp_path / "text.txt", 600)), pair.a, sequence_length(pair.a, 16))
+    text = write_lines(tmp_path_factory.mktemp("text") / "text.txt", 600)
+    data = read_data(str(text), pair.a, sequence_length(pair.a, 16))
     return pair, data[:-8], data[-8:]
+
+
+@pytest.fixture(scope="module")
+def whole(case, tmp_path_factory):
+    """whole(memory) -> the outcome of a run that nothing stopped; each is made once."""
+
+    @cache
+    def make(memory):
+        pair, tokens, validation = case
+        out = tmp_path_factory.mktemp("whole") / "out"
+        report = lmc.run(pair, tokens, out, validation=validation, memory=memory, **FAST)
+        return report["history"], (out / "a" / "model.safetensors").read_bytes()
+
+    return make
 
 
 @pytest.mark.parametrize("memory", [None, 4 << 30], ids=["in memory", "streamed"])
@@ -75,7 +91,7 @@ def test_rounds_that_are_expected(changed, most, least, largest):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_cancelled_in_any_stage_it_goes_on_to_the_same_bits(case, stage, tmp_path):
+def test_cancelled_in_any_stage_it_goes_on_to_the_same_bits(case, whole, stage, tmp_path):
     pair, tokens, validation = case
     flag = threading.Event()
     how = {"validation": validation, **FAST}
@@ -92,17 +108,13 @@ def test_cancelled_in_any_stage_it_goes_on_to_the_same_bits(case, stage, tmp_pat
     kept = (tmp_path / "out.partial").exists()
     assert kept == (stage != "matching") == ("go on with resume=True" in str(caught.value))
     report = lmc.run(pair, tokens, tmp_path / "out", resume=kept, memory=memory, **how)
-    whole = lmc.run(pair, tokens, tmp_path / "whole", memory=memory, **how)
-    assert report["history"] == whole["history"]
-    assert (tmp_path / "out" / "a" / "model.safetensors").read_bytes() == (
-        tmp_path / "whole" / "a" / "model.safetensors"
-    ).read_bytes()
+    assert (report["history"], (tmp_path / "out" / "a" / "model.safetensors").read_bytes()) == whole(memory)
 
 
 def test_an_interruption_in_the_middle_of_an_update_waits_for_its_end(case, tmp_path, monkeypatch):
     """Else the state would have half of the step's parameters moved, and the step would be taken again."""
     pair, tokens, _ = case
-    whole = lmc.align(pair, tokens, **FAST)
+    expected = lmc.align(pair, tokens, **FAST)
     calls = []
 
     def interrupted(*rest):
@@ -118,6 +130,6 @@ def test_an_interruption_in_the_middle_of_an_update_waits_for_its_end(case, tmp_
     assert len(calls) == 6
     monkeypatch.undo()
     resumed = lmc.align(pair, tokens, state_file=state, **FAST)
-    assert resumed.info["history"] == whole.info["history"] and torch.equal(
-        resumed.b.stream.matrix, whole.b.stream.matrix
+    assert resumed.info["history"] == expected.info["history"] and torch.equal(
+        resumed.b.stream.matrix, expected.b.stream.matrix
     )

@@ -87,6 +87,8 @@ def _same(checkpoint: Checkpoint, copy: str | None, original: str | None) -> str
     """The name that both tied tensors are stored under, or None where both are and differ, or neither is."""
     if copy is None or original is None:
         return copy or original
+    if not checkpoint.values:
+        return None  # as it is stored, then: the function is the same
     pairs = zip(checkpoint.read_runs(copy), checkpoint.read_runs(original), strict=True)
     wide = torch.promote_types(checkpoint.dtype(copy), checkpoint.dtype(original))
     return original if all(torch.equal(x.to(wide), y.to(wide)) for x, y in pairs) else None

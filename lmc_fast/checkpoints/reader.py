@@ -7,7 +7,6 @@ file is open.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,54 +14,33 @@ import torch
 from torch import Tensor
 
 from ..errors import LmcError
-from ..files import MIB, read_object
+from ..files import read_object
+from .hub import GGUF, INDEX_BYTES, PICKLED, SINGLE, RemoteFile, Repository, download, find, headers
 from .identity import Identity
 from .pickled import PickledFile
 from .tensor_file import FLOATS, TensorFile
 
-_SINGLE = "model.safetensors"
-_INDEX = f"{_SINGLE}.index.json"
-_PICKLED = "pytorch_model.bin"
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
-_HUB_FILES = ["*.safetensors", _INDEX, "*.json", "*.txt", "*.model", "*.jinja"]
-_GGUF = "GGUF is not read; convert with transformers: from_pretrained(DIR, gguf_file=FILE), then save_pretrained"
-_INDEX_BYTES = 64 * MIB
 RUN_ELEMENTS = 1 << 22  # of a tensor that is read by runs
-
-
-def resolve(path: str | Path) -> Path:
-    """A local directory, or the local copy of a hub repository (downloaded if need be). Raises LmcError."""
-    local = Path(path).expanduser()
-    if local.is_dir():
-        return local
-    if local.suffix == ".gguf":
-        raise LmcError(f"{path}: {_GGUF}")
-    if local.exists():
-        raise LmcError(f"{path} is a file; give the directory that holds config.json and model.safetensors")
-    if not _HUB_ID.match(str(path)) or str(path).startswith("."):
-        raise LmcError(f"{path} does not exist; give a checkpoint directory or a hub id such as EleutherAI/pythia-160m")
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=_HUB_FILES))
-    except Exception as error:  # the hub raises a dozen kinds; each means that the repository is not to be had
-        raise LmcError(
-            f"{path} is no local directory, and the hub did not deliver it ({type(error).__name__}); check the name"
-        ) from error
 
 
 class Checkpoint:
     """Names, shapes and tensors of one checkpoint directory. Opening reads headers only.
 
-    Raises LmcError for a missing, corrupt or truncated file, pickled weights, quantised weights, and index entries that
-    point outside the directory.
+    headers_only: of repositories on the hub, read no weights, only what is known of them (`values` is false).
+    Raises LmcError for a missing, corrupt or truncated file, an adapter, GGUF, quantised weights, and index entries
+    that point outside the directory.
     """
 
-    def __init__(self, path: str | Path):
-        self.source = str(path)
-        self.path = resolve(path)
-        if any(self.path.glob("*.gguf")) and not any(self.path.glob("*.safetensors")):
-            raise LmcError(f"{path}: {_GGUF}")
+    def __init__(self, path: str | Path, headers_only: bool = False):
+        place = find(path)
+        self.source, self.remote = str(path), None
+        if headers_only and isinstance(place, Repository):
+            self.remote = headers(place)
+        if self.remote:
+            self.path = self.remote[0]
+        else:
+            self.path = place if isinstance(place, Path) else download(place)
+        self._refuse_others()
         self.config = read_object(self.path / "config.json", remedy=f"is {self.source} a checkpoint directory?")
         if self.config.get("quantization_config") is not None:
             method = self.config["quantization_config"]
@@ -71,14 +49,20 @@ class Checkpoint:
                 f"{path} is quantised ({method or 'unknown method'}); alignment needs float weights: use the original "
                 "checkpoint, or save a dequantised copy with transformers first"
             )
-        files, promised = self._locate()
-        self._files = {name: _opened(self.path / name) for name in files}
-        self.identity = Identity((self.path / "config.json", *(self.path / name for name in files)))
+        files, promised = (list(self.remote[1]), set[str]()) if self.remote else self._locate()
+        self._files = self.remote[1] if self.remote else {name: _opened(self.path / name) for name in files}
+        read = [] if self.remote else files
+        self.identity = Identity((self.path / "config.json", *(self.path / name for name in read)))
         # as transformers does: every tensor of every file counts, wherever the index sends it; the last file wins
         self._file_of = {tensor: name for name in files for tensor in self._files[name].names}
         lost = sorted(promised - self._file_of.keys())
         if lost:
             raise LmcError(f"{self.path} lacks tensor {lost[0]} that its index promises; download it again")
+
+    @property
+    def values(self) -> bool:
+        """Whether tensors can be read."""
+        return self.remote is None
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -118,8 +102,22 @@ class Checkpoint:
         """As `dtype`, but not only floats."""
         return self._home(name).dtype(name)
 
-    def _home(self, name: str) -> TensorFile | PickledFile:
+    def _home(self, name: str) -> TensorFile | PickledFile | RemoteFile:
         return self._files[self._file_of[name]]
+
+    def _refuse_others(self) -> None:
+        """Raises LmcError for what is no model's weights."""
+        present = {file.name for file in self.path.iterdir()}
+        if any(name.startswith(("model.", "model-", PICKLED, "pytorch_model-")) for name in present) or self.remote:
+            return
+        if "adapter_config.json" in present:
+            base = read_object(self.path / "adapter_config.json").get("base_model_name_or_path") or "its base model"
+            raise LmcError(
+                f"{self.source} is an adapter for {base}, not a model: merge it first with peft (PeftModel."
+                "from_pretrained(base, adapter).merge_and_unload().save_pretrained(DIR)) and give that directory"
+            )
+        if any(name.endswith(".gguf") for name in present):
+            raise LmcError(f"{self.source}: {GGUF}")
 
     def _locate(self) -> tuple[list[str], set[str]]:
         """(names of the files to read, in order; tensors that an index promises), as transformers chooses them.
@@ -134,17 +132,17 @@ class Checkpoint:
                     f"{self.path / 'config.json'}: transformers_weights is {chosen!r}, which is no safetensors file"
                 )
             return self._indexed(chosen, ends) if chosen.endswith(listing) else ([chosen], set())
-        for single, ending in ((_SINGLE, ends), (_PICKLED, ".bin")):
+        for single, ending in ((SINGLE, ends), (PICKLED, ".bin")):
             if (self.path / single).is_file():
                 return [single], set()
             if (self.path / f"{single}.index.json").is_file():
                 return self._indexed(f"{single}.index.json", ending)
-        raise LmcError(f"{self.path} has no {_SINGLE}, no {_PICKLED} and no index of either")
+        raise LmcError(f"{self.path} has no {SINGLE}, no {PICKLED} and no index of either")
 
     def _indexed(self, name: str, ending: str) -> tuple[list[str], set[str]]:
         """As _locate, from an index, which names no file outside the directory."""
         index = self.path / name
-        content = read_object(index, _INDEX_BYTES, "download it again")
+        content = read_object(index, INDEX_BYTES, "download it again")
         weight_map = content.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise LmcError(f"{index} has no weight_map; download it again")

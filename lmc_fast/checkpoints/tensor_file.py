@@ -30,6 +30,13 @@ _USUAL_HEADER = 32 * MIB  # has room for a quarter of a million tensors
 _CHECKED = 1 << 20  # elements that are looked at together for NaN
 
 
+def torch_dtype(kind: str, file: Path, name: str) -> torch.dtype:
+    """The dtype that the format calls `kind`. Raises LmcError for one that is not read."""
+    if kind not in FLOATS | OTHERS:
+        raise LmcError(f"{file}: tensor {name} is {kind}, which is not read; use the original checkpoint")
+    return (FLOATS | OTHERS)[kind]
+
+
 def read_elements(handle: FileIO, offset: int, count: int, dtype: torch.dtype) -> Tensor:
     """`count` numbers (count,) from byte `offset` of a file on. Raises LmcError where the file ends before."""
     flat = torch.empty(count, dtype=dtype)
@@ -99,10 +106,7 @@ class TensorFile:
         return self._entries[name]["dtype"]
 
     def dtype(self, name: str) -> torch.dtype:
-        kind = self.kind(name)
-        if kind not in FLOATS | OTHERS:
-            raise LmcError(f"{self.file}: tensor {name} is {kind}, which is not read; use the original checkpoint")
-        return (FLOATS | OTHERS)[kind]
+        return torch_dtype(self.kind(name), self.file, name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._entries[name]["shape"])

@@ -23,7 +23,7 @@ from .tensor_file import DTYPE_NAMES
 SHARD_BYTES = 5_000_000_000
 # What belongs to weights that are new: tokenizers, preprocessors, generation, licence. Not what describes other files
 # (indices, adapters, training logs, model cards) or needs Python files beside it.
-_COMPANIONS = (
+COMPANIONS = (
     *("tokenizer*", "vocab*", "merges.txt", "*tokens*.json", "*.model", "*.jinja", "chat_template.json"),
     *("generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*"),
 )
@@ -132,7 +132,7 @@ def _companions(source: Path) -> tuple[list[Path], list[Path]]:
     allowed = (home, home.parent.parent / "blobs") if home.parent.name == "snapshots" else (home,)
     own: list[Path] = []
     linked: list[Path] = []
-    for file in sorted({file for pattern in _COMPANIONS for file in source.glob(pattern) if file.is_file()}):
+    for file in sorted({file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()}):
         inside = any(Path(os.path.realpath(file)).is_relative_to(place) for place in allowed)
         (own if inside else linked).append(file)
     return own, linked

@@ -29,9 +29,13 @@ class Pair:
         return self.a.spec
 
 
-def open_pair(a: str | Path, b: str | Path) -> Pair:
-    """Opens two checkpoint directories or hub ids. Raises LmcError if either is unusable or they do not match."""
-    one, two = Model(a), Model(b)
+def open_pair(a: str | Path, b: str | Path, headers_only: bool = False) -> Pair:
+    """Opens two checkpoint directories or hub ids (OWNER/NAME, OWNER/NAME@REVISION, or an address on huggingface.co).
+
+    headers_only: do not download weights, which cannot be read then. Raises LmcError if either is unusable or they do
+    not match.
+    """
+    one, two = Model(a, headers_only), Model(b, headers_only)
     try:
         return pair_of(one, two)
     except LmcError as error:

@@ -23,9 +23,10 @@ from .writer import COMPANIONS
 SINGLE, PICKLED = "model.safetensors", "pytorch_model.bin"  # as transformers looks for them, each before its index
 INDEX_BYTES = 64 * MIB
 GGUF = (
-    "GGUF is not read; with gguf and accelerate installed, convert it: model = AutoModelForCausalLM."
-    "from_pretrained(DIR, gguf_file=FILE, dtype='float32'); plain = type(model)(model.config); plain.load_state_dict(model.state_dict()); "
-    "plain.save_pretrained(NEW)"
+    "GGUF is not read; make float safetensors of it with transformers (pip install gguf accelerate): "
+    "m = AutoModelForCausalLM.from_pretrained(DIR, gguf_file=FILE, dtype='float32'); "
+    "del m.config.quantization_config, m.hf_quantizer; m.save_pretrained(NEW); "
+    "AutoTokenizer.from_pretrained(DIR, gguf_file=FILE).save_pretrained(NEW)"
 )
 _SMALL = ("config.json", "adapter_config.json", *COMPANIONS)
 _NAME = r"[A-Za-z0-9][\w.-]*"

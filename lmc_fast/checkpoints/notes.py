@@ -18,7 +18,11 @@ def notes_on(model: Model) -> list[str]:
             "the final norm's gain moves into it"
             + (f"; mergekit's table of {lost} has no place for it" if lost else "")
         )
-    elif spec.task in ("causal", "masked") and getattr(model.config, "tie_word_embeddings", False):
+    elif (
+        model.checkpoint.values
+        and spec.task in ("causal", "masked")
+        and getattr(model.config, "tie_word_embeddings", False)
+    ):
         notes.append(
             "config.json ties the head to the embedding, but another one is stored: as in transformers, it is used"
         )

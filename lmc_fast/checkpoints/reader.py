@@ -20,6 +20,7 @@ from .identity import Identity
 from .pickled import PickledFile
 from .tensor_file import FLOATS, TensorFile
 
+_WEIGHTS = (".safetensors", ".bin", ".index.json")
 RUN_ELEMENTS = 1 << 22  # of a tensor that is read by runs
 
 
@@ -108,13 +109,15 @@ class Checkpoint:
     def _refuse_others(self) -> None:
         """Raises LmcError for what is no model's weights."""
         present = {file.name for file in self.path.iterdir()}
-        if any(name.startswith(("model.", "model-", PICKLED, "pytorch_model-")) for name in present) or self.remote:
+        own = [n for n in present if n.startswith(("model", "pytorch_model")) and n.endswith(_WEIGHTS)]
+        if own or self.remote:
             return
         if "adapter_config.json" in present:
             base = read_object(self.path / "adapter_config.json").get("base_model_name_or_path") or "its base model"
             raise LmcError(
-                f"{self.source} is an adapter for {base}, not a model: merge it first with peft (PeftModel."
-                "from_pretrained(base, adapter).merge_and_unload().save_pretrained(DIR)) and give that directory"
+                f"{self.source} is an adapter for {base}, not a model: merge it first with peft: PeftModel."
+                "from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), ADAPTER).merge_and_unload()"
+                ".save_pretrained(NEW), and give NEW"
             )
         if any(name.endswith(".gguf") for name in present):
             raise LmcError(f"{self.source}: {GGUF}")

@@ -113,9 +113,9 @@ class Model:
     float or of another shape than the config says.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, headers_only: bool = False):
         self.source = str(path)  # as it was asked for: a directory or a hub id
-        self.checkpoint = Checkpoint(path)
+        self.checkpoint = Checkpoint(path, headers_only)
         self.family, self.config = read_config(self.checkpoint)
         spec = _spec(self.family, self.config, self.checkpoint.path / "config.json")
         self.coverage, self.spec = cover(self.checkpoint, self.family, spec)
@@ -223,8 +223,7 @@ def read_config(checkpoint: Checkpoint) -> tuple[Family, Any]:
     known = isinstance(kind, str) and kind in FAMILIES
     if nested and not known:
         raise LmcError(
-            f"{checkpoint.path}: model_type {kind!r} nests several models ({', '.join(nested)}); save the one to align "
-            "on its own with transformers (for example model.language_model.save_pretrained) and give that directory"
+            f"{checkpoint.path}: model_type {kind!r} nests several models ({', '.join(nested)}); {_alone(kind)}"
         )
     if not known:
         raise LmcError(
@@ -279,3 +278,15 @@ def _require_countable(checkpoint: Checkpoint) -> None:
 def _last_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else type(error).__name__
+
+
+def _alone(kind: str) -> str:
+    """How to save one of the models that a checkpoint nests, with its head."""
+    if kind == "clip":
+        return "save one tower: transformers.CLIPVisionModelWithProjection.from_pretrained(DIR).save_pretrained(NEW)"
+    return (
+        "save its language model: m = AutoModelForImageTextToText.from_pretrained(DIR, dtype='float32'); "
+        "t = AutoModelForCausalLM.from_config(m.config.text_config); "
+        "t.model.load_state_dict(m.model.language_model.state_dict()); "
+        "t.lm_head.load_state_dict(m.lm_head.state_dict()); t.save_pretrained(NEW)"
+    )

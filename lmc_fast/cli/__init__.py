@@ -7,6 +7,7 @@ from functools import partial
 
 from ..backends import backends
 from ..budget.devices import require_device
+from ..checkpoints.hub import at_revision
 from ..errors import LmcError
 from ..importing import release
 from ..interrupts import interrupt_on_signals
@@ -40,4 +41,10 @@ def _main(argv: list[str] | None) -> int:
     transformers.logging.set_verbosity_error()
     require_device(args.device)
     _require_settings()
+    for name in ("a", "b"):
+        revision = getattr(args, f"revision_{name}", None)
+        if revision and getattr(args, name) is None:
+            raise LmcError(f"--revision-{name} is given, but no {name.upper()}")
+        if revision:
+            setattr(args, name, at_revision(getattr(args, name), revision))
     return args.function(args, Console(args))

@@ -39,6 +39,12 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 model.strip("?"), nargs="?" if model.endswith("?") else None, metavar=model.strip("?").upper()
             )
+        for model in models:
+            name, text = (
+                model.strip("?"),
+                "the branch, tag or commit of its repository on the hub (also: OWNER/NAME@REVISION)",
+            )
+            sub.add_argument(f"--revision-{name}", metavar="REVISION", help=f"of {name.upper()}: {text}")
         sub.add_argument("--json", action="store_true", help="one JSON document on standard output, nothing else")
         sub.add_argument("--quiet", action="store_true", help="print nothing but errors and warnings")
         sub.add_argument("--device", default="cpu", help="where to compute: a torch device, e.g. cuda (default: cpu)")

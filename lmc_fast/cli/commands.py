@@ -28,7 +28,7 @@ from .console import DIFFERENT, Console, unit_of
 
 
 def inspect_command(args: argparse.Namespace, console: Console) -> int:
-    model = Model(args.a)
+    model = Model(args.a, headers_only=True)
     spec = model.spec
     groups, att = legal_groups(spec), spec.attention
     console.say(
@@ -49,7 +49,7 @@ def inspect_command(args: argparse.Namespace, console: Console) -> int:
     for note in notes_on(model):
         console.say(f"note on {args.a}: {note}")
     if args.b:
-        other = Model(args.b)
+        other = Model(args.b, headers_only=True)
         problem, warnings = "", tuple[str, ...]()
         for note in notes_on(other):
             console.say(f"note on {args.b}: {note}")
@@ -104,7 +104,7 @@ def barrier_command(args: argparse.Namespace, console: Console) -> int:
 
 def plan_command(args: argparse.Namespace, console: Console) -> int:
     budget = parse_bytes(args.memory)
-    pair = open_pair(args.a, args.b)
+    pair = open_pair(args.a, args.b, headers_only=True)
     device = profile(args.device_profile, args.device)
     schedule = Schedule()
     length = pair.spec.position_rows if pair.spec.image else sequence_length(pair.a, args.length)

@@ -53,7 +53,7 @@ def side_by_side(a: Tensor, b: Tensor) -> Tensor:
 
 def memory(buffer: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, to read into or write from."""
-    return memoryview(buffer.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return buffer.view(-1).view(torch.uint8).numpy().data
 
 
 def views(buffer: Tensor, places: Mapping[str, Place], dtype: torch.dtype) -> tuple[Slots, Slots]:

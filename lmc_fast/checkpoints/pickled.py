@@ -25,8 +25,8 @@ _REMEDY = "load it where you trust it and save it again with transformers' save_
 class PickledFile:
     """A file of torch.save that holds tensors by name. What is read is a copy; nothing of the file is mapped.
 
-    Files from before torch 1.6 cannot be read in parts: they are held whole, and the log says so. Raises LmcError for a
-    missing or damaged file, and for one that holds anything but tensors by name.
+    Files from before torch 1.6, and any under a torch before 2.11, cannot be read in parts: they are held whole, and
+    the log says so. Raises LmcError for a missing or damaged file, and for one that holds more than tensors by name.
     """
 
     def __init__(self, file: Path):
@@ -34,10 +34,13 @@ class PickledFile:
         require_weights(file)
         if tuple(int(n) for n in torch.__version__.split(".")[:2]) < SAFE_TORCH:
             raise LmcError(f"{file} is not safe to read with torch {torch.__version__}; install torch 2.6 or later")
-        self._tensors = _load(file, "meta") if _in_parts(file) else {}  # places and shapes, without data
+        as_they_are = _in_parts(file)
+        self._tensors = _load(file, "meta") if as_they_are else {}  # places and shapes, without data
         if not self._tensors or any(_offset(t) is None for t in self._tensors.values()):
-            size = show_bytes(file.stat().st_size)
-            _log.info("%s is in an old format and cannot be read in parts: it is held whole, in %s", file, size)
+            why = f"torch {torch.__version__} does not tell where tensors lie" if as_they_are else "an old format"
+            _log.info(
+                "%s cannot be read in parts (%s): it is held whole, in %s", file, why, show_bytes(file.stat().st_size)
+            )
             self._tensors = _load(file, "cpu")
         self._handle = FileIO(file)
 

@@ -6,11 +6,16 @@ import pytest
 
 pytest.importorskip("triton")
 
+import triton
 from kernels.offline import SHARED_LIMIT, compiled
 
 from lmc_fast.kernels import dual_gemm, head_maps, interpolate_weight, runtime, softmax_loss
 
-pytestmark = pytest.mark.skipif(runtime.INTERPRETED, reason="the interpreter has no compiler")
+OLD_COMPILER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+pytestmark = [
+    pytest.mark.skipif(runtime.INTERPRETED, reason="the interpreter has no compiler"),
+    pytest.mark.skipif(OLD_COMPILER, reason="triton before 3.7 spills 8 bytes of some kernels"),
+]
 ARCHITECTURES = [80, 90]
 SMALLER = 128 * 128  # m n of the largest tile where the epilogue needs registers
 

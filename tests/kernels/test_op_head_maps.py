@@ -86,8 +86,8 @@ def test_views_of_one_product():
 def test_only_what_backward_reads_is_kept(learned):
     draw = values(8)
     ya, yb, maps = (draw(*shape).float().requires_grad_(learned) for shape in ((6, 16), (6, 16), (2, 8, 8)))
-    held = head_maps(ya.detach().requires_grad_(), yb, (0.5, 0.5), maps, heads=2).grad_fn.saved_tensors
-    sizes = [t.numel() for t in held if t is not None]
+    out = head_maps(ya.detach().requires_grad_(), yb, (0.5, 0.5), maps, heads=2)
+    sizes = [t.numel() for t in out.grad_fn.saved_tensors if t is not None]
     assert sizes == ([yb.numel()] if learned else []) + [maps.numel()]
 
 

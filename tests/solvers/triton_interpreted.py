@@ -12,7 +12,12 @@ from lmc_fast.solvers import cayley, cayley_triton, expm, expm_torch, expm_trito
 from lmc_fast.solvers.taylor import SCHEMES
 from lmc_fast.solvers.triton_matrices import DEPTH, options, padded
 
-OLD_INTERPRETER = triton.__version__ < "3.7" and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4)
+
+def version(module) -> tuple[int, ...]:
+    return tuple(map(int, module.__version__.split(".")[:2]))
+
+
+OLD_INTERPRETER = version(triton) < (3, 7) and version(np) >= (2, 4)
 pytestmark = pytest.mark.skipif(OLD_INTERPRETER, reason="triton 3.6 cannot interpret range(loaded number) on numpy 2.4")
 
 SIZES = (1, 3, 16, 33, 64)

@@ -272,7 +272,7 @@ def start(command):
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-WITHIN = ("--memory", "900MiB" if torch.version.cuda else "700MiB")  # the interpreter with CUDA's libraries is larger
+WITHIN = ("--memory", "1200MiB" if torch.version.cuda else "700MiB")  # the interpreter with CUDA's libraries is larger
 
 
 @pytest.fixture(scope="module")

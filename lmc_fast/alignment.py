@@ -27,7 +27,7 @@ _FIRST_NAMES = (  # of a block's tensors in version 1
 )
 
 
-@dataclass
+@dataclass(repr=False)
 class Alignment:
     """g_A and g_B: what to do to each endpoint's canonical form so that the line between them is flat.
 
@@ -38,6 +38,11 @@ class Alignment:
     b: Transform
     matched: tuple[Transform, Transform]
     info: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        steps = len(self.info.get("history", {}).get("loss", []))
+        how = self.info.get("method", "no method") + (f", {steps} steps" if steps else "")
+        return f"Alignment({how}; a={self.a!r}, b={self.b!r})"
 
     @property
     def members(self) -> tuple[Transform, Transform]:

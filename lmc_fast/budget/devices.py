@@ -89,7 +89,11 @@ def here(device: torch.device, disk: float | None = None) -> Device:
 def _flops(device: torch.device, dtype: torch.dtype, size: int, seconds: float = 0.3) -> float:
     """Of square matrix products, the best of a few."""
     x = torch.randn(size, size, device=device).to(dtype)
-    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
     best, began = 0.0, time.perf_counter()
     while not best or time.perf_counter() - began < seconds:
         wait()

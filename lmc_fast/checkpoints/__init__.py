@@ -1,10 +1,10 @@
 """Reading and writing stock checkpoints."""
 
 from .exporting import export
-from .lazy import LazyBlocks, Table
+from .lazy import LazyBlocks, Slots, Table
 from .notes import notes_on
 from .reader import Checkpoint
-from .weights import Model, Slots, Weights, lerp
+from .weights import Model, Weights, lerp
 from .writer import Stored, checkpoint_names, write_checkpoint
 
 __all__ = [

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import torch
@@ -125,7 +126,7 @@ def headers(repository: Repository) -> tuple[Path, dict[str, RemoteFile]] | None
 class RemoteFile:
     """A safetensors file on the hub of which only the header was read. Like TensorFile, without values."""
 
-    def __init__(self, repository: Repository, name: str, tensors: dict):
+    def __init__(self, repository: Repository, name: str, tensors: dict[str, Any]):
         self.file, self._repository, self._tensors = Path(name), repository, tensors
 
     @property

@@ -6,6 +6,7 @@ import math
 import os
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -91,7 +92,7 @@ class TensorFile:
         except (SafetensorError, OSError, MemoryError, UnicodeError) as error:  # the last: of a path's letters
             raise LmcError(f"{file} is corrupt or truncated ({error}); download it again") from error
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
-        self._entries: dict[str, dict] = header
+        self._entries: dict[str, dict[str, Any]] = header
         self._first = 8 + length
 
     @property
@@ -103,7 +104,7 @@ class TensorFile:
 
     def kind(self, name: str) -> str:
         """The dtype as the format calls it."""
-        return self._entries[name]["dtype"]
+        return str(self._entries[name]["dtype"])
 
     def dtype(self, name: str) -> torch.dtype:
         return torch_dtype(self.kind(name), self.file, name)

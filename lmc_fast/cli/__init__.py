@@ -47,4 +47,5 @@ def _main(argv: list[str] | None) -> int:
             raise LmcError(f"--revision-{name} is given, but no {name.upper()}")
         if revision:
             setattr(args, name, at_revision(getattr(args, name), revision))
-    return args.function(args, Console(args))
+    code: int = args.function(args, Console(args))
+    return code

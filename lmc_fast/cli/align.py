@@ -10,9 +10,9 @@ import torch
 
 from ..data import read_data, sequence_length
 from ..learning import parallel
-from ..learning.schedule import Schedule
+from ..learning.schedule import METHODS, Schedule
 from ..pair import open_pair
-from ..pipeline.align import LEARNING, require_settings
+from ..pipeline.align import require_settings
 from ..pipeline.run import run
 from ..pipeline.run_directory import RunDirectory
 from ..sizes import parse_bytes, show_bytes
@@ -46,7 +46,7 @@ def _align(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     length = sequence_length(pair.a, args.length)
     tokens = read_data(args.data, pair.a, length)
     validation, test = (None if file is None else read_data(file, pair.a, length) for file in (args.val, args.test))
-    steps = schedule.steps if args.method in LEARNING else 0
+    steps = schedule.steps if args.method in METHODS else 0
     console.say(
         f"matching on {tokens.numel():,} calibration {unit_of(pair)}, then {steps} steps of {args.method} learning"
     )

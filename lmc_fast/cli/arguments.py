@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--version", action="version", version=f"lmc-fast {__version__}")
     commands = whole.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name: str, function: Callable, text: str, *models: str) -> argparse.ArgumentParser:
+    def command(name: str, function: Callable[..., int], text: str, *models: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(function=function)
         for model in models:

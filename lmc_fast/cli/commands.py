@@ -5,64 +5,44 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from ..alignment import Alignment
-from ..budget.demand import Job
-from ..budget.devices import profile
 from ..budget.meter import budget_warning
-from ..budget.planner import plan
-from ..checkpoints import Model, notes_on
+from ..checkpoints import Model
 from ..data import read_data, sequence_length
 from ..errors import LmcError
 from ..evaluation.curve import DEFINITION, is_own
-from ..learning.schedule import Schedule
 from ..output import Workspace, partial_of, require_apart
-from ..pair import open_pair, pair_of
+from ..pair import open_pair
 from ..pipeline.evaluate import barrier, require_points, verify
 from ..pipeline.export import merge
+from ..pipeline.inspection import inspect, plan
 from ..sizes import parse_bytes, show_bytes
-from ..symmetry import legal_groups
 from .boundary import BAD_INPUT
 from .console import DIFFERENT, Console, unit_of
 
 
 def inspect_command(args: argparse.Namespace, console: Console) -> int:
-    model = Model(args.a, headers_only=True)
-    spec = model.spec
-    groups, att = legal_groups(spec), spec.attention
+    found = inspect(args.a, args.b)
+    spec, dtype = found.model.spec, found.model.dtype
+    att = spec.attention
     console.say(
         f"{args.a}: {spec.family}, {spec.layers} blocks, width {spec.width}, {att.heads} heads of {att.head_dim}"
     )
     console.say(
-        f"  {att.kv_heads} key/value groups, FFN {spec.ffn.width}, vocabulary {spec.vocab},"
-        f" {spec.norms.kind}, {model.dtype}"
+        f"  {att.kv_heads} key/value groups, FFN {spec.ffn.width}, vocabulary {spec.vocab}, {spec.norms.kind}, {dtype}"
     )
     console.say("symmetries:")
-    for group in groups:
+    for group in found.groups:
         console.say(f"  {'yes' if group.legal else 'no ':3}  {group.name:18} {group.what}: {group.why}")
-    result: dict[str, Any] = {
-        "family": spec.family,
-        "groups": [vars(group) for group in groups],
-        "notes": notes_on(model),
-    }
-    for note in notes_on(model):
-        console.say(f"note on {args.a}: {note}")
-    if args.b:
-        other = Model(args.b, headers_only=True)
-        problem, warnings = "", tuple[str, ...]()
-        for note in notes_on(other):
-            console.say(f"note on {args.b}: {note}")
-        try:
-            warnings = pair_of(model, other).warnings
-        except LmcError as error:
-            problem = str(error)
-        console.say(f"{args.a} and {args.b} " + (f"cannot be aligned: {problem}" if problem else "can be aligned"))
-        result |= {"match": not problem, "problem": problem or None, "warnings": list(warnings)}
-        console.result(result)
-        return BAD_INPUT if problem else 0
-    console.result(result)
-    return 0
+    for name, notes in ((args.a, found.notes), (args.b, found.other_notes)):
+        for note in notes:
+            console.say(f"note on {name}: {note}")
+    if found.other:
+        verdict = f"cannot be aligned: {found.problem}" if found.problem else "can be aligned"
+        console.say(f"{args.a} and {args.b} {verdict}")
+    console.result(found.to_json())
+    return BAD_INPUT if found.problem else 0
 
 
 def merge_command(args: argparse.Namespace, console: Console) -> int:
@@ -103,12 +83,9 @@ def barrier_command(args: argparse.Namespace, console: Console) -> int:
 
 
 def plan_command(args: argparse.Namespace, console: Console) -> int:
-    budget = parse_bytes(args.memory)
-    pair = open_pair(args.a, args.b, headers_only=True)
-    device = profile(args.device_profile, args.device)
-    schedule = Schedule()
-    length = pair.spec.position_rows if pair.spec.image else sequence_length(pair.a, args.length)
-    found = plan(pair.spec, Job(args.tokens or schedule.batch * length, length, schedule.moving), device, budget)
+    how = {"device": args.device, "profile": args.device_profile, "tokens": args.tokens, "length": args.length}
+    found = plan(args.a, args.b, memory=args.memory, **how)
+    budget, device = found.budget, found.device
     warning = budget_warning(budget, args.device) if args.device_profile == "here" else None
     if budget > device.memory and not warning:
         warning = f"{device.name} has {show_bytes(device.memory)}, less than the budget of {show_bytes(budget)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ..engine.evaluate import require_finite
 from ..errors import LmcError
@@ -44,7 +45,7 @@ class Curve:
         """The lambda of the barrier."""
         return self.lambdas[self.excess.index(self.barrier)]
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"barrier": self.barrier, "at": self.at}
 
     def save(self, file: str | Path) -> None:

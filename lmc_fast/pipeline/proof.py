@@ -9,9 +9,9 @@ import torch
 
 from ..budget.demand import FP32, WEIGHT, Demand, Job
 from ..budget.meter import counted_bytes, return_freed_memory
+from ..budget.stages import ELEMENTS
 from ..checkpoints import Model
 from ..evaluation import Difference, difference
-from ..evaluation.function import ELEMENTS
 from ..evaluation.reference import Reference, Unreadable
 from ..examples import Data, inputs_of
 from ..sizes import show_bytes

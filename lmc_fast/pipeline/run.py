@@ -26,11 +26,11 @@ from ..files import read_object, to_json
 from ..interrupts import Interrupted, number_of, uninterrupted
 from ..learning import parallel
 from ..learning.learner import History
-from ..learning.schedule import Schedule
+from ..learning.schedule import METHODS, Schedule
 from ..output import write_whole
 from ..pair import Pair
 from ..version import __version__
-from .align import LEARNING, align
+from .align import align
 from .evaluate import measure_line
 from .export import export_into, prove, require_unchanged
 from .progress import Cancel, Progress, Watch
@@ -104,7 +104,7 @@ def run(
         directory = RunDirectory(out, resume, (pair.a.path, pair.b.path))
         directory.expect(export_names(pair.a, pair.b))
         if not directory.finished:
-            learns = Schedule.of(method, schedule, options) if method in LEARNING else None
+            learns = Schedule.of(method, schedule, options) if method in METHODS else None
             _require_room(pair, directory, learns, torch.device(device), memory, dtype)
         with directory, _telling_what_is_kept(directory):
             if directory.finished:
@@ -183,7 +183,7 @@ def measure(
         ("naive", None),
         ("matched", Alignment(*alignment.matched, alignment.matched)),
     ]
-    if alignment.info.get("method") in LEARNING:
+    if alignment.info.get("method") in METHODS:
         stages.append(("learned", alignment))
     curves: list[Curve] = []
     watch = watch or Watch()

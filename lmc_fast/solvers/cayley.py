@@ -1,5 +1,7 @@
 """Cayley map Q = (I - X/2)⁻¹ (I + X/2), with a backward pass of two matrix products."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
@@ -21,7 +23,7 @@ def cayley(X: Tensor) -> Tensor:  # (..., n, n) -> (..., n, n)
     Raises TypeError or ValueError for a wrong dtype or shape or a non-finite entry, torch.linalg.LinAlgError where
     I - X/2 is singular.
     """
-    Q: Tensor = _Cayley.apply(as_batch(X, "cayley"))
+    Q: Tensor = _Cayley.apply(as_batch(X, "cayley"))  # type: ignore[no-untyped-call]
     return Q if X.dim() == 3 else Q.reshape(X.shape)
 
 
@@ -39,7 +41,7 @@ class _Cayley(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, G: Tensor) -> Tensor:
+    def backward(ctx: Any, G: Tensor) -> Tensor:
         (saved,) = ctx.saved_tensors
         if saved.shape[-1] == 2:
             return pairs.cayley_backward(saved, G)

@@ -34,7 +34,7 @@ def expm(X: Tensor) -> Tensor:  # (..., n, n) -> (..., n, n)
     Raises TypeError or ValueError for a wrong dtype or shape, a non-finite entry, or ‖X‖₁ > 1/ε (no digit would be
     right); OverflowError where exp(X) does not fit the dtype.
     """
-    E: Tensor = _Expm.apply(as_batch(X, "expm"))
+    E: Tensor = _Expm.apply(as_batch(X, "expm"))  # type: ignore[no-untyped-call]
     return E.reshape(X.shape)
 
 

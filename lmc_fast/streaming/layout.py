@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..architectures import Spec
 from ..architectures.axes import END_SLOTS
-from ..checkpoints.weights import Slots
+from ..checkpoints.lazy import Slots
 
 ALIGNMENT = 256  # bytes: what vectorised loads and copies of every device are content with
 HEAD = ("head", "head_bias")

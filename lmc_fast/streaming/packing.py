@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..architectures import Spec, flat_fields
-from ..checkpoints.weights import Slots, Weights
+from ..checkpoints.lazy import Slots
+from ..checkpoints.weights import Weights
 from ..errors import LmcError
 from .layout import HEAD, Place, aligned, arrange, head_rows, memory, side_by_side, slot_shapes
 

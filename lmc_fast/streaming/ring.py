@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints.weights import Slots
+from ..checkpoints.lazy import Slots
 from ..errors import LmcError
 from .layout import views
 from .schedule import Action, Compute, Load, Release, schedule

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..architectures import Spec
-from ..checkpoints.weights import Slots
+from ..checkpoints.lazy import Slots
 from ..errors import LmcError
 from ..output import OWNER, Names, atomic_directory, marker, write_synced
 from .layout import Place, memory, views

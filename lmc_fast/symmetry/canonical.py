@@ -176,7 +176,8 @@ def _unscaled(gain: Tensor, shift: Tensor, readers: list[Table], name: str) -> T
         raise LmcError(
             f"{name} has a zero gain with a non-zero bias that its readers cannot absorb ({residual:.1e} off)"
         )
-    return solution.to(shift)
+    found: Tensor = solution.to(shift)
+    return found
 
 
 def _balance_gains(spec: Spec, w: Slots) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..architectures import Spec
 from ..architectures.axes import PARENT, STREAM, axes_of, unfolded
-from ..checkpoints.weights import Slots, Weights
+from ..checkpoints.lazy import Slots
+from ..checkpoints.weights import Weights
 from .elements import Element, Elements, compose, inverse_of, moved
 
 

@@ -1,0 +1,101 @@
+"""What can be told of checkpoints before anything is loaded: what they are, whether they match, what learning takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..budget.demand import Job
+from ..budget.devices import profile as profile_of
+from ..budget.planner import Plan
+from ..budget.planner import plan as plan_within
+from ..checkpoints import Model, notes_on
+from ..data import sequence_length
+from ..errors import LmcError
+from ..learning.schedule import Schedule
+from ..pair import open_pair, pair_of
+from ..sizes import parse_bytes
+from ..symmetry import Group, legal_groups
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found.
+
+    groups: the symmetries of the architecture, each with the reason why it can be used or not. notes: what is unusual
+    about the checkpoint; other, other_notes: the same of the second. problem: why both cannot be aligned (None: they
+    can); warnings: what is not as it might be expected.
+    """
+
+    model: Model
+    groups: list[Group]
+    notes: tuple[str, ...]
+    other: Model | None = None
+    other_notes: tuple[str, ...] = ()
+    problem: str | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def match(self) -> bool | None:
+        """Whether both checkpoints can be aligned; None where there is one."""
+        return None if self.other is None else self.problem is None
+
+    def to_json(self) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "family": self.model.spec.family,
+            "groups": [vars(group) for group in self.groups],
+            "notes": list(self.notes),
+        }
+        if self.other is None:
+            return found
+        return found | {"match": self.match, "problem": self.problem, "warnings": list(self.warnings)}
+
+
+def inspect(path: str | Path, other: str | Path | None = None) -> Inspection:
+    """What a checkpoint (a directory or a hub id) is, which symmetries it has, and whether `other` can be aligned with
+    it. Only headers are read. Raises LmcError where one of them is not usable.
+    """
+    model = Model(path, headers_only=True)
+    alone = Inspection(model, legal_groups(model.spec), tuple(notes_on(model)))
+    if other is None:
+        return alone
+    second = Model(other, headers_only=True)
+    both = replace(alone, other=second, other_notes=tuple(notes_on(second)))
+    try:
+        return replace(both, warnings=pair_of(model, second).warnings)
+    except LmcError as error:
+        return replace(both, problem=str(error))
+
+
+def plan(
+    a: str | Path,
+    b: str | Path,
+    *,
+    memory: int | str,
+    device: torch.device | str = "cpu",
+    profile: str = "here",
+    tokens: int | None = None,
+    length: int | None = None,
+    schedule: Schedule | None = None,
+) -> Plan:
+    """How `align(..., memory=...)` would learn the pair, and what to expect. Only headers are read.
+
+    memory: bytes, or a text such as "8GiB". profile: a device of budget.devices.PROFILES to plan for, or "here": what
+    `device` is. tokens: in a step, by default the schedule's batch of sequences; length: tokens in a sequence, by
+    default 128 or as many as the model has positions.
+
+    Raises LmcError for a pair that cannot be aligned, and TooSmall where no plan fits, with the smallest that does.
+    """
+    for name, value in (("tokens", tokens), ("length", length)):
+        if value is not None and value < 1:
+            raise LmcError(f"{name} must be at least 1, not {value}")
+    budget = parse_bytes(memory)
+    pair = open_pair(a, b, headers_only=True)
+    schedule = schedule or Schedule()
+    length = pair.spec.position_rows if pair.spec.image else sequence_length(pair.a, length)
+    teachers = 2 if schedule.objective == "endpoints" else 0
+    job = Job(tokens or schedule.batch * length, length, schedule.moving, teachers)
+    return plan_within(pair.spec, job, profile_of(profile, device), budget)

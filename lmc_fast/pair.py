@@ -78,6 +78,7 @@ def _cut(a: Model, b: Model, used: int | None) -> str:
     small, large = sorted((a, b), key=lambda model: model.vocabulary)
     tokens = small.vocabulary
     special = [getattr(large.config, key, None) for key in _SPECIAL]
+    special += [i for ids in special if isinstance(ids, list) for i in ids]  # there may be several ends
     last = max((i for i in special if isinstance(i, int)), default=-1)
     if max(used or 0, last + 1) > tokens:
         raise LmcError(

@@ -64,9 +64,10 @@ def test_tokens_in_use_are_not_left_out(make_checkpoint, tmp_path):
     small = resized(a, tmp_path / "small", VOCAB - 4)
     with pytest.raises(LmcError, match=rf"{b} uses {VOCAB} tokens, {small} has rows for {VOCAB - 4}"):
         lmc.open_pair(small, b)
-    edit_config(b, pad_token_id=VOCAB + 3)
-    with pytest.raises(LmcError, match=f"uses {VOCAB + 4} tokens"):
-        lmc.open_pair(a, b)
+    for changes in ({"pad_token_id": VOCAB + 3}, {"pad_token_id": None, "eos_token_id": [0, VOCAB + 3]}):
+        edit_config(b, **changes)
+        with pytest.raises(LmcError, match=f"uses {VOCAB + 4} tokens"):
+            lmc.open_pair(a, b)
 
 
 def test_classes_are_never_left_out(tmp_path):

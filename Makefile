@@ -22,6 +22,8 @@ demo: venv
 	$(BIN)/lmc-fast merge demo-out/a demo-out/b --weight 0.5 --out demo-out/merged
 	@echo "pictures: demo-out/curve.png, demo-out/learning.png"
 
+# Tests of trained pairs run where LMC_FAST_SHARED names a directory that holds them, else they are skipped.
+export LMC_FAST_SHARED ?= $(abspath $(wildcard ../shared))
 test: venv
 	$(BIN)/python -m pytest
 

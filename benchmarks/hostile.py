@@ -43,7 +43,7 @@ def prepare(home: Path) -> None:
     _paths()
     import torch
     import zoo
-    from conftest import save_tokenizer
+    from checkpoints_tiny import save_tokenizer
 
     from benchmarks.mutants import FAMILIES
     from lmc_fast import Schedule, align, open_pair

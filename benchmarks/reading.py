@@ -30,13 +30,13 @@ from benchmarks.reading_options import FOREIGN, OPTIONS
 sys.path[:0] = [str(ROOT / "tests" / part) for part in ("", "symmetry", "families")]
 
 import zoo  # noqa: E402
-from conftest import randomize  # noqa: E402
+from checkpoints_tiny import randomize  # noqa: E402
 
 from lmc_fast import LmcError  # noqa: E402
 from lmc_fast.checkpoints import Model  # noqa: E402
 from lmc_fast.engine.model import logits  # noqa: E402
 
-SOURCES = ("lmc_fast", "tests/families", "tests/conftest.py", "benchmarks/reading.py", "benchmarks/reading_options.py")
+SOURCES = ("lmc_fast", "tests/families", "tests/checkpoints_tiny.py", "benchmarks/reading.py", "benchmarks/reading_options.py")
 FLOOR = 1e-6  # of the largest output: below that float32 says nothing
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OUTCOMES = ("equal", "refused", "refused by both", "ours alone", "difference", "traceback")

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import zoo
-from conftest import VOCAB, edit_config, reference_logits, save_tokenizer
+from checkpoints_tiny import VOCAB, edit_config, reference_logits, save_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 

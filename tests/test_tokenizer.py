@@ -5,7 +5,7 @@ import logging
 import shutil
 
 import pytest
-from conftest import VOCAB, save_tokenizer
+from checkpoints_tiny import VOCAB, save_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

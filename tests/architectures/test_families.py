@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import VARIANTS, reference_logits
+from checkpoints_tiny import VARIANTS, reference_logits
 from transformers import AutoModelForCausalLM
 
 from lmc_fast.checkpoints import Model, export

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 import zoo
-from conftest import edit_config, randomize, reference_logits, save_tokenizer
+from checkpoints_tiny import edit_config, randomize, reference_logits, save_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 

@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import reference_logits
+from checkpoints_tiny import reference_logits
 from safetensors.torch import load_file
 
 from lmc_fast import LmcError

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from conftest import edit_config
+from checkpoints_tiny import edit_config
 
 from lmc_fast import LmcError
 from lmc_fast.checkpoints import Model

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import edit_config
+from checkpoints_tiny import edit_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

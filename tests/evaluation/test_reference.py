@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import edit_config, reference_logits
+from checkpoints_tiny import edit_config, reference_logits
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 

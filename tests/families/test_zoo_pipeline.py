@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
-from conftest import edit_config, save_tokenizer
+from checkpoints_tiny import edit_config, save_tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 

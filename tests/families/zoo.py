@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import VARIANTS, VOCAB, randomize, true_float64
+from checkpoints_tiny import VARIANTS, VOCAB, randomize, true_float64
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import true_float64
+from checkpoints_tiny import true_float64
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-from conftest import write_lines
+from checkpoints_tiny import write_lines
 
 import lmc_fast as lmc
 from lmc_fast.errors import LmcError

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import write_lines
+from checkpoints_tiny import write_lines
 from live import LiveBytes
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 

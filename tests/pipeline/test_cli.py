@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import edit_config, write_lines
+from checkpoints_tiny import edit_config, write_lines
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import randomize
+from checkpoints_tiny import randomize
 from live import LiveBytes
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 

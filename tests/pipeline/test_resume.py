@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import edit_config, write_lines
+from checkpoints_tiny import edit_config, write_lines
 from safetensors.torch import load_file, save_file
 
 import lmc_fast as lmc

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import write_lines
+from checkpoints_tiny import write_lines
 from safetensors.torch import load_file, save_file
 
 import lmc_fast as lmc

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import VARIANTS
+from checkpoints_tiny import VARIANTS
 from zoo import write
 
 from lmc_fast.architectures import FAMILIES

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import VARIANTS, reference_logits
+from checkpoints_tiny import VARIANTS, reference_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_elements import random_element

@@ -36,7 +36,13 @@ from lmc_fast import LmcError  # noqa: E402
 from lmc_fast.checkpoints import Model  # noqa: E402
 from lmc_fast.engine.model import logits  # noqa: E402
 
-SOURCES = ("lmc_fast", "tests/families", "tests/checkpoints_tiny.py", "benchmarks/reading.py", "benchmarks/reading_options.py")
+SOURCES = (
+    "lmc_fast",
+    "tests/families",
+    "tests/checkpoints_tiny.py",
+    "benchmarks/reading.py",
+    "benchmarks/reading_options.py",
+)
 FLOOR = 1e-6  # of the largest output: below that float32 says nothing
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OUTCOMES = ("equal", "refused", "refused by both", "ours alone", "difference", "traceback")

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from conftest import edit_config
+from checkpoints_tiny import edit_config
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 

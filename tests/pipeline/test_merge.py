@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import edit_config
+from checkpoints_tiny import edit_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 

@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import write_lines
+from checkpoints_tiny import write_lines
 
 import lmc_fast as lmc
 from lmc_fast.data import read_data, sequence_length

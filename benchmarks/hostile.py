@@ -134,10 +134,12 @@ def tokenizer(home: Path, base: str, name: str) -> None:
     """A damaged tokenizer cuts text as transformers' does."""
     from transformers import AutoTokenizer
 
+    from lmc_fast import open_pair
     from lmc_fast.checkpoints import Model
     from lmc_fast.data import read_tokens
 
     ours = read_tokens(home / "text.txt", Model(home), 8).flatten().tolist()
+    open_pair(home, home.parent / "good")
     theirs = AutoTokenizer.from_pretrained(home)((home / "text.txt").read_text(), add_special_tokens=False)["input_ids"]
     assert ours == theirs[: len(ours)] and len(theirs) - len(ours) < 8, "other ids"
 

@@ -90,7 +90,8 @@ def compare_tokenizers(a: Path, b: Path) -> Comparison:
     used = max(_used(left), _used(right))
     if _same_files(a, b):
         return Comparison(used=used)
-    problem = _conflict(left, right) or _other_ids(loaded[0], loaded[1], left.keys() & right.keys())
+    with tokenizer_errors(f"the tokenizers of {a} and {b} cannot be compared", "download them again"):
+        problem = _conflict(left, right) or _other_ids(loaded[0], loaded[1], left.keys() & right.keys())
     for one, other, path in ((left, right, a), (right, left, b)):
         more = sorted(one.keys() - other.keys(), key=one.__getitem__)
         if more and not problem:

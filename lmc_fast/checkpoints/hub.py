@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,18 +53,19 @@ def find(path: str | Path) -> Path | Repository:
 
     Raises LmcError for what is neither.
     """
-    text, local = str(path), Path(path).expanduser()
-    if local.is_dir():
+    # os.path's functions know no error: users that are unknown, names that are too long or hold a NUL are not there
+    text, local = str(path), Path(os.path.expanduser(path))
+    if os.path.isdir(local):
         return local
     if local.suffix == ".gguf":
         raise LmcError(f"{path}: {GGUF}")
-    if local.exists():
+    if os.path.exists(local):
         raise LmcError(f"{path} is a file; give the directory that holds config.json and model.safetensors")
     found = _REPOSITORY.fullmatch(text)
     if not found:
         raise LmcError(f"{path} does not exist; give a checkpoint directory or a hub id such as EleutherAI/pythia-160m")
     before, at, revision = text.rpartition("@")
-    if at and Path(before).expanduser().is_dir():
+    if at and os.path.isdir(os.path.expanduser(before)):
         raise LmcError(f"{before} is a local directory, which has no revision {revision}; give it without @{revision}")
     return Repository(found["id"], None if found["revision"] is None else unquote(found["revision"]))
 

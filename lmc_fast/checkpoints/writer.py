@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import to_json
+from ..errors import LmcError
+from ..files import read_json, to_json
 from ..output import Names
 from .tensor_file import DTYPE_NAMES
 
@@ -142,8 +143,8 @@ def _copy_companion(file: Path, target: Path) -> None:
     """A copy, without an `auto_map`: the Python files that it names are not copied."""
     if file.suffix == ".json":
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
+            content = read_json(file)
+        except LmcError:
             content = None  # not ours to mend
         if isinstance(content, dict) and content.pop("auto_map", None):
             target.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

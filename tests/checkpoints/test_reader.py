@@ -42,6 +42,8 @@ def refused(directory, *words):
 
 def test_missing_directory_and_file_instead_of_directory(tmp_path):
     refused(tmp_path / "absent", "absent", "does not exist")
+    for name in ("~nosuchuser/x", tmp_path / ("n" * 300), f"{tmp_path}/nul\0", "x/" * 3000):
+        refused(name, "does not exist")
     (tmp_path / "file").write_text("x")
     refused(tmp_path / "file", "is a file")
 

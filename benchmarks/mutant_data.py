@@ -109,7 +109,7 @@ def texts(base: str, seed: int = 0) -> Iterator[Case]:
         "a mark": b"\xef\xbb\xbf" + b"w5 w6 " * 20,
         "UTF-16": ("w5 w6 " * 20).encode("utf-16"),
         "NULs": b"w5\0w6 " * 20,
-        "separators": ("w5\u2028w6\u0085w7\x1ew8 " * 20).encode(),
+        "separators": ("w5\u2028w6\u0085w7 w8 " * 20).encode(),
         "one word": b"w5" * 100_000,
     }.items():
         yield written("data.txt", content, name)

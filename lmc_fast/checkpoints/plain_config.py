@@ -10,6 +10,9 @@ from ..errors import LmcError
 _SWITCHES = ("output_attentions", "output_hidden_states", "return_dict", "use_cache")
 _NAMES = ("attn_implementation", "_attn_implementation", "transformers_weights")
 _NESTED = ("text_config", "vision_config")
+# models of these take the head size as it is given, also if that is null
+_HEAD_SIZE_AS_GIVEN = ("gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe")
+_HEAD_SIZE_AS_GIVEN += ("qwen3", "qwen3_moe")
 _WITHOUT_PADDING = ("falcon", "gpt2", "gpt_neox", "gptj", "bloom")  # their embeddings know no padding token
 _LARGEST = 2**31 - 1
 _PLACES = ("image_size", "patch_size", "num_channels")
@@ -43,6 +46,8 @@ def require_plain(config: dict[str, Any], file: Path) -> None:
             refuse(key, "absent from a model of one part")
         if key == "num_ln_in_parallel_attn" and value not in (1, 2):
             refuse(key, "1 or 2")
+    if config.get("head_dim", 0) is None and config.get("model_type") in _HEAD_SIZE_AS_GIVEN:
+        refuse("head_dim", "a positive whole number, or absent")
     _require_tokens(config, file)
 
 

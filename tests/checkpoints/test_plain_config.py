@@ -28,6 +28,7 @@ from lmc_fast.checkpoints import Model
         ("llama", "quantization_config", {}),
         ("llama", "num_hidden_layers", 10**9),
         ("llama", "num_labels", 10**9),
+        ("llama", "image_size", [8, -8]),
         ("llama", "model_type", ["llama"]),
     ],
 )
@@ -51,3 +52,11 @@ def test_what_files_on_the_hub_really_say_is_read(variant, options, make_checkpo
     shutil.copytree(make_checkpoint(variant), tmp_path / "odd")
     edit_config(tmp_path / "odd", **options)
     Model(tmp_path / "odd")
+
+
+def test_a_head_size_of_null_counts_where_models_take_it_as_given(make_checkpoint, tmp_path):
+    shutil.copytree(make_checkpoint("llama"), tmp_path / "odd")
+    for kind in ("qwen2", "phi3"):
+        edit_config(tmp_path / "odd", model_type=kind, head_dim=None, architectures=None)
+        with pytest.raises(LmcError, match="head_dim is None"):
+            Model(tmp_path / "odd")

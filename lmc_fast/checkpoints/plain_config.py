@@ -11,8 +11,10 @@ _SWITCHES = ("output_attentions", "output_hidden_states", "return_dict", "use_ca
 _NAMES = ("attn_implementation", "_attn_implementation", "transformers_weights")
 _NESTED = ("text_config", "vision_config")
 # models of these take the head size as it is given, also if that is null
-_HEAD_SIZE_AS_GIVEN = ("gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe")
-_HEAD_SIZE_AS_GIVEN += ("qwen3", "qwen3_moe")
+_HEAD_SIZE_AS_GIVEN = (
+    *("gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "olmoe", "phi", "phi3"),
+    *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
+)
 _WITHOUT_PADDING = ("falcon", "gpt2", "gpt_neox", "gptj", "bloom")  # their embeddings know no padding token
 _LARGEST = 2**31 - 1
 _PLACES = ("image_size", "patch_size", "num_channels")

@@ -99,6 +99,8 @@ def unpack_version_1(tensors: dict[str, Tensor], prefix: str, layers: int) -> Tr
                 block[space] = Wreath(places)
         for space in ("vo", "qk"):
             matrix, back = get(space), get(f"{space}_inverse")
+            if matrix is None and back is not None:
+                raise LmcError(f"{prefix}.blocks.{i}.{space} is missing, but its inverse is there; make it again")
             if matrix is not None:
                 block[space] = Dense.of(matrix) if back is None else Dense(matrix, back)
         for space, scale in (("units", get("unit_scale")), ("expert_units", get("expert_scale"))):

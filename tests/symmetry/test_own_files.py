@@ -113,7 +113,8 @@ def test_tensors_that_make_no_sense_are_refused_though_the_checksum_fits(saved, 
     names = [n for n in sorted(tensors) if n.startswith(("members.0", "matched.1"))]
     for name in names[:: max(1, len(names) // 25)]:
         t = tensors[name]
-        for bad in (t[..., :-1], t[None], torch.zeros_like(t), t.flatten()[0], t.to(torch.bool)):
+        other = t.long() if t.is_floating_point() else t.double()
+        for bad in (t[..., :-1], t[None], torch.zeros_like(t), t.flatten()[0], t.to(torch.bool), other):
             save_tensors(saved, tensors | {name: bad.clone()}, metadata)
             with pytest.raises(LmcError):
                 Alignment.load(saved, spec)
@@ -204,3 +205,11 @@ def test_alignments_of_version_1_are_read(variant, make_checkpoint, tmp_path):
     save_file(tensors | {"a.blocks.0.odd": torch.zeros(2)}, file, {"lmc_fast": text})
     with pytest.raises(LmcError, match=r"a\.blocks\.0\.odd"):
         Alignment.load(file, model.spec)
+    for lost in ("a.blocks.1.vo", "matched.b.blocks.0.qk"):  # its inverse alone says nothing
+        save_file({name: t for name, t in tensors.items() if name != lost}, file, {"lmc_fast": text})
+        with pytest.raises(LmcError, match=f"{lost} is missing"):
+            Alignment.load(file, model.spec)
+    for name in ("a.blocks.0.vo_inverse", "b.rotation", "b.blocks.1.units"):
+        save_file(tensors | {name: tensors[name] * 2}, file, {"lmc_fast": text})
+        with pytest.raises(LmcError, match="not a symmetry"):
+            Alignment.load(file, model.spec)

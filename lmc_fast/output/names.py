@@ -25,6 +25,7 @@ ANYTHING = "**"
 LOCK = "lock"  # of a workspace, held by the process that works in it
 OWNER = "lmc_fast.json"  # of a directory that outlives its workspace inside another one
 MARKERS = (LOCK, OWNER)
+RESULT = "result"  # of a workspace: the directory that takes the target's name
 PUBLISHING = "publishing"  # of a workspace: which directory its finished result is
 _LAST = (PUBLISHING, *MARKERS)  # to be removed: as long as anything is there, it can be told whose it is
 _MAGIC, _VERSION = "lmc_fast", 1
@@ -58,13 +59,16 @@ def opened(path: str | Path, dir_fd: int | None = None) -> Iterator[int]:
         os.close(fd)
 
 
-def find_foreign(fd: int, names: Names) -> str | None:
-    """The first thing in an open directory that is not in `names`, as a relative path; "" for the directory itself."""
+def find_foreign(fd: int, names: Names, proven: bool = False) -> str | None:
+    """The first thing in an open directory that is not in `names`, as a relative path; "" for the directory itself.
+
+    proven: it is ours whatever its marker says, as the result in a workspace is.
+    """
     if ANYTHING in names:
         return None
     present = sorted(os.listdir(fd))
     proof = next((name for name in MARKERS if name in names), None)
-    if proof and present and not _is_marked(fd, proof, present):
+    if proof and not proven and present and not _is_marked(fd, proof, present):
         return ""
     for name in present:
         below = _look_up(names, name)
@@ -74,25 +78,28 @@ def find_foreign(fd: int, names: Names) -> str | None:
         if not isinstance(below, Mapping) or not stat.S_ISDIR(mode):
             return name
         with opened(name, fd) as inner:
-            found = find_foreign(inner, below)
+            found = find_foreign(inner, below, _is_result(name, names))
         if found is not None:
             return f"{name}/{found}" if found else name
     return None
 
 
 def sweep(fd: int, names: Names, keep: frozenset[str] = frozenset()) -> None:
-    """Removes what is in `names` from an open directory, markers last; leaves `keep`, and all else, where it is."""
+    """Removes what is in `names` from an open directory; leaves `keep`, and all else, where it is.
+
+    Its marker goes last, and only if nothing else is left: a directory that stays can still be told to be ours.
+    """
     anything = ANYTHING in names
     for name in sorted(os.listdir(fd), key=_removal_order):
         below = names if anything else _look_up(names, name)
-        if name in keep or below is _MISSING:
+        if name in keep or below is _MISSING or (name in MARKERS and set(os.listdir(fd)) - {name}):
             continue
         is_directory = stat.S_ISDIR(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode)
         if not is_directory and (anything or below is None):
             os.unlink(name, dir_fd=fd)
         elif is_directory and isinstance(below, Mapping):
             with opened(name, fd) as inner:
-                if find_foreign(inner, below) != "":
+                if find_foreign(inner, below, _is_result(name, names)) != "":
                     sweep(inner, below)
                 emptied = not os.listdir(inner)
             if emptied:
@@ -118,6 +125,10 @@ def not_ours(directory: Path, found: str = "") -> str:
     """The sentence about `found`, as find_foreign gives it."""
     what = f"{directory} holds {found}, which lmc-fast did not make" if found else f"lmc-fast did not make {directory}"
     return f"{what}; move it away, or choose another place for the output"
+
+
+def _is_result(name: str, names: Names) -> bool:
+    return LOCK in names and name == RESULT
 
 
 def _removal_order(name: str) -> tuple[int, str]:

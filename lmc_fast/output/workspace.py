@@ -28,6 +28,7 @@ from .names import (
     DIRECTORY,
     LOCK,
     PUBLISHING,
+    RESULT,
     Names,
     find_foreign,
     marker,
@@ -59,7 +60,7 @@ class Workspace:
         resume: bool = False,
     ):
         self.target, self.path = target, partial_of(target)
-        self.result = self.path / ("result" if result is not None else f"new{target.suffix}")
+        self.result = self.path / (RESULT if result is not None else f"new{target.suffix}")
         self._names: Names = {LOCK: None, PUBLISHING: None, self.result.name: result} | dict(more or {})
         self._kept, self._resume = tuple(kept), resume
         self._made: list[Path] = []  # parents of the target
@@ -266,7 +267,7 @@ class Workspace:
 
 def workspace_names(name: str, result: Names | None) -> dict[str, Names]:
     """How a workspace for the target `name` shows in the Names of the directory around it."""
-    made = "result" if result is not None else f"new{Path(name).suffix}"
+    made = RESULT if result is not None else f"new{Path(name).suffix}"
     return {partial_of(Path(name)).name: {LOCK: None, PUBLISHING: None, made: result}}
 
 

@@ -302,6 +302,30 @@ def test_a_directory_that_outlives_its_workspace(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_half_written_marker_of_a_result_is_removed_with_it(tmp_path):
+    names = {OWNER: None, "b-*": None}
+    outer = tmp_path / "out"
+    with (
+        pytest.raises(ZeroDivisionError),
+        Workspace(outer, NAMES, workspace_names("store", names)) as work,
+        atomic_directory(work.path / "store", names) as inner,
+    ):
+        (inner / OWNER).write_bytes(marker()[:20])
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_stays_keeps_its_marker(tmp_path):
+    outer = tmp_path / "out"
+    with Workspace(outer, NAMES, workspace_names("store", {})) as work:
+        with Workspace(work.path / "store", {}) as inner:
+            (inner.path / "thesis.tex").write_text("mine")
+        assert (inner.path / "lock").exists()
+    assert (tmp_path / "out.partial" / "store.partial" / "thesis.tex").read_text() == "mine"
+    with pytest.raises(LmcError, match=r"holds store.partial/thesis.tex"), Workspace(outer, NAMES):
+        pass
+
+
 def test_names_of_a_nested_workspace_are_what_it_holds(tmp_path):
     outer = tmp_path / "out"
 

@@ -228,7 +228,7 @@ class Workspace:
             sync(self.path)
             return True
         names, kept = judged
-        sweep(self._fd, names, frozenset([LOCK, *kept]))
+        sweep(self._fd, names, frozenset([LOCK, PUBLISHING, *kept] if kept else [LOCK]))
         if kept:
             self._names = names
             return True

@@ -59,7 +59,7 @@ class RunDirectory(Workspace):
         require_apart((target, partial_of(target)), inputs)
         more = _files(_STATE) | {STORE: STORE_NAMES} | workspace_names(STORE, STORE_NAMES)
         more |= workspace_names(STATISTICS, STATISTICS_NAMES)
-        super().__init__(target, _files(*_REPORT), more, (_STATE, STORE), resume)
+        super().__init__(target, _files(*_REPORT), more, () if self.finished else (_STATE, STORE), resume)
         if self.finished:
             return
         self.require_free()

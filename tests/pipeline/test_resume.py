@@ -1,6 +1,7 @@
 """A run that goes on is the run that was interrupted, and its state is a good one."""
 
 import math
+import os
 import shutil
 
 import pytest
@@ -201,3 +202,24 @@ def test_an_update_that_is_broken_off_is_not_saved(inputs, tmp_path, monkeypatch
         align(pair, tokens, state_file=state, **how)
     found = align(pair, tokens, state_file=state, **how)
     assert all(torch.equal(x, y) for x, y in zip(numbers(found), numbers(expected), strict=True))
+
+
+def test_leftovers_of_a_finished_run_are_removed(inputs, tmp_path):
+    a, b, (tokens, validation) = inputs
+    pair, out = lmc.open_pair(a, b), tmp_path / "out"
+    how = {"validation": validation, **FAST}
+    rename, child = os.rename, os.fork()
+
+    def killed_after(source, target):
+        rename(source, target)
+        if target == out:
+            os._exit(9)
+
+    if child == 0:
+        os.rename = killed_after
+        run(pair, tokens, out, **how)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert out.exists() and (tmp_path / "out.partial" / "lock").exists()
+    assert run(pair, tokens, out, resume=True, **how)["proof"]
+    assert not (tmp_path / "out.partial").exists()

@@ -76,6 +76,8 @@ def _parts(g: Element) -> dict[str, Tensor]:
 
 
 def _element(space: str, parts: dict[str, Tensor]) -> Element:
+    if any(parts[part].dim() < 2 for part in ("matrix", "back") if part in parts):
+        raise LmcError(f"{space} has a map that is no matrix")
     if "matrix" in parts and not parts.keys() & {"places", "scale"}:
         return Dense(parts["matrix"], parts["back"] if "back" in parts else parts["matrix"].mT)
     if "matrix" in parts or "back" in parts:

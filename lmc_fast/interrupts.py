@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-_SOON = 0.01  # seconds: the finalizer has ended by then
+_SOON = 0.2  # seconds: the finalizer, and what sends the signal again, have ended by then, on a busy machine too
 
 
 class Interrupted(KeyboardInterrupt):
@@ -39,12 +39,17 @@ class _Again:
         self._before = sys.unraisablehook
 
     def __call__(self, lost: Any) -> None:
-        if isinstance(lost.exc_value, KeyboardInterrupt):
-            timer = threading.Timer(_SOON, os.kill, (os.getpid(), number_of(lost.exc_value)))
-            timer.daemon = True
-            timer.start()
-        else:
+        error = lost.exc_value
+        if not isinstance(error, KeyboardInterrupt):
             self._before(lost)
+        while isinstance(error, KeyboardInterrupt):
+            try:
+                timer = threading.Timer(_SOON, os.kill, (os.getpid(), number_of(error)))
+                timer.daemon = True
+                timer.start()
+                return
+            except KeyboardInterrupt as another:  # here it would be lost, too
+                error = another
 
 
 def interrupt_on_signals() -> None:

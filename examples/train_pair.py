@@ -3,11 +3,13 @@
 
     python examples/train_pair.py                     # rewrites examples/pair (minutes, one thread)
     python examples/train_pair.py --out DIR --steps N
+    python examples/train_pair.py --seeds 4 --siblings --jobs 2 --out DIR   # a family: a, b, c, d, narrow, shallow
 
 Two GPT-NeoX models of about a million parameters see the same training text, but start from different random weights
 and read the text in different orders. Each is a good model of held-out text; the average of their weights is not. That
-gap is what lmc_fast closes. Nothing is downloaded. The text differs between Python versions; the README.md that is
-written with the pair names the version used.
+gap is what lmc_fast closes. --seeds makes more of them, --siblings also one of width 96 (narrow) and one of 3 blocks
+(shallow): a family under 20 minutes on two cores. Nothing is downloaded. The text differs between Python versions; the
+README.md that is written with the models names the version used.
 """
 
 import argparse
@@ -22,6 +24,9 @@ import sys
 import sysconfig
 import time
 import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -33,7 +38,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPT
 from transformers.utils.logging import disable_progress_bar
 
 END = "<|endoftext|>"
-MODELS = {"a": 1, "b": 2}  # name -> seed of the initial weights and of the order of the data
+NAMES = "abcdefghijklmnopqrstuvwxyz"  # a has seed 1, b 2, ...: of the initial weights and of the order of the data
+SIBLINGS = {  # name -> seed, and what of the configuration is smaller
+    "narrow": (101, {"hidden_size": 96, "num_attention_heads": 3, "intermediate_size": 384}),
+    "shallow": (102, {"num_hidden_layers": 3}),
+}
 RUN = 10  # a paragraph that repeats this many words in a row from an earlier one is left out
 SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "__pycache__"}
 
@@ -117,13 +126,11 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def build(vocab: int, block: int) -> GPTNeoXForCausalLM:
+def build(vocab: int, block: int, **smaller: int) -> GPTNeoXForCausalLM:
+    sizes = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512} | smaller
     config = GPTNeoXConfig(
+        **sizes,
         vocab_size=vocab,
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=512,
         max_position_embeddings=block,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
         use_parallel_residual=True,
@@ -159,9 +166,12 @@ def evaluate(model: GPTNeoXForCausalLM, ids: Tensor, block: int) -> float:
     return sum(next_token_loss(model, piece).item() * len(piece) for piece in pieces) / len(blocks)
 
 
-def train(ids: Tensor, val: Tensor, vocab: int, seed: int, args: argparse.Namespace) -> GPTNeoXForCausalLM:
+def train(
+    ids: Tensor, val: Tensor, name: str, seed: int, smaller: dict[str, int], args: argparse.Namespace
+) -> GPTNeoXForCausalLM:
+    torch.set_num_threads(args.threads)
     torch.manual_seed(seed)
-    model = build(vocab, args.block)
+    model = build(args.vocab, args.block, **smaller)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -180,9 +190,23 @@ def train(ids: Tensor, val: Tensor, vocab: int, seed: int, args: argparse.Namesp
         recent.append(loss.item())
         if (step + 1) % 100 == 0:
             held_out = evaluate(model, val[: 64 * args.block], args.block)
-            print(f"step {step + 1:5d}  train {np.mean(recent):.3f}  val {held_out:.3f}", flush=True)
+            print(f"{name}  step {step + 1:5d}  train {np.mean(recent):.3f}  val {held_out:.3f}", flush=True)
             recent.clear()
     return model
+
+
+def train_all(
+    wanted: dict[str, tuple[int, dict[str, int]]], ids: Tensor, val: Tensor, args: argparse.Namespace
+) -> Iterator[tuple[str, GPTNeoXForCausalLM]]:
+    """Each model with its name, as soon as it is trained; --jobs of them at a time."""
+    if args.jobs == 1:
+        for name, (seed, smaller) in wanted.items():
+            yield name, train(ids, val, name, seed, smaller, args)
+        return
+    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
+        jobs = {pool.submit(train, ids, val, name, *how, args): name for name, how in wanted.items()}
+        for job in as_completed(jobs):
+            yield jobs[job], job.result()
 
 
 # ------------------------------------------------------------------------------------------------------------- the pair
@@ -199,23 +223,29 @@ def path_losses(a: GPTNeoXForCausalLM, b: GPTNeoXForCausalLM, ids: Tensor, block
     return losses
 
 
-def readme(rows: list[str], line: list[float], args: argparse.Namespace, seconds: float) -> str:
+def readme(
+    names: list[str], rows: list[str], line: list[float], args: argparse.Namespace, sizes: int, seconds: float
+) -> str:
     excess = [loss - ((10 - i) * line[0] + i * line[10]) / 10 for i, loss in enumerate(line)]
-    return f"""# Two tiny language models
+    listed = ", ".join(f"`{name}/`" for name in names)
+    some, all_of_them = ("Two", "Both") if len(names) == 2 else (str(len(names)), "All")
+    small = "" if sizes == 1 else " (narrow: width 96, shallow: 3 layers)"
+    return f"""# {some} tiny language models
 
 Written by `examples/train_pair.py` (Python {platform.python_version()}, torch {torch.__version__.split("+")[0]},
 {seconds:.0f} s of training in all, one thread).
 
-- `a/`, `b/`: GPT-NeoX, 4 layers of width 128, float16, with a byte-level BPE of {args.vocab} tokens. Both saw the same
-  training text, from different initial weights and in different orders: {args.steps} steps of
+- {listed}: GPT-NeoX, 4 layers of width 128{small}, float16,
+  with a byte-level BPE of {args.vocab} tokens. {all_of_them} saw the same training text, from different initial
+  weights and in different orders: {args.steps} steps of
   {args.batch} x {args.block} tokens each, AdamW, learning rate {args.lr:g}, weight decay {args.weight_decay:g}.
 - `train.npy`, `val.npy`, `test.npy`: token ids (uint16), documents in a row with `{END}` after each. A document
   (a help topic, or all docstrings of a module) is in one split only; no two paragraphs share {RUN} words in a row.
 
 Measured on the files in this directory, mean loss per token in nats over blocks of {args.block} tokens:
 
-| split | tokens | unigram | a | b |
-|---|---|---|---|---|
+| split | tokens | unigram | {" | ".join(names)} |
+|---|---|---|{"---|" * len(names)}
 {chr(10).join(rows)}
 
 Test loss of the weights (1 - λ) a + λ b for λ = 0, 0.1, ..., 1:
@@ -246,7 +276,11 @@ def main() -> None:
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--vocab", type=int, default=1024)
     parser.add_argument("--ship", type=int, default=700_000, help="at most this many training tokens go into train.npy")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of each model that is trained")
+    parser.add_argument("--seeds", type=int, default=2, choices=range(2, 27), metavar="N", help="models: a, b, c, ...")
+    parser.add_argument("--siblings", action="store_true", help="also a narrow one and a shallow one")
+    parser.add_argument("--jobs", type=int, default=1, help="models trained at the same time, each in its process")
+    parser.add_argument("--keep", action="store_true", help="do not train anew what --out has already")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     disable_progress_bar()
@@ -262,8 +296,12 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt", args.out / "LICENSE-PYTHON.txt")
     start = time.perf_counter()
-    for name, seed in MODELS.items():
-        model = train(tensors["train"], tensors["val"], args.vocab, seed, args)
+    models: dict[str, tuple[int, dict[str, int]]] = {
+        name: (seed, {}) for seed, name in enumerate(NAMES[: args.seeds], 1)
+    }
+    models |= SIBLINGS if args.siblings else {}
+    missing = {name: how for name, how in models.items() if not (args.keep and (args.out / name).is_dir())}
+    for name, model in train_all(missing, tensors["train"], tensors["val"], args):
         model.half().save_pretrained(args.out / name)
         tokenizer.save_pretrained(args.out / name)
         again = AutoTokenizer.from_pretrained(args.out / name)
@@ -274,15 +312,17 @@ def main() -> None:
         np.save(args.out / f"{part}.npy", tokens)
 
     # Everything reported is measured on the float16 checkpoints as saved, computing in float32.
-    pair = [AutoModelForCausalLM.from_pretrained(args.out / name, dtype=torch.float32) for name in MODELS]
+    trained = [AutoModelForCausalLM.from_pretrained(args.out / name, dtype=torch.float32) for name in models]
     counts = np.bincount(ids["train"], minlength=args.vocab) + 1.0
     unigram = -np.log(counts / counts.sum())
     rows = []
     for part, tokens in shipped.items():
-        a, b = (evaluate(model, tensors[part][: len(tokens)], args.block) for model in pair)
-        rows.append(f"| {part} | {len(tokens)} | {unigram[tokens].mean():.3f} | {a:.3f} | {b:.3f} |")
-    line = path_losses(pair[0], pair[1], tensors["test"], args.block)
-    (args.out / "README.md").write_text(readme(rows, line, args, seconds), encoding="utf-8")
+        losses = [evaluate(model, tensors[part][: len(tokens)], args.block) for model in trained]
+        found = " | ".join(f"{loss:.3f}" for loss in losses)
+        rows.append(f"| {part} | {len(tokens)} | {unigram[tokens].mean():.3f} | {found} |")
+    line = path_losses(trained[0], trained[1], tensors["test"], args.block)
+    text = readme(list(models), rows, line, args, 1 + len(SIBLINGS) * args.siblings, seconds)
+    (args.out / "README.md").write_text(text, encoding="utf-8")
     print(*rows, "path: " + " ".join(f"{loss:.3f}" for loss in line), f"{seconds:.0f} s", sep="\n")
 
 

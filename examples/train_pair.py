@@ -3,13 +3,13 @@
 
     python examples/train_pair.py                     # rewrites examples/pair (minutes, one thread)
     python examples/train_pair.py --out DIR --steps N
-    python examples/train_pair.py --seeds 4 --siblings --jobs 2 --out DIR   # a family: a, b, c, d, narrow, shallow
+    python examples/train_pair.py --seeds 4 --siblings --jobs 2 --out DIR   # a, b, c, d, narrow, shallow, small
 
 Two GPT-NeoX models of about a million parameters see the same training text, but start from different random weights
 and read the text in different orders. Each is a good model of held-out text; the average of their weights is not. That
-gap is what lmc_fast closes. --seeds makes more of them, --siblings also one of width 96 (narrow) and one of 3 blocks
-(shallow): a family under 20 minutes on two cores. Nothing is downloaded. The text differs between Python versions; the
-README.md that is written with the models names the version used.
+gap is what lmc_fast closes. --seeds makes more of them, --siblings also smaller ones: of width 96 (narrow), of 3 blocks
+(shallow), of both (small). Nothing is downloaded. The text differs between Python versions; the README.md that is
+written with the models names the version used.
 """
 
 import argparse
@@ -39,10 +39,8 @@ from transformers.utils.logging import disable_progress_bar
 
 END = "<|endoftext|>"
 NAMES = "abcdefghijklmnopqrstuvwxyz"  # a has seed 1, b 2, ...: of the initial weights and of the order of the data
-SIBLINGS = {  # name -> seed, and what of the configuration is smaller
-    "narrow": (101, {"hidden_size": 96, "num_attention_heads": 3, "intermediate_size": 384}),
-    "shallow": (102, {"num_hidden_layers": 3}),
-}
+NARROW, SHALLOW = {"hidden_size": 96, "num_attention_heads": 3, "intermediate_size": 384}, {"num_hidden_layers": 3}
+SIBLINGS = {"narrow": (5, NARROW), "shallow": (6, SHALLOW), "small": (7, NARROW | SHALLOW)}  # name -> seed, sizes
 RUN = 10  # a paragraph that repeats this many words in a row from an earlier one is left out
 SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "__pycache__"}
 
@@ -229,7 +227,7 @@ def readme(
     excess = [loss - ((10 - i) * line[0] + i * line[10]) / 10 for i, loss in enumerate(line)]
     listed = ", ".join(f"`{name}/`" for name in names)
     some, all_of_them = ("Two", "Both") if len(names) == 2 else (str(len(names)), "All")
-    small = "" if sizes == 1 else " (narrow: width 96, shallow: 3 layers)"
+    small = "" if sizes == 1 else " (narrow: width 96, shallow: 3 layers, small: both)"
     return f"""# {some} tiny language models
 
 Written by `examples/train_pair.py` (Python {platform.python_version()}, torch {torch.__version__.split("+")[0]},
@@ -278,7 +276,7 @@ def main() -> None:
     parser.add_argument("--ship", type=int, default=700_000, help="at most this many training tokens go into train.npy")
     parser.add_argument("--threads", type=int, default=1, help="of each model that is trained")
     parser.add_argument("--seeds", type=int, default=2, choices=range(2, 27), metavar="N", help="models: a, b, c, ...")
-    parser.add_argument("--siblings", action="store_true", help="also a narrow one and a shallow one")
+    parser.add_argument("--siblings", action="store_true", help="also a narrow, a shallow and a small one")
     parser.add_argument("--jobs", type=int, default=1, help="models trained at the same time, each in its process")
     parser.add_argument("--keep", action="store_true", help="do not train anew what --out has already")
     args = parser.parse_args()

@@ -6,8 +6,8 @@ of four blocks and that family's real vocabulary. All learn on cross-entropy:
     floor            ordinary training step of one model: forward, backward, gradients of all weights
     reference        both endpoints transformed whole and interpolated, through autograd
     reference-gauge  the same with the relative transform on one endpoint
-    fused, concat, weight (+ recompute)   ours by one path: graphs kept, or blocks computed again in backward
-    ours (+ recompute)                    ours, path by kernels.dispatch
+    fused, concat, weight (+ recompute)   ours by one route: graphs kept, or blocks computed again in backward
+    ours (+ recompute)                    ours, route by kernels.dispatch
     one-sided                             ours, for one endpoint's transform alone
 
     python -m benchmarks.step
@@ -37,7 +37,7 @@ from lmc_fast.learning.step import learn
 from lmc_fast.symmetry import canonicalize
 from lmc_fast.symmetry.charts import Chart
 
-LAYERS, VOCABULARY, SEQUENCE, POSITION = 4, 50304, 256, 0.45
+LAYERS, VOCABULARY, SEQUENCE, LAMBDA = 4, 50304, 256, 0.45
 SOURCES = ("lmc_fast/engine", "lmc_fast/learning", "lmc_fast/kernels", "lmc_fast/symmetry", "benchmarks")
 
 
@@ -96,23 +96,23 @@ def variants(width: int, tokens: Tensor) -> dict[str, Callable[[], object]]:
 
     def reference(gauge: bool) -> None:
         if gauge:
-            line = lerp(a, chart.relative().apply(b), POSITION)
+            line = lerp(a, chart.relative().apply(b), LAMBDA)
         else:
             left, right = chart.elements()
-            line = lerp(left.apply(a), right.apply(b), POSITION)
+            line = lerp(left.apply(a), right.apply(b), LAMBDA)
         torch.autograd.grad(task_loss(line, tokens), list(chart.tensors.values()))
 
-    def ours(path: str | None, keep: bool, sides: int = 2) -> Callable[[], object]:
-        return lambda: learn(source, [Item(tokens, POSITION)], charts[sides], divergence=False, keep=keep, path=path)
+    def ours(route: str | None, keep: bool, sides: int = 2) -> Callable[[], object]:
+        return lambda: learn(source, [Item(tokens, LAMBDA)], charts[sides], divergence=False, keep=keep, route=route)
 
     made: dict[str, Callable[[], object]] = {
         "floor": floor,
         "reference": lambda: reference(False),
         "reference-gauge": lambda: reference(True),
     }
-    for name, path in (("fused", "fused"), ("concat", "concat"), ("weight", "weight"), ("ours", None)):
-        made[name] = ours(path, True)
-        made[f"{name} + recompute"] = ours(path, False)
+    for name, route in (("fused", "fused"), ("concat", "concat"), ("weight", "weight"), ("ours", None)):
+        made[name] = ours(route, True)
+        made[f"{name} + recompute"] = ours(route, False)
     made["one-sided"] = ours(None, True, 1)
     return made
 
@@ -136,7 +136,7 @@ def measure(width: int, count: int, repeats: int, only: tuple[str, ...] = ()) ->
     generator = torch.Generator().manual_seed(4)
     tokens = torch.randint(VOCABULARY, (count // sequence, sequence + 1), generator=generator)
     calls = {name: call for name, call in variants(width, tokens).items() if not only or name in only}
-    picked = {keep: choose(count, width, torch.float32, torch.device("cpu"), keep).path for keep in (True, False)}
+    picked = {keep: choose(count, width, torch.float32, torch.device("cpu"), keep).route for keep in (True, False)}
     memory = {name: peak_bytes(call) for name, call in calls.items()}
     times = interleave(calls, repeats, time.process_time, warm_up=False)  # the memory run was one
     floor = statistics.median(times["floor"])
@@ -167,11 +167,11 @@ def misses(rows: list[Row]) -> list[str]:
                 out.append(f"d {d}, {count} tokens: {text}")
 
         for suffix in ("", " + recompute"):
-            paths = {p: ms[p + suffix] for p in ("fused", "concat", "weight") if p + suffix in ms}
+            routes = {p: ms[p + suffix] for p in ("fused", "concat", "weight") if p + suffix in ms}
             # the same computation twice: their difference is noise
-            dispatched = min(ms["ours" + suffix], paths.get(at["ours" + suffix]["picked"], math.inf))
-            ratio = dispatched / min(paths.values(), default=dispatched)
-            need(ratio <= 1.05, f"dispatched{suffix} takes {ratio:.2f}x the best path, promised 1.05")
+            dispatched = min(ms["ours" + suffix], routes.get(at["ours" + suffix]["picked"], math.inf))
+            ratio = dispatched / min(routes.values(), default=dispatched)
+            need(ratio <= 1.05, f"dispatched{suffix} takes {ratio:.2f}x the best route, promised 1.05")
         if "one-sided" in ms:
             need(ms["ours"] <= 1.1 * ms["one-sided"], f"dual takes {ms['ours'] / ms['one-sided']:.2f}x one-sided")
         if count == 8 * d:

@@ -150,10 +150,10 @@ def streamed_step(store: str, spec: Spec, job: Job, budget: int) -> tuple[Plan, 
     return_freed_memory()
     chosen = plan(spec, job, here(torch.device("cpu")), budget)
     items, chart = items_of(spec, job, chosen.strategy.micro_batch), random_chart(spec)
-    path = "fused" if chosen.strategy.path == "activation" else "weight"
-    with Streamed(Store.open(store, spec), slots=max(1, chosen.slots), resident=chosen.resident) as source:
+    route = "fused" if chosen.strategy.route == "activation" else "weight"
+    with Streamed(Store.open(store, spec), buffers=max(1, chosen.buffers), resident=chosen.resident) as source:
         took = interleave(
-            {"step": lambda: learn(source, items, chart, path=path, logits=chosen.strategy.logits)}, 1, warm_up=False
+            {"step": lambda: learn(source, items, chart, route=route, logits=chosen.strategy.logits)}, 1, warm_up=False
         )
     return chosen, peak_bytes(), took["step"][0] / 1e3
 
@@ -215,14 +215,14 @@ def overhead(directory: Path, quick: bool) -> list[Row]:
     rows = []
     for count in counts:
         items = items_of(spec, Job(count, 256), 4)
-        with Streamed(made, slots=2) as source:
-            one, two = (learn(s, items, chart, path="weight") for s in (memory, source))
+        with Streamed(made, buffers=2) as source:
+            one, two = (learn(s, items, chart, route="weight") for s in (memory, source))
             same = torch.equal(one[0], two[0]) and all(torch.equal(one[1][n], two[1][n]) for n in one[1])
             before = source.traffic
             times = interleave(
                 {
-                    "memory": lambda items=items: learn(memory, items, chart, path="weight"),
-                    "streamed": lambda items=items: learn(source, items, chart, path="weight"),
+                    "memory": lambda items=items: learn(memory, items, chart, route="weight"),
+                    "streamed": lambda items=items: learn(source, items, chart, route="weight"),
                 },
                 2 if quick else 3,
                 warm_up=False,

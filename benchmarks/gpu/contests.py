@@ -13,7 +13,7 @@ from lmc_fast.engine.attention import rotate
 from lmc_fast.kernels import dual_gemm, head_maps, interpolate_weight, runtime, softmax_loss
 from lmc_fast.kernels.activations import ACTIVATIONS
 from lmc_fast.kernels.interp_linear import interp_linear
-from lmc_fast.kernels.paths import apply_left
+from lmc_fast.kernels.routes import apply_left
 
 LAMBDA = 0.45
 MIX = (1 - LAMBDA, LAMBDA)
@@ -96,8 +96,8 @@ def dual_linear(m: Model, tokens: int, draw: Draw, up: bool = False) -> Contest:
     act = ACTIVATIONS[name]
     inputs = {"x": draw(tokens, m.width), "z": draw(tokens, m.width), "a": a, "b": b, "bias": draw(len(a))}
 
-    def by_path(path: str) -> Function:
-        return lambda i: act(interp_linear(i["x"], a, b, LAMBDA, bias=i["bias"], turned=i["z"], path=path))
+    def by_route(route: str) -> Function:
+        return lambda i: act(interp_linear(i["x"], a, b, LAMBDA, bias=i["bias"], turned=i["z"], route=route))
 
     def reference(i: Inputs) -> Tensor:
         return dual_gemm.reference(i["x"], i["a"], i["z"], i["b"], MIX, i["bias"], activation=name)
@@ -105,7 +105,7 @@ def dual_linear(m: Model, tokens: int, draw: Draw, up: bool = False) -> Contest:
     return Contest(
         inputs,
         lambda i: dual_gemm.dual_linear(i["x"], i["a"], i["z"], i["b"], MIX, i["bias"], activation=name),
-        {"two products": by_path("fused"), "one product": by_path("concat"), "reference": reference},
+        {"two products": by_route("fused"), "one product": by_route("concat"), "reference": reference},
         reference,
         ("x", "z"),
         ("x", "z"),

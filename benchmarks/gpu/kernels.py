@@ -20,7 +20,7 @@ from benchmarks.gpu.rows import Case, Unmeasured, spread
 from benchmarks.gpu.slices import Place
 from lmc_fast.kernels.dispatch import choose
 from lmc_fast.kernels.interp_linear import interp_linear
-from lmc_fast.kernels.paths import PATHS, interpolated, side_by_side
+from lmc_fast.kernels.routes import ROUTES, interpolated, side_by_side
 
 WORTH = 0.9
 ERROR_LIMIT = 2.0  # times the error of the best torch formulation, plus two units in the last place
@@ -180,13 +180,13 @@ def interpolated_layer(key: str, place: Place, m: Model, tokens: int, dtype: tor
     slope = draw(tokens, m.ffn)
     assert side_by_side(a, b) is not None
 
-    def by_path(path: str) -> Function:
-        return lambda i: interp_linear(i["x"], a, b, LAMBDA, right=i["right"], path=path)
+    def by_route(route: str) -> Function:
+        return lambda i: interp_linear(i["x"], a, b, LAMBDA, right=i["right"], route=route)
 
     def through_autograd(i: Inputs) -> Tensor:
         return F.linear(i["x"], interpolated(a, b, LAMBDA, None, i["right"]))
 
-    ways = {**{p: by_path(p) for p in PATHS}, "reference": through_autograd}
+    ways = {**{p: by_route(p) for p in ROUTES}, "reference": through_autograd}
     calls: dict[str, Callable[[], object]] = {}
     for name, f in ways.items():
         calls[name] = partial(outcome, f, inputs, ("x", "right"), slope)
@@ -195,7 +195,7 @@ def interpolated_layer(key: str, place: Place, m: Model, tokens: int, dtype: tor
     fit, large = runnable(calls, place.device)
     times = timed(fit, place.device, place.quick)
     medians = {name: quantiles(some)[1] for name, some in times.items()}
-    chosen = choose(tokens, m.width, dtype, place.device).path
+    chosen = choose(tokens, m.width, dtype, place.device).route
     row: Row = {"key": key, "op": "interp_linear", "model": m.name, "tokens": tokens, "pass": "f+b"}
     row |= {"dtype": str(dtype).removeprefix("torch."), "chosen": chosen}
     for name, some in times.items():
@@ -204,17 +204,17 @@ def interpolated_layer(key: str, place: Place, m: Model, tokens: int, dtype: tor
             row[f"{name}_per_ordinary"] = round(medians[name] / medians["ordinary"], 3)
     if large:
         row["out_of_memory"] = large
-    of_paths = {p: medians[p] for p in PATHS if p in medians}
-    if chosen in of_paths:
-        best = min(of_paths, key=of_paths.__getitem__)
-        row |= {"best": best, "ratio": round(of_paths[best] / of_paths[chosen], 3)}
+    of_routes = {p: medians[p] for p in ROUTES if p in medians}
+    if chosen in of_routes:
+        best = min(of_routes, key=of_routes.__getitem__)
+        row |= {"best": best, "ratio": round(of_routes[best] / of_routes[chosen], 3)}
     release(place.device)
     exact = {"x": inputs["x"][:CHECKED].double(), "right": inputs["right"].double()}
     weights = interpolated(a.double(), b.double(), LAMBDA, None, exact["right"])
     truth = exact["x"] @ weights.mT
-    for path in of_paths:
+    for route in of_routes:
         with torch.no_grad():
-            row[f"{path}_error"] = _relative(ways[path](inputs), truth)
+            row[f"{route}_error"] = _relative(ways[route](inputs), truth)
     if place.device.type != "cuda":
         row = {"key": key, "op": "interp_linear", "unmeasured": "needs a GPU", **_checks(row)}
     return [row]

@@ -85,7 +85,7 @@ def _align(key: str, place: Place, directory: Path, recipe: Recipe) -> list[Row]
         state.unlink(missing_ok=True)
         raise
     ended = time.monotonic()
-    row: Row = {"key": key, "steps": len(found.info["history"]["loss"]), "path": found.info["path"]}
+    row: Row = {"key": key, "steps": len(found.info["history"]["loss"]), "route": found.info["route"]}
     row |= {"matching_seconds": round(matched_at[0] - began, 1), "learning_seconds": round(ended - matched_at[0], 1)}
     if device.type == "cuda":
         row["peak_bytes"] = torch.cuda.max_memory_allocated(device)

@@ -1,8 +1,8 @@
 """Slice `step`: engine.step.learn beside an ordinary training step of one model, on cross-entropy, no optimiser.
 
     floor                 forward, backward, gradients of all weights of one model
-    fused, concat, weight ours by one path, every block's graph kept (+ recompute: computed again in backward)
-    ours                  ours, path by kernels.dispatch
+    fused, concat, weight ours by one route, every block's graph kept (+ recompute: computed again in backward)
+    ours                  ours, route by kernels.dispatch
     ours, no kernels      ours with LMC_FAST_KERNELS=0: torch operations only; "ours, no dual_gemm": without that one
     ours, divergence      the default objective: both endpoints' predictions are computed too
     rotation alone        the part of ours that does not grow with tokens and layers: the rotation and its gradient
@@ -24,14 +24,14 @@ from benchmarks.gpu.device import peak, release, runnable, timed
 from benchmarks.gpu.models import LLAMA, random_chart, random_pair, random_tokens, spec_of
 from benchmarks.gpu.rows import Case, spread
 from benchmarks.gpu.slices import Place
-from lmc_fast.engine.passes import Item, choose_path
+from lmc_fast.engine.passes import Item, choose_route
 from lmc_fast.engine.source import Resident, paired
 from lmc_fast.kernels.enabled import OPERATIONS, SWITCH
 from lmc_fast.learning.step import learn
 
-POSITION = 0.45
+LAMBDA = 0.45
 WITHOUT_DUAL_GEMM = ",".join(name for name in OPERATIONS if name != "dual_gemm")
-PATHS = ("fused", "concat", "weight")
+ROUTES = ("fused", "concat", "weight")
 LENGTH = 2048
 SHAPES = {"7B": ("pythia-6.9b", 4), "1B": ("pythia-1.4b", 4), "7B gated": (LLAMA, 2)}
 TOKENS = (16384, 8192, 4096, 2048)
@@ -74,15 +74,15 @@ def measure(key: str, place: Place, shape: str, layers: int, tokens: int, length
     a = source.a
     chart = random_chart(spec, device)
     batch = random_tokens(spec, tokens, length, device)
-    items = [Item(batch, POSITION)]
+    items = [Item(batch, LAMBDA)]
 
     def floor() -> None:
         model = a.map(lambda t: t.detach().requires_grad_())
         leaves = [*model.ends.values(), *(t for block in model.blocks for t in block.values())]
         torch.autograd.grad(task_loss(model, batch), leaves, allow_unused=True)
 
-    def ours(path: str | None, keep: bool, divergence: bool = False) -> Callable[[], object]:
-        return lambda: learn(source, items, chart, divergence=divergence, keep=keep, path=path)
+    def ours(route: str | None, keep: bool, divergence: bool = False) -> Callable[[], object]:
+        return lambda: learn(source, items, chart, divergence=divergence, keep=keep, route=route)
 
     def rotation() -> None:
         made = chart.rotation()
@@ -91,8 +91,8 @@ def measure(key: str, place: Place, shape: str, layers: int, tokens: int, length
 
     calls: dict[str, Callable[[], object]] = {"floor": floor, "ours": ours(None, True)}
     calls["ours + recompute"] = ours(None, False)
-    for path in PATHS:
-        calls[path], calls[f"{path} + recompute"] = ours(path, True), ours(path, False)
+    for route in ROUTES:
+        calls[route], calls[f"{route} + recompute"] = ours(route, True), ours(route, False)
     calls["ours, no kernels"] = switched("0", ours(None, True))
     calls["ours, no dual_gemm"] = switched(WITHOUT_DUAL_GEMM, ours(None, True))
     calls["ours, divergence"] = ours(None, True, True)
@@ -100,7 +100,7 @@ def measure(key: str, place: Place, shape: str, layers: int, tokens: int, length
     fit, large = runnable(calls, device)
     memory = {name: peak(call, device) for name, call in fit.items()}
     times = timed(fit, device, place.quick)
-    picked = {keep: choose_path(source, items, keep).path for keep in (True, False)}
+    picked = {keep: choose_route(source, items, keep).route for keep in (True, False)}
     medians = {name: quantiles(some)[1] for name, some in times.items()}
     common: Row = {"shape": shape, "width": spec.width, "layers": layers, "tokens": tokens, "length": length}
     rows = []

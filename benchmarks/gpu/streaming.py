@@ -34,7 +34,7 @@ from lmc_fast.checkpoints import Weights
 from lmc_fast.engine.passes import Item
 from lmc_fast.engine.source import Resident, paired
 from lmc_fast.learning.step import learn
-from lmc_fast.pipeline.budgeted import path_of
+from lmc_fast.pipeline.budgeted import route_of
 from lmc_fast.streaming.layout import block_bytes
 from lmc_fast.streaming.packing import Piece
 from lmc_fast.streaming.ring import Streamed
@@ -43,7 +43,7 @@ from lmc_fast.streaming.store import Store
 PROMISED = 0.9  # times the speed of the resident step, at T = 16384 within BUDGET
 BUDGET = 8 << 30
 DISTINCT = 2
-POSITION = 0.45
+LAMBDA = 0.45
 LENGTH = 2048
 STEPS = 3  # of the streamed step alone
 
@@ -78,7 +78,7 @@ def measure(key: str, place: Place, shape: str, wanted: int, tokens: Sequence[in
             job = Job(count, length)
             for name in ("planned", "smallest"):
                 common = {"shape": shape, "layers": layers, "layers_wanted": wanted, "tokens": count, "length": length}
-                common |= {"variant": name, "store_seconds": round(made, 1), "store_bytes": sum(store.unit_bytes)}
+                common |= {"variant": name, "store_seconds": round(made, 1), "store_bytes": sum(store.segment_bytes)}
                 planned = plan(spec, job, profile, BUDGET)
                 row: Row = {"key": f"{key} T{count} {name}"} | common
                 rows.append(row | compare(store, spec, (a, b), planned, name == "planned"))
@@ -108,13 +108,13 @@ def compare(store: Store, spec: Spec, pair: tuple[Weights, Weights], planned: Pl
     device = torch.device(planned.device.kind)
     strategy = planned.strategy
     micro = strategy.micro_batch if as_planned else 1
-    job, path = planned.job, path_of(planned, spec, device)
+    job, route = planned.job, route_of(planned, spec, device)
     chart = random_chart(spec, device)
     batch = random_tokens(spec, job.tokens, job.length, device)
-    items = [Item(part, POSITION) for part in batch.split(micro)]
+    items = [Item(part, LAMBDA) for part in batch.split(micro)]
 
     def step(source: Any, offload: bool = strategy.boundaries_on_host) -> tuple[Tensor, dict[str, Tensor]]:
-        return learn(source, items, chart, path=path, logits=strategy.logits, offload=offload)
+        return learn(source, items, chart, route=route, logits=strategy.logits, offload=offload)
 
     release(device)
     if device.type == "cuda":
@@ -132,7 +132,7 @@ def compare(store: Store, spec: Spec, pair: tuple[Weights, Weights], planned: Pl
         after = ring.traffic
         row: Row = {
             "resident": len(resident),
-            "path": path,
+            "route": route,
             "micro_batch": micro,
             "streamed_alone_s": round(alone, 4),
             "stall_s": round((after.stall_seconds - before.stall_seconds) / STEPS, 4),

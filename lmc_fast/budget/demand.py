@@ -8,7 +8,7 @@ from functools import cached_property
 
 from ..architectures import Spec
 from ..matching.evidence import work_dtype
-from ..streaming.layout import arrange, block_bytes, head_rows, slot_shapes, unit_bytes
+from ..streaming.layout import arrange, block_bytes, head_rows, segment_bytes, slot_shapes
 from ..symmetry.charts import Chart
 from ..symmetry.groups import rotates
 
@@ -54,9 +54,9 @@ class Demand:
     base: int = 0
 
     @cached_property
-    def units(self) -> list[int]:
-        """Bytes of each unit: blocks, then parts of the head."""
-        return unit_bytes(self.spec, self.itemsize)
+    def segments(self) -> list[int]:
+        """Bytes of each segment: blocks, then parts of the head."""
+        return segment_bytes(self.spec, self.itemsize)
 
     @cached_property
     def head_part_rows(self) -> int:
@@ -67,7 +67,7 @@ class Demand:
         """The pair on disk."""
         ends, _ = slot_shapes(self.spec)
         rest = {name: shape for name, shape in ends.items() if name not in ("head", "head_bias")}
-        return sum(self.units) + arrange(rest, self.itemsize)[1]
+        return sum(self.segments) + arrange(rest, self.itemsize)[1]
 
     @cached_property
     def _leaves(self) -> dict[str, int]:
@@ -130,7 +130,7 @@ class Demand:
         """The stream in front of every block, of all tokens of a step."""
         return self.spec.layers * self.job.tokens * self.spec.width * self.itemsize
 
-    def step(self, path: str, micro: int, chunk: int, on_host: bool = False) -> list[Item]:
+    def step(self, route: str, micro: int, chunk: int, on_host: bool = False) -> list[Item]:
         """What a way of computing needs. micro: sequences at a time; chunk: logits at a time.
 
         on_host: boundary activations lie in main memory, and a few micro-batches of them on the device.
@@ -140,20 +140,20 @@ class Demand:
         maps = sum(self._leaves.get(name, 0) for name in _HEAD_MAPS) // spec.layers
         rows = min(self.head_part_rows, spec.vocab)
         width = (spec.shape("head") or (0, d))[1]
-        heads = (4 if path == ACTIVATION else 2) + self.job.teachers
+        heads = (4 if route == ACTIVATION else 2) + self.job.teachers
         vocab = (spec.shape("embed") or (0, d))[0]
         table = 6 * min(tokens, vocab) * d * self.itemsize
         boundaries = 4 * tokens * d * self.itemsize if on_host else self.boundary_bytes
         items = [
             Item("boundary activations" + " on their way" * on_host, boundaries),
-            Item("one block's activations and gradients", tokens * self.block_floats(path) * self.itemsize, "block"),
+            Item("one block's activations and gradients", tokens * self.block_floats(route) * self.itemsize, "block"),
             Item("one block's maps and their gradients", _TAPE * maps * FP32, "block"),
-            Item("embedding rows", max(0, table - tokens * self.block_floats(path) * self.itemsize), "block"),
+            Item("embedding rows", max(0, table - tokens * self.block_floats(route) * self.itemsize), "block"),
             Item("logits", LOGITS * min(chunk, tokens * rows) * FP32, "head"),
             Item("normed streams", heads * tokens * width * self.itemsize, "head"),
             Item("sums over the vocabulary", 8 * FP32 * self.job.tokens, "head"),
         ]
-        if path == WEIGHT:
+        if route == WEIGHT:
             largest = 3 * block_bytes(spec, self.itemsize) // 2
             items += [
                 Item("transformed weights of one block", largest, "block"),
@@ -161,10 +161,10 @@ class Demand:
             ]
         return [item for item in items if item.bytes]
 
-    def block_floats(self, path: str) -> int:
+    def block_floats(self, route: str) -> int:
         """Numbers per token that one block's forward and backward hold, by the tensors that engine/block.py saves.
 
-        Weights are taken to need gradients, as transformed ones do. The activation path adds the rotated copies and
+        Weights are taken to need gradients, as transformed ones do. The activation route adds the rotated copies and
         what B's maps act on.
         """
         spec, d, narrow = self.spec, self.spec.width, self.itemsize < FP32
@@ -185,12 +185,12 @@ class Demand:
         if experts.count:
             total += experts.per_token * (4 * experts.width + 2 * d) + 3 * experts.count
         total += 2 * max(f, experts.width, 2 * q)  # gradients on their way back
-        if path == ACTIVATION:
+        if route == ACTIVATION:
             total += 2 * 3 * d + 2 * d  # rotated inputs beside the plain ones; results before they are turned back
             total += q + 2 * kv + q + (2 if spec.ffn.gated else 1) * f
         return total
 
-    def macs(self, path: str, micro: int) -> float:
+    def macs(self, route: str, micro: int) -> float:
         """Multiply-adds of a step: forward, recompute and backward of the line's model, forward of the teachers."""
         spec, job, d = self.spec, self.job, self.spec.width
         tokens, turns = job.sequences * job.length, rotates(spec)
@@ -203,13 +203,13 @@ class Demand:
                 every += math.prod(shape)
                 active += math.prod(shape) * spec.ffn.experts.per_token // spec.ffn.experts.count
         attention = (job.length / (2 if spec.attention.causal else 1)) * 2 * spec.attention.query_width
-        student = 6 * active + 16 * d * d * turns if path == ACTIVATION else 4 * active
+        student = 6 * active + 16 * d * d * turns if route == ACTIVATION else 4 * active
         per_token = student + job.teachers * active + (4.5 + job.teachers) * attention
-        fixed = 3 * every * d * turns if path == WEIGHT else 0
+        fixed = 3 * every * d * turns if route == WEIGHT else 0
         rows, width = spec.shape("head") or (0, 0)
-        passes = 2 if len(self.units) > spec.layers + 1 else 1
-        forward = (2 if path == ACTIVATION else 1) + job.teachers
+        passes = 2 if len(self.segments) > spec.layers + 1 else 1
+        forward = (2 if route == ACTIVATION else 1) + job.teachers
         head = rows * width * (forward * passes + 2)  # weights and stream, or both endpoints' rows
-        head_fixed = 2 * rows * width * d * turns if path == WEIGHT else 0
+        head_fixed = 2 * rows * width * d * turns if route == WEIGHT else 0
         update = 21 * job.sides * d**3 * turns
         return tokens * (spec.layers * per_token + head) + batches * (spec.layers * fixed + head_fixed) + update

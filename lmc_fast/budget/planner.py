@@ -21,10 +21,10 @@ from .demand import ACTIVATION, SLACK, WEIGHT, Demand, Item, Job
 from .devices import Device
 from .stages import Stages, TooSmall
 
-SLOTS = 2  # one to compute with, one to load: what is left is better spent on resident blocks
+BUFFERS = 2  # one to compute with, one to load: what is left is better spent on resident blocks
 _CHUNKS = tuple(1 << power for power in (24, 23, 22, 21, 20, 19, 18))  # logits at a time
 _REPORTED = (
-    *("slots", "resident", "layers", "head_parts", "loads", "moved"),
+    *("buffers", "resident", "layers", "head_parts", "loads", "moved"),
     *("compute_seconds", "transfer_seconds", "step_seconds", "share", "tokens_to_hide"),
     *("host_bytes", "store_bytes", "statistics_bytes", "stages"),
 )
@@ -33,7 +33,7 @@ _REPORTED = (
 class Strategy(NamedTuple):
     """How a step computes. Its results' last bits depend on it."""
 
-    path: str  # "activation" or "weight"
+    route: str  # "activation" or "weight"
     micro_batch: int  # sequences at a time
     logits: int  # logits at a time
     boundaries_on_host: bool  # boundary activations lie in pinned main memory (CUDA)
@@ -49,15 +49,15 @@ class Plan:
     device: Device
     job: Job
     strategy: Strategy
-    slots: int
-    resident: tuple[int, ...]  # units
+    buffers: int
+    resident: tuple[int, ...]  # segments
     layers: int
     head_parts: int
     loads: float
     moved: float  # bytes to the device
     compute_seconds: float
     transfer_seconds: float
-    host_bytes: int  # pinned main memory beside the budget (CUDA): units, and boundary activations if they are there
+    host_bytes: int  # pinned main memory beside the budget (CUDA): segments, and boundary activations if they are there
     store_bytes: int  # on disk, as are statistics before it
     statistics_bytes: int
     stages: dict[str, int]  # the least memory that each stage but learning works with
@@ -108,14 +108,14 @@ class Plan:
 
     def summary(self) -> list[str]:
         """What was decided and what is expected, without the items."""
-        blocks = sum(unit < self.layers for unit in self.resident)
-        path, micro, _, _ = self.strategy
-        how = "the stream is rotated" if path == ACTIVATION else "weights are transformed one block at a time"
+        blocks = sum(segment < self.layers for segment in self.resident)
+        route, micro, _, _ = self.strategy
+        how = "the stream is rotated" if route == ACTIVATION else "weights are transformed one block at a time"
         parts = f"head in {self.head_parts} parts" if self.head_parts > 1 else "head in one part"
         lines = [
             f"resident: {blocks} of {self.layers} blocks, {len(self.resident) - blocks} of {self.head_parts} parts of "
-            f"the head; {self.slots} slots for the others",
-            f"micro-batches of {micro} x {self.job.length} tokens, {parts}, {path} path ({how})",
+            f"the head; {self.buffers} buffers for the others",
+            f"micro-batches of {micro} x {self.job.length} tokens, {parts}, {route} route ({how})",
             f"a step of {self.job.tokens:,} tokens: computes {_show_seconds(self.compute_seconds)}, moves "
             f"{show_bytes(self.moved)} in {_show_seconds(self.transfer_seconds)} from {self.device.source} -> "
             f"{_show_seconds(self.step_seconds)}, {self.share:.0%} of in-memory speed",
@@ -140,16 +140,16 @@ def plan(spec: Spec, job: Job, device: Device, budget: int, strategy: Strategy |
     """
     demand = Demand(spec, job, device.itemsize, device.base)
     fixed, choices = demand.fixed(), list(_residents(demand))
-    units, layers = demand.units, spec.layers
+    segments, layers = demand.segments, spec.layers
     stages = Stages(spec, job.length, device.base).all(device.kind, matched=strategy is not None)
     best: tuple[tuple[float, ...], Plan] | None = None
     smallest: int | None = None
     for chosen in [strategy] if strategy else _strategies(spec, job, device):
-        path, micro, chunk, on_host = chosen
-        step = demand.step(path, micro, chunk, on_host)
+        route, micro, chunk, on_host = chosen
+        step = demand.step(route, micro, chunk, on_host)
         boundaries = demand.boundary_bytes if on_host else 0
-        host = sum(units) + boundaries if device.kind == "cuda" else 0
-        compute = 2 * demand.macs(path, micro) / device.flops
+        host = sum(segments) + boundaries if device.kind == "cuda" else 0
+        compute = 2 * demand.macs(route, micro) / device.flops
         for resident, held, loads, loaded in choices:
             total, items = _total([*fixed, *held, *step], device.base)
             smallest = total if smallest is None else min(smallest, total)
@@ -165,10 +165,10 @@ def plan(spec: Spec, job: Job, device: Device, budget: int, strategy: Strategy |
                 device=device,
                 job=job,
                 strategy=chosen,
-                slots=SLOTS if len(resident) < len(units) else 0,
+                buffers=BUFFERS if len(resident) < len(segments) else 0,
                 resident=resident,
                 layers=layers,
-                head_parts=len(units) - layers,
+                head_parts=len(segments) - layers,
                 loads=loads,
                 moved=moved,
                 compute_seconds=compute,
@@ -188,39 +188,39 @@ def plan(spec: Spec, job: Job, device: Device, budget: int, strategy: Strategy |
 def _strategies(spec: Spec, job: Job, device: Device) -> Iterator[Strategy]:
     """All that a plan may choose."""
     micros = {min(1 << power, job.sequences) for power in range(job.sequences.bit_length() + 1)}
-    for path in (ACTIVATION, WEIGHT) if rotates(spec) else (WEIGHT,):
+    for route in (ACTIVATION, WEIGHT) if rotates(spec) else (WEIGHT,):
         for micro in sorted(micros):
             for chunk in _CHUNKS:
                 for on_host in (False, True) if device.kind == "cuda" else (False,):
-                    yield Strategy(path, micro, chunk, on_host)
+                    yield Strategy(route, micro, chunk, on_host)
 
 
 def _residents(demand: Demand) -> Iterator[tuple[tuple[int, ...], list[Item], float, float]]:
-    """(resident units, their and the ring's bytes, loads and bytes moved per step) for every number of them."""
-    units, layers = demand.units, demand.spec.layers
-    order = residency(layers, len(units))
-    visits = visit_order(layers, len(units) - layers, learn=True)
-    for count in range(len(units) + 1):
+    """(resident segments, their and the ring's bytes, loads and bytes moved per step) for every number of them."""
+    segments, layers = demand.segments, demand.spec.layers
+    order = residency(layers, len(segments))
+    visits = visit_order(layers, len(segments) - layers, learn=True)
+    for count in range(len(segments) + 1):
         resident = order[:count]
-        largest = max((units[unit] for unit in order[count:]), default=0)
+        largest = max((segments[segment] for segment in order[count:]), default=0)
         items = [
-            Item(f"ring: {SLOTS} slots of {show_bytes(largest)}", SLOTS * (largest + ALIGNMENT)),
-            Item("resident units", sum(units[unit] + ALIGNMENT for unit in resident)),
+            Item(f"ring: {BUFFERS} buffers of {show_bytes(largest)}", BUFFERS * (largest + ALIGNMENT)),
+            Item("resident segments", sum(segments[segment] + ALIGNMENT for segment in resident)),
         ]
-        loads = steady_loads(visits, SLOTS if largest else 0, resident)
-        moved = sum(units[unit] * times for unit, times in loads.items())
+        loads = steady_loads(visits, BUFFERS if largest else 0, resident)
+        moved = sum(segments[segment] * times for segment, times in loads.items())
         kept = [item for item in items if (largest if item is items[0] else count)]
         yield tuple(sorted(resident)), kept, sum(loads.values()), moved
 
 
-def residency(layers: int, units: int) -> list[int]:
-    """The order in which units become resident: blocks far from one another first, then parts of the head.
+def residency(layers: int, segments: int) -> list[int]:
+    """The order in which segments become resident: blocks far from one another first, then parts of the head.
 
-    Spread evenly they give the loader time to bring the next unit while a resident one computes.
+    Spread evenly they give the loader time to bring the next segment while a resident one computes.
     """
     bits = max(1, (layers - 1).bit_length())
     spread = (int(f"{i:0{bits}b}"[::-1], 2) for i in range(1 << bits))
-    return [unit for unit in spread if unit < layers] + list(range(layers, units))
+    return [segment for segment in spread if segment < layers] + list(range(layers, segments))
 
 
 def _total(items: list[Item], base: int) -> tuple[int, list[Item]]:

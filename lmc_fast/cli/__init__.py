@@ -11,7 +11,7 @@ from ..checkpoints.hub import at_revision
 from ..errors import LmcError
 from ..importing import release
 from ..interrupts import interrupt_on_signals
-from ..kernels.dispatch import forced_path
+from ..kernels.dispatch import forced_route
 from .arguments import parser
 from .boundary import guarded
 from .console import Console
@@ -20,7 +20,7 @@ from .console import Console
 def _require_settings() -> None:
     """Environment variables that would be found to be nonsense only after a while, or never on this machine."""
     try:
-        forced_path()
+        forced_route()
         backends()
     except ValueError as error:
         raise LmcError(str(error)) from error

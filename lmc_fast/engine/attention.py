@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..architectures import Spec
-from ..kernels.paths import Rope
+from ..kernels.routes import Rope
 from .slots import Slots, linear, linear_with_rope
 
 Observer = Callable[[str, Tensor], None]  # called with the name and value of an intermediate

@@ -1,4 +1,4 @@
-"""Losses on the line between two endpoints, in one pass over the units."""
+"""Losses on the line between two endpoints, in one pass over the segments."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ class _Evaluation(Pass):
             visited(i)
             with source.visit(i) as (a, b):
                 maps = self.maps(i)
-                for position, group in self.groups():
-                    line = self.line(a, b, position, maps)
+                for lam, group in self.groups():
+                    line = self.line(a, b, lam, maps)
                     for m in group:
                         streams[m] = block(spec, line, streams[m], self.positions(streams[m]), i)
         losses = []
         for m, item in enumerate(self.items):
-            line = self.line(*source.ends, item.position, None)
+            line = self.line(*source.ends, item.lam, None)
             rows = target_rows(head_input(spec, line, streams[m], model_inputs(item.data)), item.data)
             streams[m] = rows
-            student = self.head_inputs(rows, item.position)
+            student = self.head_inputs(rows, item.lam)
             losses.append(HeadLoss(student, labels(item.data), softcap=spec.head_softcap, elements=self.logits))
         start = 0
         for k in range(source.head_parts):
             visited(spec.layers + k)
             with source.visit(spec.layers + k) as (a, b):
-                for position, group in self.groups():
-                    with self.head_chunk(a, b, position, start) as chunk:
+                for lam, group in self.groups():
+                    with self.head_chunk(a, b, lam, start) as chunk:
                         for m in group:
                             losses[m].scan(chunk, [])
                 start += len(a["head"])
@@ -74,15 +74,15 @@ def evaluate(
     source: Source,
     items: Sequence[Item],
     chart: Chart | None = None,
-    path: str | None = None,
+    route: str | None = None,
     logits: int = CHUNK_ELEMENTS,
     visited: Callable[[int], None] | None = None,
 ) -> list[Score]:
-    """Scores of `items`, in order of lambda, in one pass over the units. chart: applied to b; None: the plain line.
+    """Scores of `items`, in order of lambda, in one pass over the segments. chart: applied to b; None: the plain line.
 
-    logits: how many are held at a time. visited: told the number of each unit before it is visited.
+    logits: how many are held at a time. visited: told the number of each segment before it is visited.
     """
-    return _Evaluation(source, items, chart, path, logits, learn=False, keep=False).run(visited)
+    return _Evaluation(source, items, chart, route, logits, learn=False, keep=False).run(visited)
 
 
 def _ignore(_: int) -> None:
@@ -102,18 +102,18 @@ def line_scores(
 ) -> list[Score]:
     """One score per place of the line, ascending, on data taken `batch` rows at a time.
 
-    All places share a pass over the units, on `rows` rows of data; by default as many as make STREAM_ELEMENTS.
-    visited: told how many units are done, and how many there are in all passes.
+    All places share a pass over the segments, on `rows` rows of data; by default as many as make STREAM_ELEMENTS.
+    visited: told how many segments are done, and how many there are in all passes.
     """
     spec = source.spec
     length = spec.length(model_inputs(data).shape)
     rows = max(batch, rows or STREAM_ELEMENTS // (len(points) * length * spec.width))
     seen: list[list[Score]] = [[] for _ in points]
-    units, together = spec.layers + source.head_parts, data.split(rows)
+    segments, together = spec.layers + source.head_parts, data.split(rows)
     for number, some in enumerate(together):
         parts = [part for part in some.split(batch) if len(labels(part))]
         items = [Item(part, t) for t in sorted(points) for part in parts]
-        told = visited and _counted(visited, number * units, len(together) * units)
+        told = visited and _counted(visited, number * segments, len(together) * segments)
         scores = evaluate(source, items, chart, logits=logits, visited=told)
         for k in range(len(points)):
             seen[k] += scores[k * len(parts) : (k + 1) * len(parts)]
@@ -130,8 +130,8 @@ def require_finite(points: Sequence[float], losses: Sequence[float]) -> None:
             raise LmcError(f"the loss at lambda {point:g}{end} is {loss}: numbers overflow; look for huge weights")
 
 
-def _counted(visited: Callable[[int, int], None], before: int, units: int) -> Callable[[int], None]:
-    return lambda unit: visited(before + unit, units)
+def _counted(visited: Callable[[int, int], None], before: int, segments: int) -> Callable[[int], None]:
+    return lambda segment: visited(before + segment, segments)
 
 
 def _together(scores: list[Score]) -> Score:

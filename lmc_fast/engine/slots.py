@@ -11,7 +11,7 @@ from torch import Tensor
 from ..architectures import Spec
 from ..architectures.axes import BLOCK_READERS, STREAM
 from ..kernels.interp_linear import interp_linear
-from ..kernels.paths import Rope, apply_right, interpolated, mapped_heads
+from ..kernels.routes import Rope, apply_right, interpolated, mapped_heads
 from ..symmetry.elements import Dense, Elements
 from ..symmetry.transform import apply_to_slot, factor
 
@@ -35,7 +35,7 @@ class LineSlots(Mapping[str, Tensor]):
 
     a, b: slots of one block, or (maps None) of what lies outside the blocks; frozen. rotation, maps: g's residual
     rotation and its part in this block, without permutations, of leaves that gradients are wanted for. Slots that are
-    not large linear layers are made whole. For large ones `path` (kernels.interp_linear.PATHS) decides.
+    not large linear layers are made whole. For large ones `route` (kernels.routes.ROUTES) decides.
 
     once: this object serves one forward pass, whose graph leads back to rotation and maps. Otherwise it serves any
     number: slots that were made are leaves, `collect` adds up their gradients, and `contract` sends them on to
@@ -47,14 +47,14 @@ class LineSlots(Mapping[str, Tensor]):
         spec: Spec,
         a: Slots,
         b: Slots,
-        position: float,
+        lam: float,
         rotation: Tensor | None,
         maps: Elements | None,
-        path: str,
+        route: str,
         once: bool,
     ):
-        self.spec, self.a, self.b, self.position = spec, a, b, position
-        self.rotation, self.path, self.once = rotation, path, once
+        self.spec, self.a, self.b, self.lam = spec, a, b, lam
+        self.rotation, self.route, self.once = rotation, route, once
         self.outside = maps is None
         self.elements = dict(maps or {})
         if rotation is not None:
@@ -75,7 +75,7 @@ class LineSlots(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         a = self.a[name]
-        if self.position == 0:
+        if self.lam == 0:
             return a
         if name not in self._made:
             with torch.set_grad_enabled(torch.is_grad_enabled() or not self.once):
@@ -87,8 +87,8 @@ class LineSlots(Mapping[str, Tensor]):
 
     def _make(self, name: str, a: Tensor, b: Tensor) -> Tensor:
         if a.dim() == 2 and not self.outside:
-            return interpolated(a, b, self.position, *self._factors(name))
-        return torch.lerp(a, apply_to_slot(self.spec, self.elements, name, b), self.position)
+            return interpolated(a, b, self.lam, *self._factors(name))
+        return torch.lerp(a, apply_to_slot(self.spec, self.elements, name, b), self.lam)
 
     def _factors(self, slot: str) -> tuple[Tensor | None, Tensor | None]:
         """L and R of a linear slot, as in interp_linear."""
@@ -97,7 +97,7 @@ class LineSlots(Mapping[str, Tensor]):
     @property
     def _whole(self) -> bool:
         """Whether layers multiply with W(λ) as made by `__getitem__`."""
-        return self.outside or self.position == 0 or (self.path == "weight" and not self.once)
+        return self.outside or self.lam == 0 or (self.route == "weight" and not self.once)
 
     def linear(self, slot: str, x: Tensor) -> Tensor:
         """The interpolated linear layer of x (..., in)."""
@@ -105,22 +105,22 @@ class LineSlots(Mapping[str, Tensor]):
         if self._whole:
             return F.linear(x, self[slot], bias)
         left, right = self._factors(slot)
-        path = "fused" if self.path == "concat" and left is not None else self.path
-        turned = self._turn(x) if path != "weight" and slot in BLOCK_READERS else None
+        route = "fused" if self.route == "concat" and left is not None else self.route
+        turned = self._turn(x) if route != "weight" and slot in BLOCK_READERS else None
         return interp_linear(
-            x, self.a[slot], self.b[slot], self.position, left=left, right=right, bias=bias, turned=turned, path=path
+            x, self.a[slot], self.b[slot], self.lam, left=left, right=right, bias=bias, turned=turned, route=route
         )
 
     def linear_with_rope(self, slot: str, x: Tensor, rope: Rope, heads: int) -> Tensor | None:
         """As the function of this name."""
-        if self._whole or self.path == "weight":
+        if self._whole or self.route == "weight":
             return None
         left, _ = self._factors(slot)
-        if self.path == "concat" and left is None:
+        if self.route == "concat" and left is None:
             return None
         flat, turned = x.flatten(0, -2), self._turn(x).flatten(0, -2)
         bias = self.get(f"{slot}_bias")
-        y = mapped_heads(flat, turned, self.a[slot], self.b[slot], self.position, left, bias, heads, rope)
+        y = mapped_heads(flat, turned, self.a[slot], self.b[slot], self.lam, left, bias, heads, rope)
         return None if y is None else y.view(*x.shape[:-1], -1)
 
     def _turn(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where a step finds the weights of both endpoints, one unit after the other."""
+"""Where a step finds the weights of both endpoints, one segment after the other."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Source(Protocol):
         ...
 
     def begin(self, visits: Sequence[int]) -> None:
-        """Announces the units of the coming pass, in order. Without news, the pass after it is assumed alike."""
+        """Announces the segments of the coming pass, in order. Without news, the pass after it is assumed alike."""
         ...
 
-    def visit(self, unit: int) -> AbstractContextManager[tuple[Slots, Slots]]:
-        """A's and B's slots of a unit; valid inside the `with` only."""
+    def visit(self, segment: int) -> AbstractContextManager[tuple[Slots, Slots]]:
+        """A's and B's slots of a segment; valid inside the `with` only."""
         ...
 
     def embed_rows(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,7 +54,7 @@ class Resident:
         self.spec, self.a, self.b = a.spec, a, b
         self.ends: tuple[Slots, Slots] = (_small(a), _small(b))
         head = a.tables.get("head")
-        # the rows of the head in each of its units
+        # the rows of the head in each of its segments
         self.head_runs = [(0, a.spec.vocab)] if head is None else list(head.runs())
         self.head_parts = len(self.head_runs)
 
@@ -68,11 +68,11 @@ class Resident:
         """Everything is there, or is read when it is wanted."""
 
     @contextmanager
-    def visit(self, unit: int) -> Iterator[tuple[Slots, Slots]]:
-        if unit < self.spec.layers:
-            yield self.a.blocks[unit], self.b.blocks[unit]
+    def visit(self, segment: int) -> Iterator[tuple[Slots, Slots]]:
+        if segment < self.spec.layers:
+            yield self.a.blocks[segment], self.b.blocks[segment]
         else:
-            run = self.head_runs[unit - self.spec.layers]
+            run = self.head_runs[segment - self.spec.layers]
             yield _head(self.a, *run), _head(self.b, *run)
 
     def embed_rows(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import LmcError
 from ..output import write_whole
-from .paths import PATHS, interpolated, product
+from .routes import ROUTES, interpolated, product
 
 COUNTED = {True: 1.5, False: 0.9}  # crossover in tokens per width, by whether graphs are kept
 CLOSE = 2.5
@@ -34,34 +34,34 @@ _log = logging.getLogger("lmc_fast")
 
 
 class Choice(NamedTuple):
-    """A path of kernels.interp_linear.PATHS, and why."""
+    """A route of kernels.routes.ROUTES, and why."""
 
-    path: str
+    route: str
     why: str
 
 
 def choose(tokens: int, width: int, dtype: torch.dtype, device: torch.device, keep: bool = True) -> Choice:
     """For a block of `width` that serves `tokens` in one visit. keep: graphs are kept, so that nothing is recomputed.
 
-    LMC_FAST_PATH overrides. Raises ValueError if that names no path.
+    LMC_FAST_ROUTE overrides. Raises ValueError if that names no route.
     """
-    forced = forced_path()
+    forced = forced_route()
     if forced:
-        return Choice(forced, "set by LMC_FAST_PATH")
+        return Choice(forced, "set by LMC_FAST_ROUTE")
     ratio, counted = tokens / width, COUNTED[keep]
     if counted / CLOSE < ratio < counted * CLOSE and width <= WIDEST.get(device.type, width):
         crossover, how = crossover_of(width, dtype, device, keep), "measured"
     else:
         crossover, how = counted, "counted"
-    path = activation_path(width, dtype, device) if ratio < crossover else "weight"
-    return Choice(path, f"{ratio:.2f} tokens per width, crossover {how} at {crossover:.2f}")
+    route = activation_route(width, dtype, device) if ratio < crossover else "weight"
+    return Choice(route, f"{ratio:.2f} tokens per width, crossover {how} at {crossover:.2f}")
 
 
-def forced_path() -> str | None:
-    """What LMC_FAST_PATH asks for. Raises ValueError if that names no path."""
-    forced = os.environ.get("LMC_FAST_PATH")
-    if forced and forced not in PATHS:
-        raise ValueError(f"LMC_FAST_PATH is {forced!r}; it takes one of {', '.join(PATHS)}")
+def forced_route() -> str | None:
+    """What LMC_FAST_ROUTE asks for. Raises ValueError if that names no route."""
+    forced = os.environ.get("LMC_FAST_ROUTE")
+    if forced and forced not in ROUTES:
+        raise ValueError(f"LMC_FAST_ROUTE is {forced!r}; it takes one of {', '.join(ROUTES)}")
     return forced
 
 
@@ -91,7 +91,7 @@ def measure_crossover(width: int, dtype: torch.dtype, device: torch.device, keep
 
 
 @cache
-def activation_path(width: int, dtype: torch.dtype, device: torch.device) -> str:
+def activation_route(width: int, dtype: torch.dtype, device: torch.device) -> str:
     """The faster of the two paths that work on activations."""
     if device.type == "cpu":
         return "fused"  # a concatenated GEMM measured no faster there (benchmarks/step.py)
@@ -120,15 +120,15 @@ class _Case:
     def _input(self, tokens: int) -> Tensor:
         return self._random(tokens, self.a.shape[1]).requires_grad_()
 
-    def product(self, tokens: int, path: str) -> None:
+    def product(self, tokens: int, route: str) -> None:
         x = self._input(tokens)
-        y = product(x, self.a, self.b, 0.4, right=self.rotation, path=path)
+        y = product(x, self.a, self.b, 0.4, right=self.rotation, route=route)
         torch.autograd.grad(y, [x, self.rotation], y.detach())
 
     def on_activations(self, tokens: int, keep: bool) -> None:
         if not keep:
             with torch.no_grad():
-                product(self._input(tokens), self.a, self.b, 0.4, right=self.rotation, path="fused")
+                product(self._input(tokens), self.a, self.b, 0.4, right=self.rotation, route="fused")
         self.product(tokens, "fused")
 
     def on_weights(self, tokens: int, keep: bool) -> None:

@@ -5,30 +5,30 @@ from __future__ import annotations
 from torch import Tensor
 
 from .dispatch import choose
-from .paths import Position, product, side_by_side
+from .routes import Lambda, product, side_by_side
 
 
 def interp_linear(
     x: Tensor,
     a: Tensor,
     b: Tensor,
-    position: Position,
+    lam: Lambda,
     *,
     left: Tensor | None = None,
     right: Tensor | None = None,
     bias: Tensor | None = None,
     turned: Tensor | None = None,
-    path: str | None = None,
+    route: str | None = None,
 ) -> Tensor:
-    """x (..., K), a and b (N, K) -> (..., N). Differentiable once in x, left, right, bias and position; not in a, b.
+    """x (..., K), a and b (N, K) -> (..., N). Differentiable once in x, left, right, bias and lam; not in a, b.
 
     left, right: L (N, N) and R (K, K), each None (identity), (n, n) dense, (G, e, e) blocks that repeat over n / (G e)
     neighbouring heads each, (n,) a scale, or (n,) int64 a permutation p, which takes row (column) p[i] of B to i.
-    turned: x R, where a caller has it already. path: one of PATHS, or None for kernels.dispatch's choice.
+    turned: x R, where a caller has it already. route: one of ROUTES, or None for kernels.dispatch's choice.
 
-    Raises ValueError for a path that is unknown, or "concat" where A and B do not lie side by side or L is there.
+    Raises ValueError for a route that is unknown, or "concat" where A and B do not lie side by side or L is there.
     """
-    if path is None:
-        path = choose(x.numel() // x.shape[-1], a.shape[1], a.dtype, a.device).path
-        path = "fused" if path == "concat" and (left is not None or side_by_side(a, b) is None) else path
-    return product(x, a, b, position, left=left, right=right, bias=bias, turned=turned, path=path)
+    if route is None:
+        route = choose(x.numel() // x.shape[-1], a.shape[1], a.dtype, a.device).route
+        route = "fused" if route == "concat" and (left is not None or side_by_side(a, b) is None) else route
+    return product(x, a, b, lam, left=left, right=right, bias=bias, turned=turned, route=route)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..engine.evaluate import line_scores
 from ..engine.head import CHUNK_ELEMENTS, accurate
-from ..engine.passes import Item, choose_path
+from ..engine.passes import Item, choose_route
 from ..engine.source import Source
 from ..errors import LmcError
 from ..examples import Data
@@ -85,7 +85,7 @@ class Learner:
     """Descends in the chart's coordinates; one call of `step` is one λ, one batch, one update.
 
     source: canonical endpoints, b already matched; frozen. tokens (n, T) int64, or examples. chunking: how much is held
-    at a time. path: see engine.step.learn; chosen once, so that a resumed run computes the same bits. Under torchrun
+    at a time. route: see engine.step.learn; chosen once, so that a resumed run computes the same bits. Under torchrun
     every process takes its share of each batch, and gradients are averaged over all predictions. Everything random
     follows from schedule.seed and the step's number, so that a restored learner goes on as if it had never stopped.
     """
@@ -96,15 +96,15 @@ class Learner:
         tokens: Data,
         schedule: Schedule,
         chunking: Chunking | None = None,
-        path: str | None = None,
+        route: str | None = None,
     ):
         self.source, self.tokens, self.schedule = source, tokens, schedule
         self.chunking = chunking or Chunking(schedule.batch)
-        if path is None:
-            choice = choose_path(source, self._items(0), self.chunking.keep)
-            path = choice.path
-            _log.info("interpolated layers by path %s: %s", *choice)
-        self.path = path
+        if route is None:
+            choice = choose_route(source, self._items(0), self.chunking.keep)
+            route = choice.route
+            _log.info("interpolated layers by route %s: %s", *choice)
+        self.route = route
         sample = source.sample
         self.chart = Chart(source.spec, schedule.moving, accurate(sample.dtype), sample.device)
         self.history = History()
@@ -130,8 +130,8 @@ class Learner:
         with _overflow(i):
             loss, gradients = self.gradients()
         if not all(t.isfinite().all() for t in (loss, *gradients.values())):
-            position = self.schedule.position(i)
-            raise NonFiniteLoss(f"the loss became {loss.item()} at step {i + 1} (lambda {position:.2f})")
+            lam = self.schedule.lam(i)
+            raise NonFiniteLoss(f"the loss became {loss.item()} at step {i + 1} (lambda {lam:.2f})")
         if self.before_update:
             self.before_update()
         with uninterrupted():
@@ -158,7 +158,7 @@ class Learner:
             self.chart,
             divergence=divergence,
             keep=chunking.keep,
-            path=self.path,
+            route=self.route,
             logits=chunking.logits,
             offload=chunking.offload,
         )
@@ -169,7 +169,7 @@ class Learner:
         """This process's share of a step, in micro-batches."""
         rows = parallel.share(self.schedule.rows(step, len(self.tokens)))
         batch = self.tokens[rows.to(self.tokens.device)]
-        return [Item(part, self.schedule.position(step)) for part in batch.split(self.chunking.micro_batch)]
+        return [Item(part, self.schedule.lam(step)) for part in batch.split(self.chunking.micro_batch)]
 
     def _update(self, gradients: dict[str, Tensor], rate: float) -> None:
         for name, momentum in self._momentum.items():

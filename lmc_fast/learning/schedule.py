@@ -122,7 +122,7 @@ class Schedule:
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2
 
-    def position(self, step: int) -> float:
+    def lam(self, step: int) -> float:
         """Lambda of a step: a golden-ratio sequence, which covers [low, high] evenly at every length."""
         return self.low + (self.high - self.low) * ((0.5 + (step + self.seed) * _GOLDEN) % 1)
 

@@ -1,4 +1,4 @@
-"""A step of learning: the loss on the line between two endpoints and its gradients, unit by unit.
+"""A step of learning: the loss on the line between two endpoints and its gradients, segment by segment.
 
 Boundary activations are kept, blocks are recomputed in backward (or their graphs kept, see `learn`), gradients are
 taken within one visit, so that no graph holds a weight that is not there any more.
@@ -28,14 +28,14 @@ class Learning(Pass):
         source: Source,
         items: Sequence[Item],
         chart: Chart,
-        path: str | None,
+        route: str | None,
         logits: int,
         *,
         divergence: bool,
         keep: bool,
         offload: bool,
     ):
-        super().__init__(source, items, chart, path, logits, learn=True, keep=keep)
+        super().__init__(source, items, chart, route, logits, learn=True, keep=keep)
         self.divergence, self.keep = divergence, keep
         self.gradients = {name: torch.zeros_like(t) for name, t in chart.tensors.items()}
         self.teachers: list[list[Tensor]] = []  # streams of A and B, per item
@@ -84,11 +84,11 @@ class Learning(Pass):
     def _forward(self, i: int, a: Slots, b: Slots, streams: list[Tensor]) -> list[Tensor]:
         if self.keep:
             kept = self.kept[i] = KeptBlock(self, i)
-            return [kept.forward(a, b, item.position, x) for item, x in zip(self.items, streams, strict=True)]
+            return [kept.forward(a, b, item.lam, x) for item, x in zip(self.items, streams, strict=True)]
         maps = self.maps(i)
         self.boundaries.next_block()
-        for position, group in self.groups():
-            line = self.line(a, b, position, maps, learn=False)
+        for lam, group in self.groups():
+            line = self.line(a, b, lam, maps, learn=False)
             for m in group:
                 x = streams[m]
                 streams[m] = block(self.spec, line, x, self.positions(x), i)
@@ -108,10 +108,10 @@ class Learning(Pass):
                     target_rows(head_input(spec, w, x, model_inputs(item.data)), item.data)
                     for w, x in zip((a, b), self.teachers[m], strict=True)
                 ]
-                shares = 1 - item.position, item.position
+                shares = 1 - item.lam, item.lam
                 teachers = [(s, HeadInputs([t], [1.0])) for s, t in zip(shares, taught, strict=True)]
             target = None if self.divergence else labels(item.data)
-            student = self.head_inputs(rows, item.position)
+            student = self.head_inputs(rows, item.lam)
             losses.append(
                 HeadLoss(student, target, teachers, softcap=spec.head_softcap, learn=True, elements=self.logits)
             )
@@ -123,7 +123,7 @@ class Learning(Pass):
 
             def rows_of(w: LineSlots, x: Tensor, item: Item = item) -> list[Tensor]:
                 rows = target_rows(head_input(spec, w, x, model_inputs(item.data)), item.data)
-                return self.head_inputs(rows, item.position).inputs
+                return self.head_inputs(rows, item.lam).inputs
 
             slopes.append(self._outside(line, rows_of, gradients, streams[m]))
         return torch.stack([h.loss for h in losses]).sum() / total, slopes
@@ -141,9 +141,9 @@ class Learning(Pass):
                 teachers = (
                     [VocabChunk([w["head"]], w.get("head_bias"), start) for w in (a, b)] if self.divergence else []
                 )
-                for position, group in self.groups():
+                for lam, group in self.groups():
                     pull = 0 if apply is HeadLoss.scan else 1 / total
-                    with self.head_chunk(a, b, position, start, pull) as chunk:
+                    with self.head_chunk(a, b, lam, start, pull) as chunk:
                         for m in group:
                             apply(losses[m], chunk, teachers)
                 starts.append(start + len(a["head"]))
@@ -164,8 +164,8 @@ class Learning(Pass):
             return self.kept.pop(i).backward(slopes)
         moving = self.moving(i)
         out: list[Tensor | None] = list(slopes)
-        for position, group in self.groups():
-            line = self.line(a, b, position, moving.leaves)
+        for lam, group in self.groups():
+            line = self.line(a, b, lam, moving.leaves)
             for m in group:
                 with torch.enable_grad():
                     x = self.boundaries.take().detach().requires_grad_()
@@ -190,11 +190,11 @@ class KeptBlock:
         self.owner, self.i, self.moving = owner, i, owner.moving(i)
         self.graphs: list[tuple[Tensor, Tensor]] = []
 
-    def forward(self, a: Slots, b: Slots, position: float, x: Tensor) -> Tensor:
+    def forward(self, a: Slots, b: Slots, lam: float, x: Tensor) -> Tensor:
         owner = self.owner
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            line = owner.line(a, b, position, self.moving.leaves, once=True)
+            line = owner.line(a, b, lam, self.moving.leaves, once=True)
             y = block(owner.spec, line, x, owner.positions(x), self.i)
         self.graphs.append((x, y))
         return y.detach()
@@ -219,7 +219,7 @@ def learn(
     *,
     divergence: bool = True,
     keep: bool = False,
-    path: str | None = None,
+    route: str | None = None,
     logits: int = CHUNK_ELEMENTS,
     offload: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -227,8 +227,8 @@ def learn(
 
     divergence: from (1-λ) p_A + λ p_B, the endpoints' own predictions; else cross-entropy with the text. keep: hold
     every block's graph until backward instead of computing it again; the source must then be `Resident`.
-    path: one of kernels.interp_linear.PATHS; None: kernels.dispatch chooses. logits: how many are held at a time.
+    route: one of kernels.routes.ROUTES; None: kernels.dispatch chooses. logits: how many are held at a time.
     offload: see ActivationCheckpoints.
     """
-    job = Learning(source, items, chart, path, logits, divergence=divergence, keep=keep, offload=offload)
+    job = Learning(source, items, chart, route, logits, divergence=divergence, keep=keep, offload=offload)
     return job.run(), job.gradients

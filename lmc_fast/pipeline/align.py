@@ -39,7 +39,7 @@ from ..symmetry.checksum import understood
 from ..symmetry.legality import check_legal
 from ..symmetry.storage import as_stored, load_tensors, pack, save_tensors, unpack
 from ..symmetry.transform import Transform
-from .budgeted import chunking_of, disk_bytes, on_disk, path_of, plan_learning, tokens_to_gather
+from .budgeted import chunking_of, disk_bytes, on_disk, plan_learning, route_of, tokens_to_gather
 from .progress import Cancel, MatchingWatch, Progress, Watch
 from .resume import made_from, require_same_run
 from .room import require_room
@@ -155,11 +155,11 @@ def align(
                 place = place or Path(stack.enter_context(TemporaryDirectory()))
                 source = stack.enter_context(on_disk(a, b, base, within, place, device, watch))
         del a, b
-        path = before["run"].get("path") if before else None
-        if path is None and within is not None:
-            path = path_of(within, pair.spec, device)
-        learner = Learner(source, tokens, schedule, chunking_of(within) if within else None, path)
-        run["path"] = learner.path
+        route = before["run"].get("route") if before else None
+        if route is None and within is not None:
+            route = route_of(within, pair.spec, device)
+        learner = Learner(source, tokens, schedule, chunking_of(within) if within else None, route)
+        run["route"] = learner.route
         if "history" in before:
             with understood(state or Path("the state"), "the state of this run"):
                 learner.restore(saved, History(**before["history"]))

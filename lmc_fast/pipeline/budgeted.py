@@ -18,7 +18,7 @@ from ..budget.planner import Plan, Strategy, plan
 from ..budget.stages import Stages, TooSmall
 from ..checkpoints import Weights
 from ..errors import LmcError
-from ..kernels.dispatch import activation_path
+from ..kernels.dispatch import activation_route
 from ..learning import parallel
 from ..learning.learner import Chunking
 from ..learning.schedule import Schedule
@@ -80,9 +80,9 @@ def chunking_of(plan: Plan) -> Chunking:
     return Chunking(strategy.micro_batch, False, strategy.logits, strategy.boundaries_on_host, rows=job.sequences)
 
 
-def path_of(plan: Plan, spec: Spec, device: torch.device) -> str:
-    """The plan's way of computing as one of kernels.interp_linear.PATHS."""
-    return activation_path(spec.width, plan.device.dtype, device) if plan.strategy.path == ACTIVATION else "weight"
+def route_of(plan: Plan, spec: Spec, device: torch.device) -> str:
+    """The plan's way of computing as one of kernels.routes.ROUTES."""
+    return activation_route(spec.width, plan.device.dtype, device) if plan.strategy.route == ACTIVATION else "weight"
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def on_disk(
     parallel.wait()
     store = Store.open(directory / STORE, a.spec, key)
     pinned = plan.device.kind == "cuda" and plan.host_bytes < 0.9 * available_memory()
-    with Streamed(store, device, max(plan.slots, 1), plan.resident, pinned=pinned) as source:
+    with Streamed(store, device, max(plan.buffers, 1), plan.resident, pinned=pinned) as source:
         yield source
 
 

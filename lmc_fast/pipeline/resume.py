@@ -39,7 +39,7 @@ def require_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
     if "members" not in saved.get("inputs", {}):
         raise LmcError("cannot resume: the state is of another version of lmc-fast; remove it and start anew")
     # the last two are taken from the saved run
-    free = ("matrix_lr", "scale_lr", "inputs", "calibration_shape", "path", "strategy")
+    free = ("matrix_lr", "scale_lr", "inputs", "calibration_shape", "route", "strategy")
     before, after = ({**run, **run.get("schedule", {}), "schedule": None} for run in (saved, now))
     for key, value in before.items():
         if key not in free and after.get(key) != value:

@@ -189,8 +189,8 @@ def measure(
     watch = watch or Watch()
     watch.begin("measuring", len(stages))
 
-    def visited(unit: int, units: int) -> None:
-        watch.at(len(curves) * units + unit, len(stages) * units)
+    def visited(done: int, of: int) -> None:
+        watch.at(len(curves) * of + done, len(stages) * of)
 
     for name, stage in stages:
         curves.append(measure_line(pair, tokens, stage, POINTS, name, device, memory, visited))

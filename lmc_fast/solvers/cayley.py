@@ -70,7 +70,7 @@ def _forward_triton(X: Tensor) -> Tensor | None:  # (batch, n, n)
 
 
 def _forward_native(X: Tensor) -> Tensor | None:  # (batch, n, n)
-    """The C++ map; None without it, and where a matrix is not skew or not finite, which the torch path deals with."""
+    """The C++ map; None without it, and where a matrix is not skew or not finite, which the torch route deals with."""
     native = extension() if on_cpu(X) else None
     if native is None:
         return None

@@ -1,1 +1,1 @@
-"""Weights that pass through a ring of slots, so that memory is bounded by a budget and not by the model."""
+"""Weights that pass through a ring of buffers, so that memory is bounded by a budget and not by the model."""

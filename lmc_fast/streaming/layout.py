@@ -1,4 +1,4 @@
-"""How a unit's slots of both endpoints lie in one flat buffer, on disk and on the device alike."""
+"""How a segment's slots of both endpoints lie in one flat buffer, on disk and on the device alike."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ def head_rows(spec: Spec, itemsize: int, part_bytes: int | None = None) -> list[
     return [small + (i < more) for i in range(parts)]
 
 
-def unit_bytes(spec: Spec, itemsize: int, part_bytes: int | None = None) -> list[int]:
-    """Bytes of every unit of a pair: its blocks, then the parts of its head."""
+def segment_bytes(spec: Spec, itemsize: int, part_bytes: int | None = None) -> list[int]:
+    """Bytes of every segment of a pair: its blocks, then the parts of its head."""
     ends, _ = slot_shapes(spec)
     parts = []
     for rows in head_rows(spec, itemsize, part_bytes):

@@ -20,7 +20,7 @@ from ..checkpoints.weights import Weights
 from ..errors import LmcError
 from .layout import HEAD, Place, aligned, arrange, head_rows, memory, side_by_side, slot_shapes
 
-FORMAT, VERSION = "lmc_fast store", 2
+FORMAT, VERSION = "lmc_fast store", 3
 MEMBERS = [{"name": "a"}, {"name": "b"}]  # side by side in every file, in this order
 CHUNK = 8 << 20  # bytes read by one thread at a time, each with a checksum
 
@@ -116,7 +116,7 @@ class Writer:
             "family": self.spec.family,
             "dtype": dtype_name(self.dtype),
             "key": key,
-            "units": [self.blocks[i] for i in range(self.spec.layers)] + self.tables["head"].entries(),
+            "segments": [self.blocks[i] for i in range(self.spec.layers)] + self.tables["head"].entries(),
             "tables": tables,
         }
         index = json.loads(json.dumps(index))  # tuples become lists, as they will be read

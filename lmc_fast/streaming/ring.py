@@ -1,4 +1,4 @@
-"""The source of weights that holds a few units at a time: a ring of slots, filled ahead of the computation."""
+"""The source of weights that holds a few segments at a time: a ring of buffers, filled ahead of the computation."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Traffic:
 
     visits: int = 0
     loads: int = 0
-    bytes: int = 0  # of units, resident ones included
+    bytes: int = 0  # of segments, resident ones included
     row_bytes: int = 0  # of embedding rows
-    stall_seconds: float = 0.0  # the computation waited for a unit
+    stall_seconds: float = 0.0  # the computation waited for a segment
     read_seconds: float = 0.0  # files were being read
 
     def to_json(self) -> dict[str, Any]:
@@ -40,21 +40,21 @@ class Traffic:
 
 
 class _Ticket:
-    """One load: done when the unit is in its slot, or failed."""
+    """One load: done when the segment is in its buffer, or failed."""
 
-    def __init__(self, unit: int, slot: int):
-        self.unit, self.slot = unit, slot
+    def __init__(self, segment: int, buffer: int):
+        self.segment, self.buffer = segment, buffer
         self.done = Event()
         self.error: BaseException | None = None
 
 
 class Streamed:
-    """A Source that reads from a store into a ring of slots. Use it in a `with`: its threads and memory end there.
+    """A Source that reads from a store into a ring of buffers. Use it in a `with`: its threads and memory end there.
 
-    device: where the weights are wanted. slots: size of the ring (2: one to compute with, one to load). resident: units
-    that are loaded at once and stay. readers: threads that read. pinned: (CUDA) keep every unit in pinned main memory
-    instead of reading the file again. check: compare a unit's checksums the first time it is read. poison: fill a slot
-    with NaN when it is released, which shows a use after it.
+    device: where the weights are wanted. buffers: size of the ring (2: one to compute with, one to load). resident:
+    segments that are loaded at once and stay. readers: threads that read. pinned: (CUDA) keep every segment in pinned
+    main memory instead of reading the file again. check: compare a segment's checksums the first time it is read.
+    poison: fill a buffer with NaN when it is released, which shows a use after it.
 
     The views that `visit` yields are in the store's dtype, with the layout of layout.py; they must not be written to
     and are valid inside the `with` only. Visits come one at a time, in the order that `begin` announced.
@@ -66,7 +66,7 @@ class Streamed:
         self,
         store: Store,
         device: torch.device | str = "cpu",
-        slots: int = 2,
+        buffers: int = 2,
         resident: Collection[int] = (),
         readers: int = 2,
         pinned: bool = False,
@@ -76,12 +76,12 @@ class Streamed:
         self.store, self.spec, self.head_parts = store, store.spec, store.head_parts
         self.device, self.poison = torch.device(device), poison
         self.resident = frozenset(resident)
-        streamed = [size for unit, size in enumerate(store.unit_bytes) if unit not in self.resident]
-        self.slots = slots if streamed else 0
-        if streamed and slots < 1:
-            raise LmcError("units that are not resident need at least one slot")
+        streamed = [size for segment, size in enumerate(store.segment_bytes) if segment not in self.resident]
+        self.buffers = buffers if streamed else 0
+        if streamed and buffers < 1:
+            raise LmcError("segments that are not resident need at least one buffer")
         self._traffic = Traffic()
-        self._tickets: list[_Ticket | None] = [None] * self.slots
+        self._tickets: list[_Ticket | None] = [None] * self.buffers
         self._actions: deque[Action] = deque()
         self._jobs: SimpleQueue[_Ticket | None] = SimpleQueue()
         self._inside = self._closed = False
@@ -91,15 +91,15 @@ class Streamed:
             undo.callback(self._reader.close)
             self.transport: Direct | Copied = Direct(self._reader)
             if self.device.type == "cuda":
-                self.transport = Copied(self._reader, self.device, self.slots, max(store.unit_bytes), pinned)
+                self.transport = Copied(self._reader, self.device, self.buffers, max(store.segment_bytes), pinned)
             undo.callback(self.transport.close)
             self.ends: tuple[Slots, Slots] = self._to_device(store.ends())
-            self._ring = [self.transport.allocate(max(streamed)) for _ in range(self.slots)]
+            self._ring = [self.transport.allocate(max(streamed)) for _ in range(self.buffers)]
             self._kept: dict[int, Tensor] = {}
-            for unit in sorted(self.resident):
-                self._kept[unit] = self.transport.allocate(store.unit_bytes[unit])
-                self.transport.load_now(unit, self._kept[unit])
-                self._traffic.bytes += store.unit_bytes[unit]
+            for segment in sorted(self.resident):
+                self._kept[segment] = self.transport.allocate(store.segment_bytes[segment])
+                self.transport.load_now(segment, self._kept[segment])
+                self._traffic.bytes += store.segment_bytes[segment]
             undo.pop_all()
         self._loader.start()
 
@@ -128,37 +128,37 @@ class Streamed:
         return torch.empty(0, dtype=self.store.dtype, device=self.device)
 
     def begin(self, visits: Sequence[int]) -> None:
-        """Announces the units of the coming pass, in order. The pass after it is taken to be alike.
+        """Announces the segments of the coming pass, in order. The pass after it is taken to be alike.
 
-        What is in the slots, or on its way, is used again. A pass may be left before its end.
+        What is in the buffers, or on its way, is used again. A pass may be left before its end.
         """
         self._require_ready()
-        held = tuple(None if ticket is None else ticket.unit for ticket in self._tickets)
-        actions, _ = schedule(visits, self.slots, self.resident, held)
+        held = tuple(None if ticket is None else ticket.segment for ticket in self._tickets)
+        actions, _ = schedule(visits, self.buffers, self.resident, held)
         self._actions = deque(actions)
         self._issue()
 
     @contextmanager
-    def visit(self, unit: int) -> Iterator[tuple[Slots, Slots]]:
-        """A's and B's slots of a block, or of part unit - layers of the head; waits until they are there."""
+    def visit(self, segment: int) -> Iterator[tuple[Slots, Slots]]:
+        """A's and B's slots of a block, or of part segment - layers of the head; waits until they are there."""
         self._require_ready()
         action = self._actions.popleft() if self._actions else None
-        if not isinstance(action, Compute) or action.unit != unit:
+        if not isinstance(action, Compute) or action.segment != segment:
             self._actions.clear()
-            raise RuntimeError(f"visit of unit {unit}, but {action} comes next in the pass that was announced")
-        if action.slot is None:
-            buffer = self._kept[unit]
+            raise RuntimeError(f"visit of segment {segment}, but {action} comes next in the pass that was announced")
+        if action.buffer is None:
+            buffer = self._kept[segment]
         else:
-            self._await(action.slot)
-            buffer = self._ring[action.slot]
+            self._await(action.buffer)
+            buffer = self._ring[action.buffer]
         self._traffic.visits += 1
         self._inside = True
         try:
-            yield views(buffer, self.store.places(unit), self.store.dtype)
+            yield views(buffer, self.store.places(segment), self.store.dtype)
         finally:
             self._inside = False
-            if action.slot is not None:
-                self.transport.after_compute(action.slot)
+            if action.buffer is not None:
+                self.transport.after_compute(action.buffer)
         self._issue()
 
     def embed_rows(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,18 +191,18 @@ class Streamed:
         while self._actions and not isinstance(self._actions[0], Compute):
             action = self._actions.popleft()
             if isinstance(action, Load):
-                ticket = _Ticket(action.unit, action.slot)
-                self._tickets[action.slot] = ticket
+                ticket = _Ticket(action.segment, action.buffer)
+                self._tickets[action.buffer] = ticket
                 self._traffic.loads += 1
-                self._traffic.bytes += self.store.unit_bytes[action.unit]
+                self._traffic.bytes += self.store.segment_bytes[action.segment]
                 self._jobs.put(ticket)
             elif isinstance(action, Release) and self.poison:
-                self._await(action.slot)  # a load that is under way would overwrite it
-                self._ring[action.slot].fill_(POISON)
-                self.transport.after_compute(action.slot)
+                self._await(action.buffer)  # a load that is under way would overwrite it
+                self._ring[action.buffer].fill_(POISON)
+                self.transport.after_compute(action.buffer)
 
-    def _await(self, slot: int) -> None:
-        ticket = self._tickets[slot]
+    def _await(self, buffer: int) -> None:
+        ticket = self._tickets[buffer]
         assert ticket is not None
         if not ticket.done.is_set():
             began = time.perf_counter()
@@ -212,7 +212,7 @@ class Streamed:
             self._actions.clear()
             kind = LmcError if isinstance(ticket.error, LmcError) else RuntimeError
             raise kind(f"{ticket.error}") from ticket.error
-        self.transport.before_compute(slot)
+        self.transport.before_compute(buffer)
 
     def _load_all(self) -> None:
         """The loader's thread: one load after the other, in the order of the schedule. After a failure all fail."""
@@ -220,7 +220,7 @@ class Streamed:
         while (ticket := self._jobs.get()) is not None:
             try:
                 if failure is None:
-                    self.transport.load(ticket.unit, ticket.slot, self._ring[ticket.slot])
+                    self.transport.load(ticket.segment, ticket.buffer, self._ring[ticket.buffer])
             except BaseException as error:
                 failure = error
             ticket.error = failure

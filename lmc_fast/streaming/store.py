@@ -1,7 +1,7 @@
-"""A pair on disk in the form that the ring reads: one file per unit, both endpoints packed as in layout.py.
+"""A pair on disk in the form that the ring reads: one file per segment, both endpoints packed as in layout.py.
 
     index.json        format, version, members, fingerprint of the spec, dtype, key; files: places, size, checksums
-    block-00000.bin   one unit each, read as a whole: blocks, then head-00000.bin, ... (runs of vocabulary rows)
+    block-00000.bin   one segment each, read as a whole: blocks, then head-00000.bin, ... (runs of vocabulary rows)
     embed.bin         (V, 2, d): rows are read one by one
     lmc_fast.json     tells that the directory is ours
     ends.bin          what else lies outside the blocks; small, read at once
@@ -39,7 +39,7 @@ _MAKE_AGAIN = "delete the directory and make it again"
 class Store:
     """An open store: the index is in memory, the weights are on disk.
 
-    spec; dtype; path; key: what the maker wrote to recognise its work; layers, head_parts; unit_bytes: size of each.
+    spec; dtype; path; key: what the maker wrote to recognise its work; layers, head_parts; segment_bytes: size of each.
     """
 
     def __init__(self, path: Path, spec: Spec, index: dict[str, Any]):
@@ -47,8 +47,8 @@ class Store:
         self.dtype = _DTYPES[index["dtype"]]
         self.key: str = index["key"]
         self.layers = spec.layers
-        self.head_parts = len(index["units"]) - spec.layers
-        self.unit_bytes = [entry["bytes"] for entry in index["units"]]
+        self.head_parts = len(index["segments"]) - spec.layers
+        self.segment_bytes = [entry["bytes"] for entry in index["segments"]]
 
     @staticmethod
     def create(
@@ -101,7 +101,7 @@ class Store:
             raise LmcError(f"{file} belongs to a pair of another architecture; {_MAKE_AGAIN}")
         if key is not None and index["key"] != key:
             raise LmcError(f"{file} belongs to another pair or another preparation of it; {_MAKE_AGAIN}")
-        for entry in (*index["units"], *index["tables"].values()):
+        for entry in (*index["segments"], *index["tables"].values()):
             found = path / entry["file"]
             size = found.stat().st_size if found.is_file() else None
             if size != entry["bytes"]:
@@ -109,26 +109,26 @@ class Store:
                 raise LmcError(f"{found} {state}; {_MAKE_AGAIN}")
         return Store(path, spec, index)
 
-    def file(self, unit: int) -> Path:
-        return self.path / self._index["units"][unit]["file"]
+    def file(self, segment: int) -> Path:
+        return self.path / self._index["segments"][segment]["file"]
 
-    def places(self, unit: int) -> dict[str, Place]:
-        """Where the slots of a unit lie in its bytes."""
-        slots = self._index["units"][unit]["slots"]
+    def places(self, segment: int) -> dict[str, Place]:
+        """Where the slots of a segment lie in its bytes."""
+        slots = self._index["segments"][segment]["slots"]
         return {name: Place(offset, tuple(shape)) for name, (offset, shape) in slots.items()}
 
-    def chunks(self, unit: int, into: memoryview, check: bool = True) -> list[_Chunk]:
-        """The reads that fill `into` (unit_bytes[unit] bytes) with a unit: call each, in any order, on any thread.
+    def chunks(self, segment: int, into: memoryview, check: bool = True) -> list[_Chunk]:
+        """The reads that fill `into` (segment_bytes[segment] bytes) with a segment: call each, in any order and thread.
 
         check: compare checksums. A call raises LmcError that names the file for an I/O error, a short or corrupt file.
         """
-        return _chunks(self.path, self._index["units"][unit], into, check)
+        return _chunks(self.path, self._index["segments"][segment], into, check)
 
-    def read(self, unit: int, pool: Executor | None = None) -> tuple[Slots, Slots]:
-        """A unit in fresh memory, checked."""
-        buffer = torch.empty(self.unit_bytes[unit], dtype=torch.uint8)
-        read_all(self.chunks(unit, memory(buffer)), pool)
-        return views(buffer, self.places(unit), self.dtype)
+    def read(self, segment: int, pool: Executor | None = None) -> tuple[Slots, Slots]:
+        """A segment in fresh memory, checked."""
+        buffer = torch.empty(self.segment_bytes[segment], dtype=torch.uint8)
+        read_all(self.chunks(segment, memory(buffer)), pool)
+        return views(buffer, self.places(segment), self.dtype)
 
     def ends(self) -> tuple[Slots, Slots]:
         """A's and B's slots outside the blocks but embed and head, in fresh memory, checked."""
@@ -164,7 +164,7 @@ class Store:
 
     def verify(self) -> None:
         """Reads every byte and compares checksums. Raises LmcError that names the first bad file."""
-        for entry in (*self._index["units"], *self._index["tables"].values()):
+        for entry in (*self._index["segments"], *self._index["tables"].values()):
             scratch = bytearray(min(CHUNK, entry["bytes"]))
             for i, start in enumerate(range(0, entry["bytes"], CHUNK)):
                 into = memoryview(scratch)[: min(CHUNK, entry["bytes"] - start)]

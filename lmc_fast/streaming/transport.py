@@ -1,4 +1,4 @@
-"""Bringing a unit from the store into a slot: on the CPU straight from the file, on CUDA by way of pinned memory."""
+"""Bringing a segment from the store into a buffer: from the file itself on the CPU, by way of pinned memory on CUDA."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Stopped(Exception):
 
 
 class Reader:
-    """Reads units with several threads; checks each unit's checksums the first time."""
+    """Reads segments with several threads; checks each segment's checksums the first time."""
 
     def __init__(self, store: Store, threads: int, check: bool = True):
         self.store, self.check = store, check
@@ -29,12 +29,12 @@ class Reader:
         self._stopped = threading.Event()
         self._pool = ThreadPoolExecutor(threads, "read")
 
-    def fill(self, unit: int, into: memoryview) -> None:
-        """Returns when `into` holds the unit. Raises LmcError that names the file, or Stopped."""
+    def fill(self, segment: int, into: memoryview) -> None:
+        """Returns when `into` holds the segment. Raises LmcError that names the file, or Stopped."""
         began = time.perf_counter()
-        reads = self.store.chunks(unit, into, self.check and unit not in self._checked)
+        reads = self.store.chunks(segment, into, self.check and segment not in self._checked)
         read_all([self._unless_stopped(read) for read in reads], self._pool)
-        self._checked.add(unit)
+        self._checked.add(segment)
         self.seconds += time.perf_counter() - began
 
     def _unless_stopped(self, read: Any) -> Any:
@@ -55,7 +55,7 @@ class Reader:
 
 
 class Direct:
-    """Slots in main memory: the file is read into the slot itself."""
+    """Buffers in main memory: the file is read into the buffer itself."""
 
     def __init__(self, reader: Reader):
         self.reader = reader
@@ -66,22 +66,22 @@ class Direct:
         start = -raw.data_ptr() % ALIGNMENT
         return raw[start : start + size]
 
-    def load(self, unit: int, slot: int, buffer: Tensor) -> None:
-        """On the loader's thread: returns when the computation may be told that the unit is there."""
-        self.reader.fill(unit, memory(buffer[: self.reader.store.unit_bytes[unit]]))
+    def load(self, segment: int, index: int, buffer: Tensor) -> None:
+        """On the loader's thread: returns when the computation may be told that the segment is there."""
+        self.reader.fill(segment, memory(buffer[: self.reader.store.segment_bytes[segment]]))
 
-    def load_now(self, unit: int, buffer: Tensor) -> None:
-        """On the caller's thread: returns when the unit is there."""
-        self.load(unit, -1, buffer)
+    def load_now(self, segment: int, buffer: Tensor) -> None:
+        """On the caller's thread: returns when the segment is there."""
+        self.load(segment, -1, buffer)
 
-    def before_compute(self, slot: int) -> None:
+    def before_compute(self, index: int) -> None:
         """Called when `load` has returned and the computation is about to start."""
 
-    def after_compute(self, slot: int) -> None:
-        """Called when all work with the slot has been handed to the device."""
+    def after_compute(self, index: int) -> None:
+        """Called when all work with the buffer has been handed to the device."""
 
     def stall_seconds(self) -> float:
-        """Time that the device, not this process, waited for slots."""
+        """Time that the device, not this process, waited for buffers."""
         return 0.0
 
     def close(self) -> None:
@@ -102,17 +102,17 @@ class Pinned:
 
 
 class Copied:
-    """Slots on a CUDA device: file -> pinned memory -> slot, on a stream of its own.
+    """Buffers on a CUDA device: file -> pinned memory -> buffer, on a stream of its own.
 
-    Two events per slot: `copied` before the computation may read it, `computed` before a copy may overwrite it. keep:
-    every unit stays in pinned memory once it was read, else two staging buffers serve in turn.
+    Two events per buffer: `copied` before the computation may read it, `computed` before a copy may overwrite it. keep:
+    every segment stays in pinned memory once it was read, else two staging buffers serve in turn.
     """
 
-    def __init__(self, reader: Reader, device: torch.device, slots: int, staging_bytes: int, keep: bool = False):
+    def __init__(self, reader: Reader, device: torch.device, buffers: int, staging_bytes: int, keep: bool = False):
         self.reader, self.device, self.keep = reader, device, keep
         self._stream = torch.cuda.Stream(device)
-        self._copied = [torch.cuda.Event() for _ in range(slots)]
-        self._computed = [torch.cuda.Event() for _ in range(slots)]
+        self._copied = [torch.cuda.Event() for _ in range(buffers)]
+        self._computed = [torch.cuda.Event() for _ in range(buffers)]
         self._staging = [] if keep else [Pinned(staging_bytes) for _ in range(2)]
         self._emptied = [torch.cuda.Event() for _ in self._staging]
         self._turn = 0
@@ -126,41 +126,41 @@ class Copied:
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         return buffer
 
-    def load(self, unit: int, slot: int, buffer: Tensor) -> None:
-        size = self.reader.store.unit_bytes[unit]
-        source, emptied = self._read(unit, size)
+    def load(self, segment: int, index: int, buffer: Tensor) -> None:
+        size = self.reader.store.segment_bytes[segment]
+        source, emptied = self._read(segment, size)
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-            if slot >= 0:
-                self._stream.wait_event(self._computed[slot])
+            if index >= 0:
+                self._stream.wait_event(self._computed[index])
             buffer[:size].copy_(source[:size], non_blocking=True)
             if emptied is not None:
                 emptied.record(self._stream)
-            if slot >= 0:
-                self._copied[slot].record(self._stream)
+            if index >= 0:
+                self._copied[index].record(self._stream)
 
-    def _read(self, unit: int, size: int) -> tuple[Tensor, torch.cuda.Event | None]:
-        """The unit in pinned memory, and the event to record when it has been copied from there."""
+    def _read(self, segment: int, size: int) -> tuple[Tensor, torch.cuda.Event | None]:
+        """The segment in pinned memory, and the event to record when it has been copied from there."""
         if self.keep:
-            if unit not in self._kept:
-                self._kept[unit] = Pinned(size)
-                self.reader.fill(unit, memory(self._kept[unit].buffer))
-            return self._kept[unit].buffer, None
+            if segment not in self._kept:
+                self._kept[segment] = Pinned(size)
+                self.reader.fill(segment, memory(self._kept[segment].buffer))
+            return self._kept[segment].buffer, None
         turn, self._turn = self._turn, 1 - self._turn
         self._emptied[turn].synchronize()
-        self.reader.fill(unit, memory(self._staging[turn].buffer[:size]))
+        self.reader.fill(segment, memory(self._staging[turn].buffer[:size]))
         return self._staging[turn].buffer, self._emptied[turn]
 
-    def load_now(self, unit: int, buffer: Tensor) -> None:
-        self.load(unit, -1, buffer)
+    def load_now(self, segment: int, buffer: Tensor) -> None:
+        self.load(segment, -1, buffer)
         self._stream.synchronize()
-        if unit in self._kept:
-            self._kept.pop(unit).close()  # it is not loaded again
+        if segment in self._kept:
+            self._kept.pop(segment).close()  # it is not loaded again
 
-    def before_compute(self, slot: int) -> None:
+    def before_compute(self, index: int) -> None:
         stream = torch.cuda.current_stream(self.device)
         before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         before.record(stream)
-        stream.wait_event(self._copied[slot])
+        stream.wait_event(self._copied[index])
         after.record(stream)
         self._waits.append((before, after))
         while self._waits and self._waits[0][1].query():
@@ -169,8 +169,8 @@ class Copied:
     def _count(self, before: torch.cuda.Event, after: torch.cuda.Event) -> None:
         self._stalled += before.elapsed_time(after) / 1000
 
-    def after_compute(self, slot: int) -> None:
-        self._computed[slot].record(torch.cuda.current_stream(self.device))
+    def after_compute(self, index: int) -> None:
+        self._computed[index].record(torch.cuda.current_stream(self.device))
 
     def stall_seconds(self) -> float:
         torch.cuda.synchronize(self.device)

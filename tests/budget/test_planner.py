@@ -18,7 +18,7 @@ from lmc_fast.engine.block import block
 from lmc_fast.engine.passes import visit_order
 from lmc_fast.errors import LmcError
 from lmc_fast.sizes import parse_bytes, show_bytes
-from lmc_fast.streaming.layout import slot_shapes, unit_bytes
+from lmc_fast.streaming.layout import segment_bytes, slot_shapes
 from lmc_fast.streaming.schedule import steady_loads
 
 SLOW = Device("slow disk", "cpu", torch.float32, 1 << 40, 1e12, 1e9, "disk", base=300 << 20)
@@ -57,7 +57,7 @@ def test_more_memory_never_hurts_and_no_budget_is_exceeded(name, device):
             assert found.step_seconds <= before.step_seconds and found.share > 0
         before = found
     # everything stays: resident, or in the slots, where what is left fits into them
-    assert len(before.resident) + before.slots >= before.layers + before.head_parts
+    assert len(before.resident) + before.buffers >= before.layers + before.head_parts
     assert before.moved == 0 and before.share == 1 and before.tokens_to_hide == 0
 
 
@@ -80,11 +80,11 @@ def test_the_smallest_budget_works_and_one_byte_less_does_not(name, device, toke
 def test_moved_bytes_are_those_of_the_schedule(name):
     spec, job = spec_of(name), Job(512, 64)
     least = smallest_of(spec, job, SLOW)
-    units = unit_bytes(spec, 4)
+    segments = segment_bytes(spec, 4)
     for budget in (least, least * 5 // 4, least * 3 // 2):
         found = plan(spec, job, SLOW, budget)
-        loads = steady_loads(visit_order(found.layers, found.head_parts, learn=True), found.slots, found.resident)
-        assert found.moved == sum(units[unit] * count for unit, count in loads.items())
+        loads = steady_loads(visit_order(found.layers, found.head_parts, learn=True), found.buffers, found.resident)
+        assert found.moved == sum(segments[segment] * count for segment, count in loads.items())
         assert found.loads == sum(loads.values())
         assert found.transfer_seconds == found.moved / SLOW.bandwidth
 
@@ -99,10 +99,10 @@ def test_at_the_predicted_number_of_tokens_transfers_are_hidden(monkeypatch):
     assert plan(spec, many, device, 1 << 36).share == 1
 
 
-@pytest.mark.parametrize(("layers", "units"), [(1, 2), (2, 3), (5, 8), (8, 9), (33, 40)])
-def test_residents_are_spread(layers, units):
-    order = residency(layers, units)
-    assert sorted(order) == list(range(units)) and order[layers:] == list(range(layers, units))
+@pytest.mark.parametrize(("layers", "segments"), [(1, 2), (2, 3), (5, 8), (8, 9), (33, 40)])
+def test_residents_are_spread(layers, segments):
+    order = residency(layers, segments)
+    assert sorted(order) == list(range(segments)) and order[layers:] == list(range(layers, segments))
     for count in range(2, layers + 1):
         places = sorted(order[:count])
         gaps = [y - x for x, y in itertools.pairwise(places)]
@@ -136,11 +136,11 @@ def test_a_blocks_activations_are_not_underestimated(name, dtype):
 
 
 def test_ways_of_computing():
-    """The weight path needs fewer operations for many tokens, the activation path for few (crossover near 0.9 d)."""
+    """The weight route needs fewer operations for many tokens, the activation route for few (crossover near 0.9 d)."""
     spec = replace(spec_of("gpt_neox"), vocab=64)
     for tokens, cheaper in ((64, ACTIVATION), (1024, WEIGHT)):
         demand = Demand(spec, Job(tokens, 64), 4)
-        macs = {path: demand.macs(path, demand.job.sequences) for path in (ACTIVATION, WEIGHT)}
+        macs = {route: demand.macs(route, demand.job.sequences) for route in (ACTIVATION, WEIGHT)}
         assert min(macs, key=macs.get) == cheaper
 
 
@@ -149,7 +149,7 @@ def test_a_seven_billion_pair_on_one_gpu():
     found = plan(spec, Job(16_384, 512), profile("h100-80gb"), parse_bytes("8GiB"))
     assert found.total <= 8 << 30 and found.share >= 0.9 and found.strategy.boundaries_on_host
     everything = plan(spec, Job(16_384, 512), profile("h100-80gb"), parse_bytes("80GB"))
-    assert everything.slots == 0 and not everything.strategy.boundaries_on_host
+    assert everything.buffers == 0 and not everything.strategy.boundaries_on_host
 
 
 def test_what_is_shown():

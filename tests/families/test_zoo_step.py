@@ -45,13 +45,13 @@ def loss_of(w, data):
 def materialised(a, b, chart, items, text):
     """Mean over all predictions, through one interpolated model per item."""
     total, count = torch.zeros((), dtype=torch.float64), 0
-    for data, position in items:
-        w = lerp(a, chart.relative().apply(b), position)
+    for data, lam in items:
+        w = lerp(a, chart.relative().apply(b), lam)
         if text:
             loss = loss_of(w, data)
         else:
             student, one, two = (predictions(m, data) for m in (w, a, b))
-            aim = (1 - position) * one.softmax(1) + position * two.softmax(1)
+            aim = (1 - lam) * one.softmax(1) + lam * two.softmax(1)
             loss = F.kl_div(student.log_softmax(1), aim, reduction="batchmean")
         n = len(labels(data))
         total, count = total + loss * n, count + n
@@ -81,13 +81,13 @@ def test_gradients(name, case):
     a, b, chart, items = case(name)
     loss, gradients = materialised(a, b, chart, items, text=True)
     source = Resident(*paired(a, b))
-    for path in ("fused", "concat", "weight"):
+    for route in ("fused", "concat", "weight"):
         for keep in (False, True):
-            got, found = learn(source, [Item(*i) for i in items], chart, divergence=False, keep=keep, path=path)
+            got, found = learn(source, [Item(*i) for i in items], chart, divergence=False, keep=keep, route=route)
             assert abs(got.item() - loss.item()) <= 1e-12 * loss.abs().item()
             for key, expected in gradients.items():
                 error = (found[key] - expected).abs().max()
-                assert error <= 1e-10 * expected.abs().max() + 1e-14, (key, path, keep)
+                assert error <= 1e-10 * expected.abs().max() + 1e-14, (key, route, keep)
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)
@@ -111,12 +111,12 @@ def test_a_head_that_is_interpolated_as_weights(name, runs, case, monkeypatch):
     source.head_parts = runs
     for text in (True, False):
         loss, gradients = materialised(a, b, chart, items, text)
-        got, found = learn(source, [Item(*i) for i in items], chart, divergence=not text, path="weight")
+        got, found = learn(source, [Item(*i) for i in items], chart, divergence=not text, route="weight")
         assert abs(got.item() - loss.item()) <= 1e-11 * loss.abs().item()
         for key, expected in gradients.items():
             assert (found[key] - expected).abs().max() <= 1e-9 * expected.abs().max() + 1e-14, key
     data, point = items[0]
-    (score,) = evaluate(source, [Item(data, point)], chart, path="weight")
+    (score,) = evaluate(source, [Item(data, point)], chart, route="weight")
     with torch.no_grad():
         expected = loss_of(lerp(a, chart.relative().apply(b), point), data).item()
     assert abs(score.loss - expected) <= 1e-12 * abs(expected)
@@ -137,8 +137,8 @@ def test_evaluation(name, case):
 
 
 @pytest.mark.parametrize("name", ["neox", "llama"])
-@pytest.mark.parametrize("path", ["fused", "weight"])
-def test_weights_in_bfloat16_and_a_chart_in_float32(name, path, case):
+@pytest.mark.parametrize("route", ["fused", "weight"])
+def test_weights_in_bfloat16_and_a_chart_in_float32(name, route, case):
     """As on a GPU: no further from float64 than autograd through the line rounded to bfloat16."""
     a, b, chart, items = case(name)
     exact, gradients = materialised(a, b, chart, items, text=True)
@@ -147,13 +147,13 @@ def test_weights_in_bfloat16_and_a_chart_in_float32(name, path, case):
     for key, t in narrow.tensors.items():
         t.data.copy_(chart.tensors[key].detach())
     total, count = 0.0, 0
-    for data, position in items:
+    for data, lam in items:
         left, right = (w.to(torch.float32) for w in rounded)
-        line = lerp(left, narrow.relative().apply(right), position)
+        line = lerp(left, narrow.relative().apply(right), lam)
         n = len(labels(data))
         total, count = total + loss_of(line.to(torch.bfloat16), data).double() * n, count + n
     plain = torch.autograd.grad(total / count, list(narrow.tensors.values()))
-    got, found = learn(Resident(*rounded), [Item(*i) for i in items], narrow, divergence=False, path=path)
+    got, found = learn(Resident(*rounded), [Item(*i) for i in items], narrow, divergence=False, route=route)
     assert abs(got - exact) <= 2 * abs(total / count - exact) + 2e-2 * abs(exact)
     for (key, expected), reference in zip(gradients.items(), plain, strict=True):
         assert found[key].dtype == torch.float32

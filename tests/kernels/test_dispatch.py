@@ -1,4 +1,4 @@
-"""The choice of a path: counted far from the crossover, measured and cached near it, overridden by the environment."""
+"""The choice of a route: counted far from the crossover, measured and cached near it, overridden by the environment."""
 
 import json
 
@@ -13,7 +13,7 @@ HERE = (torch.float32, torch.device("cpu"))
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("LMC_FAST_PATH", raising=False)
+    monkeypatch.delenv("LMC_FAST_ROUTE", raising=False)
     dispatch.crossover_of.cache_clear()
     yield
     dispatch.crossover_of.cache_clear()
@@ -21,8 +21,8 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_far_from_the_crossover_counting_decides(keep):
-    assert dispatch.choose(16, 512, *HERE, keep).path == "fused"
-    assert dispatch.choose(512 * 8, 512, *HERE, keep).path == "weight"
+    assert dispatch.choose(16, 512, *HERE, keep).route == "fused"
+    assert dispatch.choose(512 * 8, 512, *HERE, keep).route == "weight"
     assert not dispatch.cache_file().exists()
 
 
@@ -30,8 +30,8 @@ def test_near_it_a_measurement_decides_once(monkeypatch):
     calls = []
     monkeypatch.setattr(dispatch, "measure_crossover", lambda *a: calls.append(a) or 2.0)
     for _ in range(2):
-        assert dispatch.choose(96, 64, *HERE).path == "fused"
-        assert dispatch.choose(150, 64, *HERE).path == "weight"
+        assert dispatch.choose(96, 64, *HERE).route == "fused"
+        assert dispatch.choose(150, 64, *HERE).route == "weight"
     dispatch.crossover_of.cache_clear()  # another process
     assert dispatch.choose(96, 64, *HERE).why.endswith("measured at 2.00")
     assert len(calls) == 1
@@ -43,7 +43,7 @@ def test_a_spoilt_cache_is_replaced(content, monkeypatch):
     dispatch.cache_file().parent.mkdir()
     dispatch.cache_file().write_text(content)
     monkeypatch.setattr(dispatch, "measure_crossover", lambda *a: 2.0)
-    assert dispatch.choose(96, 64, *HERE).path == "fused"
+    assert dispatch.choose(96, 64, *HERE).route == "fused"
     assert 2.0 in json.loads(dispatch.cache_file().read_text()).values()
 
 
@@ -53,8 +53,8 @@ def test_a_real_measurement_is_finite_and_positive():
 
 
 def test_environment_overrides(monkeypatch):
-    monkeypatch.setenv("LMC_FAST_PATH", "concat")
-    assert dispatch.choose(1, 512, *HERE).path == "concat"
-    monkeypatch.setenv("LMC_FAST_PATH", "teleport")
-    with pytest.raises(ValueError, match="LMC_FAST_PATH"):
+    monkeypatch.setenv("LMC_FAST_ROUTE", "concat")
+    assert dispatch.choose(1, 512, *HERE).route == "concat"
+    monkeypatch.setenv("LMC_FAST_ROUTE", "teleport")
+    with pytest.raises(ValueError, match="LMC_FAST_ROUTE"):
         dispatch.choose(1, 512, *HERE)

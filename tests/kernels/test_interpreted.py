@@ -36,8 +36,8 @@ from lmc_fast.kernels.enabled import engaged
 
 def use_the_engine():
     x = torch.eye(4)
-    for path in ("fused", "weight"):
-        assert torch.equal(lmc_fast.interp_linear(x, x, x, 0.5, left=torch.ones(4), right=x, path=path), x)
+    for route in ("fused", "weight"):
+        assert torch.equal(lmc_fast.interp_linear(x, x, x, 0.5, left=torch.ones(4), right=x, route=route), x)
     h = HeadLoss(HeadInputs([x], [1.0]), torch.arange(4), learn=True)
     h.whole(VocabChunk([x], None), [])
     return h.gradients[0]

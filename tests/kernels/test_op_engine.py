@@ -18,7 +18,7 @@ from lmc_fast.engine.head import HeadInputs, HeadLoss, VocabChunk
 from lmc_fast.engine.passes import Item
 from lmc_fast.engine.source import Resident, paired
 from lmc_fast.kernels import dual_gemm, enabled, head_maps, interpolate_weight, runtime, softmax_loss
-from lmc_fast.kernels.paths import interpolated
+from lmc_fast.kernels.routes import interpolated
 from lmc_fast.learning.step import learn
 from lmc_fast.symmetry import canonicalize
 from lmc_fast.symmetry.charts import Chart
@@ -83,7 +83,7 @@ def gradients(case_of, name: str, dtype: torch.dtype, **options) -> dict[str, to
     return {"loss": loss} | found
 
 
-EXPECTED = {  # what runs by path, beside the loss
+EXPECTED = {  # what runs by route, beside the loss
     ("neox", "fused"): {"dual_gemm", "head_maps"},
     ("neox", "concat"): {"head_maps"},
     ("neox", "weight"): set(),
@@ -94,13 +94,13 @@ EXPECTED = {  # what runs by path, beside the loss
 }
 
 
-@pytest.mark.parametrize("name, path", EXPECTED)
+@pytest.mark.parametrize("name, route", EXPECTED)
 @pytest.mark.parametrize("divergence", [True, False], ids=["divergence", "text"])
 @pytest.mark.parametrize("keep", [False, True], ids=["recomputed", "kept"])
-def test_gradients(name, path, divergence, keep, case_of, launched, monkeypatch):
-    options = {"divergence": divergence, "keep": keep, "path": path}
-    expected = EXPECTED[name, path] | {"softmax_loss"}
-    if (name, path, keep) == ("llama", "concat", False):
+def test_gradients(name, route, divergence, keep, case_of, launched, monkeypatch):
+    options = {"divergence": divergence, "keep": keep, "route": route}
+    expected = EXPECTED[name, route] | {"softmax_loss"}
+    if (name, route, keep) == ("llama", "concat", False):
         expected.add("dual_gemm")  # the forward pass without gradients: scaled units, whose gradient would cost more
     ours = gradients(case_of, name, torch.float32, **options)
     assert {n for n, count in launched.items() if count} == expected
@@ -118,11 +118,11 @@ def assert_near(ours: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, na
     assert error <= 2 * allowed + FLOOR * float(exact.norm()), f"{name}: {error:.3g}, plain torch {allowed:.3g}"
 
 
-@pytest.mark.parametrize("path", ["fused", "weight"])
-def test_evaluation(path, case_of, launched, monkeypatch):
+@pytest.mark.parametrize("route", ["fused", "weight"])
+def test_evaluation(route, case_of, launched, monkeypatch):
     def scores(dtype):
         source, items, chart = case_of("llama", dtype)
-        return evaluate(source, [Item(items[0].data, t) for t in (0.0, 0.4, 1.0)], chart, path)
+        return evaluate(source, [Item(items[0].data, t) for t in (0.0, 0.4, 1.0)], chart, route)
 
     ours = scores(torch.float32)
     assert launched["softmax_loss"]
@@ -179,7 +179,7 @@ def test_kernels_that_fail_warn_once_and_torch_takes_over(fresh, case_of, launch
     def fails(*_, **__):
         raise RuntimeError("no C compiler\nand more")
 
-    options = {"path": "fused", "keep": True}
+    options = {"route": "fused", "keep": True}
     with monkeypatch.context() as patch:
         patch.setattr(softmax_loss, "row_statistics", fails)
         with pytest.warns(RuntimeWarning, match=r"RuntimeError: no C compiler\).*LMC_FAST_KERNELS=0") as seen:

@@ -6,7 +6,7 @@ from kernels.checks import DEVICE, assert_as_good, values
 
 from lmc_fast.kernels import dual_gemm, enabled, head_maps, interpolate_weight
 from lmc_fast.kernels.interp_linear import interp_linear
-from lmc_fast.kernels.paths import interpolated
+from lmc_fast.kernels.routes import interpolated
 
 WIDTH = 24
 KINDS = ("none", "dense", "blocks", "scale", "permutation")
@@ -42,7 +42,7 @@ def outcomes(dtype, left, right, learned, function):
         "left": factor(left, draw),
         "right": factor(right, draw),
         "bias": draw(WIDTH),
-        "position": torch.tensor(0.3, dtype=torch.float64, device=DEVICE) if learned else 0.3,
+        "lam": torch.tensor(0.3, dtype=torch.float64, device=DEVICE) if learned else 0.3,
     }
     for name, t in given.items():
         if isinstance(t, torch.Tensor) and t.is_floating_point():
@@ -66,8 +66,8 @@ LAYERS = {"none": "dual_gemm", "permutation": "dual_gemm", "blocks": "head_maps"
 @pytest.mark.parametrize("left", KINDS)
 def test_two_products(left, learned, monkeypatch, launched):
     def layer(a, b, given):
-        y = interp_linear(given["x"], a, b, given["position"], path="fused", **{k: given[k] for k in rest})
-        return y, ("x", "position", *rest)
+        y = interp_linear(given["x"], a, b, given["lam"], route="fused", **{k: given[k] for k in rest})
+        return y, ("x", "lam", *rest)
 
     rest = ("left", "right", "bias")
     check(monkeypatch, left, "dense", learned, layer)
@@ -83,7 +83,7 @@ def test_two_products_without_gradients(left, right, monkeypatch, launched):
 
     def layer(dtype):
         cast = {k: None if t is None else t.to(dtype) for k, t in factors.items()}
-        return interp_linear(x.to(dtype), a.to(dtype), b.to(dtype), 0.3, path="fused", **cast)
+        return interp_linear(x.to(dtype), a.to(dtype), b.to(dtype), 0.3, route="fused", **cast)
 
     ours = layer(torch.float32)
     monkeypatch.setenv(enabled.SWITCH, "0")
@@ -95,7 +95,7 @@ def test_two_products_without_gradients(left, right, monkeypatch, launched):
 @pytest.mark.parametrize("left, right", [(k, "dense") for k in KINDS] + [("dense", k) for k in KINDS[:1] + KINDS[2:]])
 def test_matrix(left, right, learned, monkeypatch, launched):
     def matrix(a, b, given):
-        return interpolated(a, b, given["position"], given["left"], given["right"]), ("position", "left", "right")
+        return interpolated(a, b, given["lam"], given["left"], given["right"]), ("lam", "left", "right")
 
     check(monkeypatch, left, right, learned, matrix)
     kernel = {left, right} <= {"dense", "scale", "permutation"} and left != right
@@ -106,7 +106,7 @@ def test_matrix(left, right, learned, monkeypatch, launched):
 @pytest.mark.parametrize("left", ["dense", "scale"])
 def test_layer_by_a_transient_matrix(left, monkeypatch, launched):
     def layer(a, b, given):
-        y = interp_linear(given["x"], a, b, given["position"], path="weight", **{k: given[k] for k in rest})
+        y = interp_linear(given["x"], a, b, given["lam"], route="weight", **{k: given[k] for k in rest})
         return y, ("x", *rest)
 
     rest = ("left", "right", "bias")

@@ -186,7 +186,7 @@ def test_schedule_covers_every_block_once_an_epoch_and_the_whole_range():
     assert sorted(seen.tolist()) == sorted([*range(10), *range(10)])
     assert sorted(seen[:10].tolist()) == list(range(10))
     assert schedule.rows(3, 10).equal(Schedule(batch=4).rows(3, 10))
-    positions = sorted(schedule.position(step) for step in range(100))
+    positions = sorted(schedule.lam(step) for step in range(100))
     assert positions[0] >= 0.2 and positions[-1] <= 0.6
     assert max(y - x for x, y in pairwise(positions)) < 0.02
     assert schedule.rate(0) < schedule.rate(9) == 1 and math.isclose(schedule.rate(100), 0.02)

@@ -336,7 +336,7 @@ def _without_costs(report: bytes) -> dict:
     return found
 
 
-@pytest.mark.parametrize("name", ["LMC_FAST_PATH", "LMC_FAST_KERNELS", "LMC_FAST_GPU_SOLVERS"])
+@pytest.mark.parametrize("name", ["LMC_FAST_ROUTE", "LMC_FAST_KERNELS", "LMC_FAST_GPU_SOLVERS"])
 def test_a_setting_that_is_nonsense(name, pair, text, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv(name, "sideways")
     out = tmp_path / "out"

@@ -35,13 +35,13 @@ def deep(make_pair, tmp_path_factory):
     return store, a, b
 
 
-def expected(deep, unit):
+def expected(deep, segment):
     store, a, b = deep
-    if unit < store.layers:
-        return a.blocks[unit], b.blocks[unit]
+    if segment < store.layers:
+        return a.blocks[segment], b.blocks[segment]
     rows = [len(store.read(store.layers + p)[0]["head"]) for p in range(store.head_parts)]
-    start = sum(rows[: unit - store.layers])
-    return [{"head": w.ends["head"][start : start + rows[unit - store.layers]]} for w in (a, b)]
+    start = sum(rows[: segment - store.layers])
+    return [{"head": w.ends["head"][start : start + rows[segment - store.layers]]} for w in (a, b)]
 
 
 def same(found, wanted):
@@ -76,12 +76,12 @@ def erratic(monkeypatch):
 def test_every_visit_sees_its_unit(slots, resident, deep, erratic):
     store = deep[0]
     learn, look = visit_order(5, 4, learn=True), visit_order(5, 4, learn=False)
-    with Streamed(store, slots=slots, resident=resident, poison=True) as ring:
+    with Streamed(store, buffers=slots, resident=resident, poison=True) as ring:
         for visits in (learn, learn, look, look[:3], look, learn):
             ring.begin(visits)
-            for unit in visits:
-                with ring.visit(unit) as found:
-                    same(found, expected(deep, unit))
+            for segment in visits:
+                with ring.visit(segment) as found:
+                    same(found, expected(deep, segment))
                     for slot in found[0].values():
                         assert slot.dim() == 2 or slot.data_ptr() % ALIGNMENT == 0
         assert ring.traffic.visits == 3 * len(learn) + 2 * len(look) + 3
@@ -89,56 +89,56 @@ def test_every_visit_sees_its_unit(slots, resident, deep, erratic):
 
 def test_passes_may_be_left_and_visits_may_fail(deep, erratic):
     chance = random.Random(1)
-    with Streamed(deep[0], slots=2, poison=True) as ring:
+    with Streamed(deep[0], buffers=2, poison=True) as ring:
         for visits in [visit_order(5, 4, learn=True), visit_order(5, 4, learn=False)] * 6:
             ring.begin(visits)
             stop = chance.randrange(len(visits))
-            for i, unit in enumerate(visits):
+            for i, segment in enumerate(visits):
                 if i == stop and i % 2:
-                    with pytest.raises(ZeroDivisionError), ring.visit(unit):
+                    with pytest.raises(ZeroDivisionError), ring.visit(segment):
                         raise ZeroDivisionError
                     break
                 if i == stop:
                     break
-                with ring.visit(unit) as found:
-                    same(found, expected(deep, unit))
+                with ring.visit(segment) as found:
+                    same(found, expected(deep, segment))
 
 
 def test_traffic_is_what_the_schedule_says(deep):
     store, visits = deep[0], visit_order(5, 4, learn=True)
     per_pass = steady_loads(visits, 2, (1, 3))
-    with Streamed(store, slots=2, resident=(1, 3)) as ring:
+    with Streamed(store, buffers=2, resident=(1, 3)) as ring:
         counts = []
         for _ in range(4):
             ring.begin(visits)
-            for unit in visits:
-                with ring.visit(unit):
+            for segment in visits:
+                with ring.visit(segment):
                     pass
             counts.append((ring.traffic.loads, ring.traffic.bytes))
     assert counts[3][0] - counts[2][0] == sum(per_pass.values())
-    assert counts[3][1] - counts[2][1] == sum(store.unit_bytes[u] * n for u, n in per_pass.items())
+    assert counts[3][1] - counts[2][1] == sum(store.segment_bytes[u] * n for u, n in per_pass.items())
     assert ring.traffic.read_seconds > 0 and set(ring.traffic.to_json()) >= {"loads", "bytes", "stall_seconds"}
 
 
 def test_resident_units_are_loaded_once(deep):
-    with Streamed(deep[0], slots=2, resident=range(9)) as ring:
+    with Streamed(deep[0], buffers=2, resident=range(9)) as ring:
         for _ in range(3):
             ring.begin(range(9))
-            for unit in range(9):
-                with ring.visit(unit) as found:
-                    same(found, expected(deep, unit))
-        assert ring.traffic.loads == 0 and ring.traffic.bytes == sum(deep[0].unit_bytes) and ring.slots == 0
+            for segment in range(9):
+                with ring.visit(segment) as found:
+                    same(found, expected(deep, segment))
+        assert ring.traffic.loads == 0 and ring.traffic.bytes == sum(deep[0].segment_bytes) and ring.buffers == 0
 
 
 def test_a_slot_is_poisoned_when_it_is_released(deep):
     """Views that outlive their visit show it at the latest when their slot is given away."""
-    with Streamed(deep[0], slots=2, poison=True) as ring:
+    with Streamed(deep[0], buffers=2, poison=True) as ring:
         seen = []
         real = ring.transport.load
-        ring.transport.load = lambda unit, slot, buffer: (seen.append(buffer.clone()), real(unit, slot, buffer))
+        ring.transport.load = lambda segment, slot, buffer: (seen.append(buffer.clone()), real(segment, slot, buffer))
         ring.begin(visit_order(5, 4, learn=False))
-        for unit in visit_order(5, 4, learn=False):
-            with ring.visit(unit):
+        for segment in visit_order(5, 4, learn=False):
+            with ring.visit(segment):
                 pass
     later = seen[2:]  # the first two go into fresh slots
     assert len(later) >= 7
@@ -177,8 +177,8 @@ class InMemory:
     def begin(self, visits):
         pass
 
-    def visit(self, unit):
-        return nullcontext(self.blocks[unit])
+    def visit(self, segment):
+        return nullcontext(self.blocks[segment])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -190,7 +190,7 @@ def test_streamed_and_resident_agree_bit_for_bit(variant, dtype, make_store, err
     wanted = run(InMemory(a, b), x, positions, a.spec)
     assert all(t.isfinite().all() for t in wanted)
     for slots, resident in itertools.product((1, 2, 3), ((), (0,))):
-        with Streamed(store, slots=slots, resident=resident, poison=True) as ring:
+        with Streamed(store, buffers=slots, resident=resident, poison=True) as ring:
             assert all(map(torch.equal, run(ring, x, positions, a.spec), wanted))
 
 
@@ -206,9 +206,9 @@ def test_rows_and_ends(make_store):
 
 def visit_all(ring, passes=2):
     for _ in range(passes):
-        ring.begin(range(len(ring.store.unit_bytes)))
-        for unit in range(len(ring.store.unit_bytes)):
-            with ring.visit(unit):
+        ring.begin(range(len(ring.store.segment_bytes)))
+        for segment in range(len(ring.store.segment_bytes)):
+            with ring.visit(segment):
                 pass
 
 
@@ -286,8 +286,8 @@ def test_visits_out_of_order(make_store):
         ring.begin([0, 1])
         with ring.visit(0), pytest.raises(RuntimeError, match="one visit at a time"), ring.visit(1):
             pass
-    with pytest.raises(LmcError, match="at least one slot"):
-        Streamed(store, slots=0)
+    with pytest.raises(LmcError, match="at least one buffer"):
+        Streamed(store, buffers=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -296,14 +296,14 @@ def test_on_a_gpu(pinned, deep):
     """Copies run on a stream of their own: long kernels and many passes would show a missing wait."""
     store = deep[0]
     visits = visit_order(5, 4, learn=True)
-    with Streamed(store, "cuda", slots=2, resident=(1,), pinned=pinned, poison=True) as ring:
+    with Streamed(store, "cuda", buffers=2, resident=(1,), pinned=pinned, poison=True) as ring:
         results = []
         for _ in range(5):
             ring.begin(visits)
-            for unit in visits:
-                with ring.visit(unit) as found:
+            for segment in visits:
+                with ring.visit(segment) as found:
                     torch.cuda._sleep(1_000_000)
                     results.append([{name: t.clone() for name, t in slots.items()} for slots in found])
-        for unit, found in zip(visits * 5, results, strict=True):
-            same([{name: t.cpu() for name, t in slots.items()} for slots in found], expected(deep, unit))
+        for segment, found in zip(visits * 5, results, strict=True):
+            same([{name: t.cpu() for name, t in slots.items()} for slots in found], expected(deep, segment))
         assert ring.traffic.loads > 0

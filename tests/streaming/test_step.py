@@ -14,7 +14,7 @@ from lmc_fast.streaming.store import Store
 from lmc_fast.symmetry import canonicalize
 from lmc_fast.symmetry.charts import Chart
 
-PATHS = ("fused", "concat", "weight")
+ROUTES = ("fused", "concat", "weight")
 
 
 @pytest.fixture
@@ -34,29 +34,29 @@ def case(make_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("variant", ["neox", "gpt2-tied", "llama"])
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("divergence", [True, False])
-def test_streamed_is_resident_bit_for_bit(variant, path, divergence, case):
+def test_streamed_is_resident_bit_for_bit(variant, route, divergence, case):
     a, b, chart, items, store = case(variant, part_bytes=1 << 30)
     memory = Resident(*paired(a, b))
-    expected, gradients = learn(memory, items, chart, divergence=divergence, path=path)
-    scores = evaluate(memory, items, chart, path)
-    with Streamed(store, slots=2, poison=True) as source:
+    expected, gradients = learn(memory, items, chart, divergence=divergence, route=route)
+    scores = evaluate(memory, items, chart, route)
+    with Streamed(store, buffers=2, poison=True) as source:
         for _ in range(2):  # the second pass starts with what the first one left in the slots
-            loss, found = learn(source, items, chart, divergence=divergence, path=path)
+            loss, found = learn(source, items, chart, divergence=divergence, route=route)
             assert torch.equal(loss, expected)
             for name, gradient in gradients.items():
                 assert torch.equal(found[name], gradient), name
-            assert evaluate(source, items, chart, path) == scores
+            assert evaluate(source, items, chart, route) == scores
 
 
 @pytest.mark.parametrize("divergence", [True, False])
 def test_a_head_in_several_parts_changes_rounding_alone(divergence, case):
     a, b, chart, items, store = case("neox", part_bytes=2 * 24 * 4 * 16)
     assert store.head_parts > 1
-    expected, gradients = learn(Resident(a, b), items, chart, divergence=divergence, path="fused")
-    with Streamed(store, slots=2, poison=True) as source:
-        loss, found = learn(source, items, chart, divergence=divergence, path="fused")
+    expected, gradients = learn(Resident(a, b), items, chart, divergence=divergence, route="fused")
+    with Streamed(store, buffers=2, poison=True) as source:
+        loss, found = learn(source, items, chart, divergence=divergence, route="fused")
     assert abs(loss - expected) < 1e-6
     for name, gradient in gradients.items():
         assert (found[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max(), name

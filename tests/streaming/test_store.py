@@ -16,11 +16,11 @@ from lmc_fast.architectures import FAMILIES
 from lmc_fast.architectures.axes import END_SLOTS
 from lmc_fast.checkpoints import Model
 from lmc_fast.errors import LmcError
-from lmc_fast.kernels.paths import side_by_side
+from lmc_fast.kernels.routes import side_by_side
 from lmc_fast.output import OWNER, atomic_directory, marker
 from lmc_fast.streaming import packing
 from lmc_fast.streaming import store as store_module
-from lmc_fast.streaming.layout import ALIGNMENT, head_rows, slot_shapes, unit_bytes
+from lmc_fast.streaming.layout import ALIGNMENT, head_rows, segment_bytes, slot_shapes
 from lmc_fast.streaming.packing import fingerprint, pieces
 from lmc_fast.streaming.store import STORE_NAMES, Store
 
@@ -60,7 +60,7 @@ def test_everything_comes_back(variant, dtype, make_store, monkeypatch):
     store, a, b = make_store(variant, dtype)
     assert not a.spec.tied and store.dtype == dtype
     check_contents(store, a, b)
-    assert store.unit_bytes == unit_bytes(a.spec, dtype.itemsize)
+    assert store.segment_bytes == segment_bytes(a.spec, dtype.itemsize)
 
 
 @pytest.mark.parametrize("name", ["qwen2-moe", "bert-pretraining", "dinov2", "olmo", "clip-text"])
@@ -95,7 +95,7 @@ def test_ends_and_blocks_are_told_apart_as_in_the_tables(family):
 def test_the_head_in_parts(make_store):
     store, a, b = make_store("gpt2", part_bytes=2000)
     assert store.head_parts == len(head_rows(a.spec, 4, 2000)) > 3
-    assert max(store.unit_bytes[store.layers :]) <= 2000 and sum(head_rows(a.spec, 4, 2000)) == a.spec.vocab
+    assert max(store.segment_bytes[store.layers :]) <= 2000 and sum(head_rows(a.spec, 4, 2000)) == a.spec.vocab
     check_contents(store, a, b)
 
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from .enabled import engaged, fall_back
 
-PATHS = ("fused", "concat", "weight")
-Position = float | Tensor  # lambda; a 0-d tensor where its gradient is wanted
+ROUTES = ("fused", "concat", "weight")
+Lambda = float | Tensor  # lambda; a 0-d tensor where its gradient is wanted
 Rope = tuple[Tensor, Tensor]  # cos, sin (positions, rotary / 2)
 
 
@@ -31,53 +31,53 @@ def product(
     x: Tensor,
     a: Tensor,
     b: Tensor,
-    position: Position,
+    lam: Lambda,
     *,
     left: Tensor | None = None,
     right: Tensor | None = None,
     bias: Tensor | None = None,
     turned: Tensor | None = None,
-    path: str,
+    route: str,
 ) -> Tensor:
-    """y = x [(1 - λ) A + λ L B Rᵀ]ᵀ + bias along one of PATHS; everything else as in interp_linear."""
-    if path == "weight":
-        y = _Transient.apply(x, a, b, position, left, right)
+    """y = x [(1 - λ) A + λ L B Rᵀ]ᵀ + bias along one of ROUTES; everything else as in interp_linear."""
+    if route == "weight":
+        y = _Transient.apply(x, a, b, lam, left, right)
         return y if bias is None else y + bias
     z = turned if turned is not None else apply_right(x, right)
-    if path == "fused":
-        return _two_products(x, z, a, b, position, left, bias)
-    if path != "concat":
-        raise ValueError(f"path {path!r} is unknown; choose one of {', '.join(PATHS)}")
+    if route == "fused":
+        return _two_products(x, z, a, b, lam, left, bias)
+    if route != "concat":
+        raise ValueError(f"route {route!r} is unknown; choose one of {', '.join(ROUTES)}")
     both = side_by_side(a, b)
     if both is None or left is not None:
-        raise ValueError("the concat path needs A and B side by side in memory, and no L")
-    return F.linear(torch.cat([(1 - position) * x, position * z], dim=-1), both, bias)
+        raise ValueError("the concat route needs A and B side by side in memory, and no L")
+    return F.linear(torch.cat([(1 - lam) * x, lam * z], dim=-1), both, bias)
 
 
 def _two_products(
-    x: Tensor, z: Tensor, a: Tensor, b: Tensor, position: Position, left: Tensor | None, bias: Tensor | None
+    x: Tensor, z: Tensor, a: Tensor, b: Tensor, lam: Lambda, left: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     shape = (*x.shape[:-1], len(a))
     x, z = x.flatten(0, -2), z.flatten(0, -2)
-    y = _two_products_by_kernels(x, z, a, b, position, left, bias)
+    y = _two_products_by_kernels(x, z, a, b, lam, left, bias)
     if y is not None:
         return y.view(shape)
-    if isinstance(position, Tensor):
-        y = (1 - position) * (x @ a.mT) + position * apply_left(z @ b.mT, left)
+    if isinstance(lam, Tensor):
+        y = (1 - lam) * (x @ a.mT) + lam * apply_left(z @ b.mT, left)
         y = y if bias is None else y + bias
     elif left is None:
-        y = _scaled_product(x, a, 1 - position, bias).addmm_(z, b.mT, alpha=position)
+        y = _scaled_product(x, a, 1 - lam, bias).addmm_(z, b.mT, alpha=lam)
     else:
-        y = torch.add(_scaled_product(x, a, 1 - position, bias), apply_left(z @ b.mT, left), alpha=position)
+        y = torch.add(_scaled_product(x, a, 1 - lam, bias), apply_left(z @ b.mT, left), alpha=lam)
     return y.view(shape)
 
 
 def _two_products_by_kernels(
-    x: Tensor, z: Tensor, a: Tensor, b: Tensor, position: Position, left: Tensor | None, bias: Tensor | None
+    x: Tensor, z: Tensor, a: Tensor, b: Tensor, lam: Lambda, left: Tensor | None, bias: Tensor | None
 ) -> Tensor | None:
     """None where no Triton operation serves this L, or none is on."""
     if left is not None and left.dim() == 3:
-        return mapped_heads(x, z, a, b, position, left, bias, len(a) // left.shape[1], None)
+        return mapped_heads(x, z, a, b, lam, left, bias, len(a) // left.shape[1], None)
     # the gradient of a scale takes z Bᵀ, which dual_gemm does not keep, or a third product
     learned = left is not None and left.requires_grad and torch.is_grad_enabled()
     if learned or _is_dense(left) or a.stride(-1) != 1 or b.stride(-1) != 1:
@@ -87,7 +87,7 @@ def _two_products_by_kernels(
         return None
     from .dual_gemm import dual_linear
 
-    return dual_linear(x, a.detach(), z, b.detach(), _factors(position), bias, perm, scale)
+    return dual_linear(x, a.detach(), z, b.detach(), _factors(lam), bias, perm, scale)
 
 
 def mapped_heads(
@@ -95,7 +95,7 @@ def mapped_heads(
     z: Tensor,  # (T, K)
     a: Tensor,  # (N, K)
     b: Tensor,  # (N, K)
-    position: Position,
+    lam: Lambda,
     maps: Tensor | None,  # (G, e, e)
     bias: Tensor | None,  # (N,)
     heads: int,
@@ -113,12 +113,12 @@ def mapped_heads(
     if maps is not None and not fits(width, x):
         fall_back(f"maps of heads with {width} channels ({x.dtype}) do not fit this GPU's shared memory")
         return None
-    return head_maps(x @ a.mT, z @ b.mT, _factors(position), maps, bias, rope, heads)
+    return head_maps(x @ a.mT, z @ b.mT, _factors(lam), maps, bias, rope, heads)
 
 
-def _factors(position: Position) -> Tensor | tuple[float, float]:
+def _factors(lam: Lambda) -> Tensor | tuple[float, float]:
     """lambda as the Triton operations take it."""
-    return position if isinstance(position, Tensor) else (1 - position, position)
+    return lam if isinstance(lam, Tensor) else (1 - lam, lam)
 
 
 def _permutation_or_scale(factor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -133,26 +133,24 @@ def _scaled_product(x: Tensor, a: Tensor, share: float, bias: Tensor | None) -> 
     return torch.addmm(bias, x, a.mT, alpha=share)
 
 
-def interpolated(
-    a: Tensor, b: Tensor, position: Position, left: Tensor | None = None, right: Tensor | None = None
-) -> Tensor:
+def interpolated(a: Tensor, b: Tensor, lam: Lambda, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
     """W = (1 - λ) A + λ L B Rᵀ (N, K), differentiable; the last dense factor and the sum are one GEMM."""
     dense_left, dense_right = _is_dense(left), _is_dense(right)
-    by_kernel = _interpolated_by_kernel(a, b, position, left, right)
+    by_kernel = _interpolated_by_kernel(a, b, lam, left, right)
     if by_kernel is not None:
         return by_kernel
-    if isinstance(position, Tensor):
-        return (1 - position) * a + position * _rows(left, _rows(right, b.mT).mT)
+    if isinstance(lam, Tensor):
+        return (1 - lam) * a + lam * _rows(left, _rows(right, b.mT).mT)
     if dense_right:
-        return torch.addmm(a, _rows(left, b), right.mT, beta=1 - position, alpha=position)  # type: ignore[union-attr]
+        return torch.addmm(a, _rows(left, b), right.mT, beta=1 - lam, alpha=lam)  # type: ignore[union-attr]
     moved = b if right is None else _rows(right, b.mT).mT
     if dense_left:
-        return torch.addmm(a, left, moved, beta=1 - position, alpha=position)  # type: ignore[arg-type]
-    return torch.lerp(a, _rows(left, moved), position)
+        return torch.addmm(a, left, moved, beta=1 - lam, alpha=lam)  # type: ignore[arg-type]
+    return torch.lerp(a, _rows(left, moved), lam)
 
 
 def _interpolated_by_kernel(
-    a: Tensor, b: Tensor, position: Position, left: Tensor | None, right: Tensor | None
+    a: Tensor, b: Tensor, lam: Lambda, left: Tensor | None, right: Tensor | None
 ) -> Tensor | None:
     """One factor dense, the other a scale or a permutation: no scaled or permuted copy of B. None for other factors,
     for those that one GEMM serves as well, or where kernels.interpolate_weight is off."""
@@ -160,14 +158,14 @@ def _interpolated_by_kernel(
     if dense is None or not _is_dense(dense) or (other is not None and other.dim() != 1):
         return None
     perm, scale = _permutation_or_scale(other)
-    if (other is None and not isinstance(position, Tensor)) or not engaged("interpolate_weight", a, b, dense, scale):
+    if (other is None and not isinstance(lam, Tensor)) or not engaged("interpolate_weight", a, b, dense, scale):
         return None
     from .interpolate_weight import interpolate
 
-    a, b, lam = a.detach(), b.detach(), _factors(position)
+    a, b, factors = a.detach(), b.detach(), _factors(lam)
     if dense is right:
-        return interpolate(a, b, dense, lam, perm, scale)
-    return interpolate(a.mT, b.mT, dense, lam, perm, scale).mT
+        return interpolate(a, b, dense, factors, perm, scale)
+    return interpolate(a.mT, b.mT, dense, factors, perm, scale).mT
 
 
 def apply_right(x: Tensor, right: Tensor | None) -> Tensor:
@@ -227,12 +225,12 @@ class _Transient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a: Tensor, b: Tensor, position: Position, left: Tensor | None, right: Tensor | None
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, lam: Lambda, left: Tensor | None, right: Tensor | None
     ) -> Tensor:
-        moving = position if isinstance(position, Tensor) else None
-        ctx.position = position
+        moving = lam if isinstance(lam, Tensor) else None
+        ctx.lam = lam
         ctx.save_for_backward(x, a, b, moving, left, right)
-        return x @ interpolated(a, b, position, left, right).mT
+        return x @ interpolated(a, b, lam, left, right).mT
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -242,8 +240,8 @@ class _Transient(torch.autograd.Function):
         parameters = [None if p is None else p.detach() for p in saved]
         wanted = [p.requires_grad_() for p, need in zip(parameters, needed, strict=True) if p is not None and need]
         with torch.enable_grad():
-            position = ctx.position if parameters[0] is None else parameters[0]
-            w = interpolated(a, b, position, parameters[1], parameters[2])
+            lam = ctx.lam if parameters[0] is None else parameters[0]
+            w = interpolated(a, b, lam, parameters[1], parameters[2])
         dx = dy @ w.detach() if ctx.needs_input_grad[0] else None
         found: list[Tensor] = []
         if wanted:

@@ -28,13 +28,13 @@ from benchmarks.common import (
     write_csv,
     write_json,
 )
-from lmc_fast.backends import GPU_SOLVERS, backends
+from lmc_fast.implementations import GPU_SOLVERS, backends
 from lmc_fast.solvers import cayley, expm
 
 SOURCES = (
     "csrc",
     "lmc_fast/solvers",
-    "lmc_fast/backends.py",
+    "lmc_fast/implementations.py",
     "setup.py",
     "benchmarks/solvers.py",
     "benchmarks/common.py",

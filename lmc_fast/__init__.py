@@ -1,29 +1,77 @@
-"""lmc_fast: align two transformers so that a plain average of their weights is a good model."""
+"""lmc_fast: align two transformers so that a plain average of their weights is a good model.
 
-from . import importing  # isort: skip  # noqa: F401  (it takes signals while the rest, which is slow, is imported)
-from .alignment import Alignment
-from .backends import Backends, backends
-from .budget.meter import Meter
-from .budget.planner import Plan
-from .budget.stages import TooSmall
-from .checkpoints import Model
-from .data import read_data, read_tokens
-from .errors import Cancelled, LmcError
-from .evaluation import Curve, Difference
-from .examples import Examples
-from .images import read_images
-from .kernels.interp_linear import interp_linear
-from .learning.schedule import Schedule
-from .pair import Pair, open_pair
-from .pipeline.align import align
-from .pipeline.evaluate import barrier, verify
-from .pipeline.export import export, merge
-from .pipeline.inspection import Inspection, inspect, plan
-from .pipeline.progress import Progress
-from .pipeline.run import run
-from .solvers import cayley, expm, polar
-from .symmetry import Group, Transform
-from .version import __version__
+Each name is imported when it is first used: torch and transformers take seconds, which not everything needs.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import importing  # noqa: F401  (it takes signals while the rest, which is slow, is imported)
+
+if TYPE_CHECKING:
+    from .alignment import Alignment
+    from .budget.meter import Meter
+    from .budget.planner import Plan
+    from .budget.stages import TooSmall
+    from .checkpoints import Model
+    from .data import read_data, read_tokens
+    from .errors import Cancelled, LmcError
+    from .evaluation import Curve, Difference
+    from .examples import Examples
+    from .images import read_images
+    from .implementations import Backends, backends
+    from .kernels.interp_linear import interp_linear
+    from .learning.schedule import Schedule
+    from .pair import Pair, open_pair
+    from .pipeline.align import align
+    from .pipeline.evaluate import barrier, verify
+    from .pipeline.export import export, merge
+    from .pipeline.inspection import Inspection, inspect, plan
+    from .pipeline.progress import Progress
+    from .pipeline.run import run
+    from .solvers import cayley, expm, polar
+    from .symmetry import Group, Transform
+    from .version import __version__
+
+_HOMES = {
+    "Alignment": "alignment",
+    "Backends": "implementations",
+    "Cancelled": "errors",
+    "Curve": "evaluation",
+    "Difference": "evaluation",
+    "Examples": "examples",
+    "Group": "symmetry",
+    "Inspection": "pipeline.inspection",
+    "LmcError": "errors",
+    "Meter": "budget.meter",
+    "Model": "checkpoints",
+    "Pair": "pair",
+    "Plan": "budget.planner",
+    "Progress": "pipeline.progress",
+    "Schedule": "learning.schedule",
+    "TooSmall": "budget.stages",
+    "Transform": "symmetry",
+    "__version__": "version",
+    "align": "pipeline.align",
+    "backends": "implementations",
+    "barrier": "pipeline.evaluate",
+    "cayley": "solvers",
+    "expm": "solvers",
+    "export": "pipeline.export",
+    "inspect": "pipeline.inspection",
+    "interp_linear": "kernels.interp_linear",
+    "merge": "pipeline.export",
+    "open_pair": "pair",
+    "plan": "pipeline.inspection",
+    "polar": "solvers",
+    "read_data": "data",
+    "read_images": "images",
+    "read_tokens": "data",
+    "run": "pipeline.run",
+    "verify": "pipeline.evaluate",
+}  # where each public name comes from
 
 __all__ = [
     "Alignment",
@@ -62,6 +110,16 @@ __all__ = [
     "run",
     "verify",
 ]
+
+
+if not TYPE_CHECKING:  # which would take every name for one of these
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        globals()[name] = value  # the next time it is found at once
+        return value
 
 
 def __dir__() -> list[str]:

@@ -105,7 +105,7 @@ def test_a_signal_while_libraries_are_imported_ends_in_one_line(number, tmp_path
     slow.write_text(f"import pathlib, time; pathlib.Path({str(tmp_path / 'here')!r}).touch(); time.sleep(60)")
     root = str(Path(__file__).parents[1])
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{root}"}
-    process = subprocess.Popen([*COMMAND, "--version"], stderr=subprocess.PIPE, text=True, env=environment, cwd=root)
+    process = subprocess.Popen([*COMMAND, "inspect", "x"], stderr=subprocess.PIPE, text=True, env=environment, cwd=root)
     while not (tmp_path / "here").exists() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(number)

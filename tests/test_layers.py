@@ -15,7 +15,7 @@ LAYERS = [
     "importing",
     "examples",
     "kernels",
-    "backends",
+    "implementations",
     "solvers",
     "architectures",
     "checkpoints",

@@ -1,8 +1,13 @@
 """What `import lmc_fast` offers: names, types, short representations, and inspect and plan as functions."""
 
+import argparse
+import ast
 import inspect as python_inspect
 import json
-from importlib import resources
+import pkgutil
+import subprocess
+import sys
+from importlib import import_module, resources
 from pathlib import Path
 from types import ModuleType
 
@@ -10,6 +15,7 @@ import pytest
 
 import lmc_fast as lmc
 from lmc_fast.cli import main
+from lmc_fast.cli.arguments import parser
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,6 +32,27 @@ def test_only_public_names_show():
         assert not isinstance(found, ModuleType), name
         assert isinstance(found, str) or python_inspect.getdoc(found), name
     assert callable(lmc.backends) and callable(lmc.inspect) and callable(lmc.plan)
+
+
+def test_names_are_imported_when_they_are_used():
+    tree = ast.parse(Path(lmc.__file__).read_text())
+    (block,) = [n for n in tree.body if isinstance(n, ast.If) and isinstance(n.test, ast.Name)]
+    assert sorted(alias.name for line in block.body for alias in line.names) == sorted(lmc.__all__)
+    modules = {module.name for module in pkgutil.iter_modules(lmc.__path__)}
+    assert not modules & set(lmc.__all__)  # importing a module would put it in the place of the name
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        lmc.nonsense  # noqa: B018
+    for started in ("import lmc_fast", "from lmc_fast.cli.arguments import parser; parser().format_help()"):
+        script = f"import sys; {started}; print(sorted({{'torch', 'transformers', 'numpy'}} & set(sys.modules)))"
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+        assert done.stdout == "[]\n"
+
+
+def test_every_command_is_there():
+    (commands,) = [action for action in parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    for sub in commands.choices.values():
+        module, function = sub.get_default("function")
+        assert callable(getattr(import_module(f"lmc_fast.cli.{module}"), function))
 
 
 def test_what_functions_hand_out_is_public(paths, tokens):

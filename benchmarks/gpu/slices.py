@@ -34,7 +34,13 @@ SLICES = {
         "solvers",
         "cayley and expm beside torch.linalg",
         8.2,
-        ("lmc_fast/solvers", "lmc_fast/backends.py", "csrc", "benchmarks/solvers.py", "benchmarks/gpu/solvers.py"),
+        (
+            "lmc_fast/solvers",
+            "lmc_fast/implementations.py",
+            "csrc",
+            "benchmarks/solvers.py",
+            "benchmarks/gpu/solvers.py",
+        ),
     ),
     "step": Slice(
         "step",

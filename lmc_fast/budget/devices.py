@@ -9,6 +9,7 @@ import torch
 
 from ..errors import LmcError
 from .meter import UNCERTAIN, available_memory, counted_bytes, resident_bytes
+from .profiles import SHEETS
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,9 @@ class Device:
         return self.dtype.itemsize
 
 
-_BF16, _FP16 = torch.bfloat16, torch.float16
-# flops: about 60 % of the data sheet's dense peak (4090: 75 %, T4: 40 %), bandwidth: about 80 % of the link's
 PROFILES = {
-    d.name: d
-    for d in (
-        Device("h100-80gb", "cuda", _BF16, 80 * 10**9, 600e12, 52e9, "pinned memory, PCIe 5 x16 (assumed)"),
-        Device("h200", "cuda", _BF16, 141 * 10**9, 600e12, 52e9, "pinned memory, PCIe 5 x16 (assumed)"),
-        Device("rtx4090", "cuda", _BF16, 24 * 10**9, 120e12, 25e9, "pinned memory, PCIe 4 x16 (assumed)"),
-        Device("t4", "cuda", _FP16, 15 * 10**9, 26e12, 12e9, "pinned memory, PCIe 3 x16 (assumed)"),
-    )
+    name: Device(name, "cuda", getattr(torch, sheet.dtype), sheet.memory, sheet.flops, sheet.bandwidth, sheet.source)
+    for name, sheet in SHEETS.items()
 }
 ASSUMED_DISK = 1e9  # bytes per second, where nothing was measured
 

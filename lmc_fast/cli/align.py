@@ -18,8 +18,6 @@ from ..pipeline.run_directory import RunDirectory
 from ..sizes import parse_bytes, show_bytes
 from .console import Console, unit_of
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 
 def align_command(args: argparse.Namespace, console: Console) -> int:
     args.memory = None if args.memory is None else parse_bytes(args.memory)
@@ -62,7 +60,7 @@ def _align(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             activations=args.activations,
             device=args.device,
             memory=args.memory,
-            dtype=DTYPES.get(args.dtype),
+            dtype=args.dtype and getattr(torch, args.dtype),
             resume=args.resume,
             progress=shown,
         )

@@ -1,17 +1,15 @@
-"""Which arguments lmc-fast takes."""
+"""Which arguments lmc-fast takes; read and shown without torch, which takes seconds to import."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 
-from ..budget.devices import PROFILES
-from ..learning.schedule import OBJECTIVES, Schedule
+from ..budget.profiles import SHEETS
+from ..learning.schedule import CLOSED_FORMS, METHODS, OBJECTIVES, Schedule
 from ..output import user_path
-from ..pipeline.align import METHODS
 from ..version import __version__
-from .align import DTYPES, align_command
-from .commands import barrier_command, inspect_command, merge_command, plan_command, verify_command
+
+DTYPES = ("float32", "float16", "bfloat16")  # that can be written
 
 EXIT_CODES = """exit codes:
   0    done
@@ -32,9 +30,10 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--version", action="version", version=f"lmc-fast {__version__}")
     commands = whole.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name: str, function: Callable[..., int], text: str, *models: str) -> argparse.ArgumentParser:
+    def command(name: str, text: str, *models: str, module: str = "commands") -> argparse.ArgumentParser:
+        """module: of this package, whose NAME_command does the work; imported when the command is run."""
         sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(function=function)
+        sub.set_defaults(function=(module, f"{name}_command"))
         for model in models:
             sub.add_argument(
                 model.strip("?"), nargs="?" if model.endswith("?") else None, metavar=model.strip("?").upper()
@@ -53,10 +52,14 @@ def parser() -> argparse.ArgumentParser:
     text = (
         "show what a checkpoint is, which of its symmetries can be used and why, and whether B can be aligned with it"
     )
-    command("inspect", inspect_command, text, "a", "b?")
+    command("inspect", text, "a", "b?")
 
     sub = command(
-        "align", align_command, "align two checkpoints; write both with changed weights that compute the same", "a", "b"
+        "align",
+        "align two checkpoints; write both with changed weights that compute the same",
+        "a",
+        "b",
+        module="align",
     )
     sub.add_argument(
         "--data",
@@ -73,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
         "--test", type=user_path, help="text or images to measure the curves on (default: what --val says)"
     )
     sub.add_argument("--out", required=True, type=user_path, help="directory to create")
-    sub.add_argument("--method", choices=METHODS, default="dual", help="how to align (default: dual)")
+    sub.add_argument("--method", choices=(*METHODS, *CLOSED_FORMS), default="dual", help="how to align (default: dual)")
     sub.add_argument("--steps", type=positive_integer, help=f"steps of learning (default: {Schedule.steps})")
     sub.add_argument("--batch", type=positive_integer, help=f"sequences per step (default: {Schedule.batch})")
     sub.add_argument("--length", "--block", type=positive_integer, help="tokens per sequence (default: 128)")
@@ -108,13 +111,12 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command(
         "plan",
-        plan_command,
         "show how a pair would be learned within a memory budget and how long a step takes; no weights are read",
         "a",
         "b",
     )
     sub.add_argument("--memory", required=True, help="the budget: 8GiB, 3GB, 512MiB or a number of bytes")
-    names = ", ".join(PROFILES)
+    names = ", ".join(SHEETS)
     sub.add_argument(
         "--device-profile",
         default="here",
@@ -123,12 +125,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--tokens", type=positive_integer, help=f"tokens per step (default: {Schedule.batch} sequences)")
     sub.add_argument("--length", "--block", type=positive_integer, help="tokens per sequence (default: 128)")
 
-    sub = command("merge", merge_command, "write the weighted average of two checkpoints", "a", "b")
+    sub = command("merge", "write the weighted average of two checkpoints", "a", "b")
     sub.add_argument("--weight", type=float, default=0.5, help="share of B (default: 0.5)")
     sub.add_argument("--out", required=True, type=user_path, help="directory to create")
 
     sub = command(
-        "barrier", barrier_command, "measure the loss along the straight line between two checkpoints", "a", "b"
+        "barrier",
+        "measure the loss along the straight line between two checkpoints",
+        "a",
+        "b",
     )
     sub.add_argument("--data", required=True, type=user_path, help="held-out text or images, as for align")
     sub.add_argument("--alignment", type=user_path, help="alignment.safetensors of the pair, to be applied first")
@@ -137,7 +142,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--length", "--block", type=positive_integer, help="tokens per sequence (default: 128)")
     sub.add_argument("--out", type=user_path, nargs="+", help="files to write: curve.json, curve.png")
 
-    sub = command("verify", verify_command, "check whether two checkpoints compute the same function", "a", "b")
+    sub = command("verify", "check whether two checkpoints compute the same function", "a", "b")
     sub.add_argument("--data", type=user_path, help="text or images to compare on (default: random tokens or images)")
     sub.add_argument("--memory", help=limit)
     return whole

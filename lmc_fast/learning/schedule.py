@@ -7,15 +7,16 @@ import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ..errors import LmcError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 OBJECTIVES = ("endpoints", "text")
 METHODS = {"dual": 2, "one-sided": 1}  # that learn, and how many endpoints they move
+CLOSED_FORMS = ("activation", "weight")  # methods without gradients
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _SEEDS = 1 << 32
 _FASTEST = 100.0  # radians, or e-folds, in one step: more is a slip of the pen, and overflows
@@ -128,6 +129,8 @@ class Schedule:
 
     def rows(self, step: int, count: int) -> Tensor:
         """Which of `count` sequences a step reads: every epoch a new permutation, determined by seed and step."""
+        import torch  # here: the command shows its options without it
+
         wanted = range(step * self.batch, (step + 1) * self.batch)
         orders = {}
         for epoch in range(wanted[0] // count, wanted[-1] // count + 1):

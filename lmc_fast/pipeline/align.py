@@ -26,8 +26,8 @@ from ..examples import Data, inputs_of
 from ..interrupts import uninterrupted
 from ..learning import parallel
 from ..learning.learner import History, Learner, NonFiniteLoss
+from ..learning.schedule import CLOSED_FORMS, Schedule
 from ..learning.schedule import METHODS as LEARNING
-from ..learning.schedule import Schedule
 from ..matching.activations import STATISTICS_NAMES, gather_statistics
 from ..matching.balance import balance
 from ..matching.closed_form import MAX_ROUNDS, Evidence, match
@@ -45,7 +45,7 @@ from .resume import made_from, require_same_run
 from .room import require_room
 from .run_directory import STATISTICS
 
-METHODS = (*LEARNING, "activation", "weight")
+METHODS = (*LEARNING, *CLOSED_FORMS)
 STATISTICS_TOKENS = 32_768  # enough for cross-covariances; more changes the matching little
 MOST_ACTIVATIONS = 1e6  # times the evidence of the weights
 VALIDATION_SEQUENCES = 64

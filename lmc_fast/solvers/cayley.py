@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from lmc_fast.backends import extension, triton_takes
+from lmc_fast.implementations import extension, triton_takes
 from lmc_fast.solvers import cayley_torch, pairs
 from lmc_fast.solvers.checks import as_batch, on_cpu, once_differentiable, suffix
 

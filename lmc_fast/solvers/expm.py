@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lmc_fast.backends import extension, triton_takes
+from lmc_fast.implementations import extension, triton_takes
 from lmc_fast.solvers import expm_torch, pairs
 from lmc_fast.solvers.checks import (
     as_batch,

@@ -2,18 +2,16 @@
 
 import subprocess
 import sys
-from importlib import import_module
 
 import pytest
 import torch
 from solvers.references import DTYPES, SIZES, cayley_lu, error, expm_scipy, general, skew
 
+from lmc_fast import implementations
 from lmc_fast.solvers import cayley, expm
 
-backends = import_module("lmc_fast.backends")  # the function of that name hides the module
-
 SOLVERS = {"cayley": (cayley, cayley_lu), "expm": (expm, expm_scipy)}
-native = backends.extension()
+native = implementations.extension()
 needs_extension = pytest.mark.skipif(native is None, reason="the C++ solvers are not built")
 
 
@@ -207,10 +205,10 @@ def test_nothing_is_written_outside(n):
 
 @pytest.fixture
 def without_extension(monkeypatch):
-    monkeypatch.setattr(backends, "import_extension", lambda: None)
-    backends.extension.cache_clear()
+    monkeypatch.setattr(implementations, "import_extension", lambda: None)
+    implementations.extension.cache_clear()
     yield
-    backends.extension.cache_clear()
+    implementations.extension.cache_clear()
 
 
 def test_without_the_extension_one_warning_and_the_same_results(without_extension):
@@ -218,7 +216,7 @@ def test_without_the_extension_one_warning_and_the_same_results(without_extensio
     with pytest.warns(RuntimeWarning, match="not built") as caught:
         results = {name: forward_backward(f, X, G) for name, (f, _) in SOLVERS.items()}
     assert len([w for w in caught if w.category is RuntimeWarning]) == 1
-    assert backends.backends().cpu == "torch" and backends.backends().isa == "none"
+    assert implementations.backends().cpu == "torch" and implementations.backends().isa == "none"
     for name, (_, reference) in SOLVERS.items():
         assert error(results[name][0], reference(X)) < 1e-14
     for f, plain, got in ((cayley, cayley_lu, results["cayley"]), (expm, torch.linalg.matrix_exp, results["expm"])):

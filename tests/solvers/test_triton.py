@@ -4,20 +4,19 @@ both kinds of test run in processes of their own, whatever else this one has imp
 import os
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
-native = import_module("lmc_fast.backends")  # the function of that name hides the module
+from lmc_fast import implementations
 
 TESTS = Path(__file__).resolve().parent
-needs_triton = pytest.mark.skipif(not native.backends().triton, reason="triton is not installed")
+needs_triton = pytest.mark.skipif(not implementations.backends().triton, reason="triton is not installed")
 
 
 def run(command: list[str], **environment: str) -> None:
-    kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", native.GPU_SOLVERS)}
+    kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", implementations.GPU_SOLVERS)}
     done = subprocess.run(
         [sys.executable, *command], env=kept | environment, cwd=TESTS.parent.parent, capture_output=True, text=True
     )
@@ -35,7 +34,7 @@ def test_kernels(file, interpret):
 
 
 def test_importing_the_package_does_not_import_triton():
-    imports = "import sys, lmc_fast.backends, lmc_fast.solvers; "
+    imports = "import sys, lmc_fast.implementations, lmc_fast.solvers; "
     run(["-c", imports + "sys.exit('lmc_fast.solvers.triton_matrices' in sys.modules)"])
 
 
@@ -51,35 +50,35 @@ class OnGpu:
 @pytest.fixture
 def cuda_build(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.delenv(native.GPU_SOLVERS, raising=False)
+    monkeypatch.delenv(implementations.GPU_SOLVERS, raising=False)
     return monkeypatch
 
 
 def test_which_tensors_triton_takes(cuda_build):
-    cuda_build.setattr(native, "has_triton", lambda: True)
-    assert native.triton_takes(OnGpu(64)) and native.triton_takes(OnGpu(1))
-    assert not native.triton_takes(OnGpu(65))
-    assert not native.triton_takes(OnGpu(0))
-    assert not native.triton_takes(OnGpu(8, batch=0))
-    assert not native.triton_takes(OnGpu(8, torch.float64))
-    assert not native.triton_takes(torch.zeros(3, 8, 8))
+    cuda_build.setattr(implementations, "has_triton", lambda: True)
+    assert implementations.triton_takes(OnGpu(64)) and implementations.triton_takes(OnGpu(1))
+    assert not implementations.triton_takes(OnGpu(65))
+    assert not implementations.triton_takes(OnGpu(0))
+    assert not implementations.triton_takes(OnGpu(8, batch=0))
+    assert not implementations.triton_takes(OnGpu(8, torch.float64))
+    assert not implementations.triton_takes(torch.zeros(3, 8, 8))
     cuda_build.setattr(torch.version, "cuda", None)  # a ROCm build also says is_cuda
-    assert not native.triton_takes(OnGpu(8))
+    assert not implementations.triton_takes(OnGpu(8))
 
 
 def test_the_environment_chooses(cuda_build):
-    cuda_build.setattr(native, "has_triton", lambda: True)
-    assert native.backends().gpu.startswith("Triton")
-    cuda_build.setenv(native.GPU_SOLVERS, "torch")
-    assert native.backends().gpu == "torch" and not native.triton_takes(OnGpu(8))
-    cuda_build.setenv(native.GPU_SOLVERS, "cublas")
+    cuda_build.setattr(implementations, "has_triton", lambda: True)
+    assert implementations.backends().gpu.startswith("Triton")
+    cuda_build.setenv(implementations.GPU_SOLVERS, "torch")
+    assert implementations.backends().gpu == "torch" and not implementations.triton_takes(OnGpu(8))
+    cuda_build.setenv(implementations.GPU_SOLVERS, "cublas")
     with pytest.raises(ValueError, match='"cublas"; expected'):
-        native.triton_takes(OnGpu(8))
+        implementations.triton_takes(OnGpu(8))
 
 
 def test_without_triton_the_torch_formulation(cuda_build):
-    cuda_build.setattr(native, "has_triton", lambda: False)
-    assert native.backends().gpu == "torch" and not native.triton_takes(OnGpu(8))
-    cuda_build.setenv(native.GPU_SOLVERS, "triton")
+    cuda_build.setattr(implementations, "has_triton", lambda: False)
+    assert implementations.backends().gpu == "torch" and not implementations.triton_takes(OnGpu(8))
+    cuda_build.setenv(implementations.GPU_SOLVERS, "triton")
     with pytest.raises(ValueError, match="not installed"):
-        native.triton_takes(OnGpu(8))
+        implementations.triton_takes(OnGpu(8))

@@ -80,7 +80,7 @@ def variants(width: int, tokens: Tensor) -> dict[str, Callable[[], object]]:
     spec = spec_of(width)
     a, b = random_weights(spec, 1), random_weights(spec, 2)
     source = Resident(*paired(a, b))
-    a, b = source.a, source.b
+    a, b = source.members
     generator = torch.Generator().manual_seed(3)
     charts = {}
     for sides in (1, 2):

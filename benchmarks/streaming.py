@@ -127,8 +127,8 @@ def random_pieces(spec: Spec) -> Iterator[Piece]:
     for i in range(spec.layers):
         a, b = (random_weights(replace(spec, layers=1), seed + 2 * i) for seed in (1, 2))
         if i == 0:
-            yield "ends", a.ends, b.ends
-        yield i, a.blocks[0], b.blocks[0]
+            yield "ends", (a.ends, b.ends)
+        yield i, (a.blocks[0], b.blocks[0])
 
 
 def random_chart(spec: Spec) -> Chart:

@@ -73,8 +73,8 @@ class Planted:
             scale = 3 * spec.width**-0.5 if name == "rotation" else size * t.shape[-1] ** -0.5
             t.data.copy_(scale * torch.randn(t.shape, generator=generator))
         with torch.no_grad():
-            rotation = self.chart.rotation()
-        self.model = {} if rotation is None else {"stream": Dense.orthogonal(rotation)}
+            rotations = self.chart.rotations()
+        self.model = {"stream": Dense.orthogonal(rotations[0])} if rotations else {}
 
     def _random(self, unit: int, names: list[str], noisy: bool) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(self.seed + 1000 * (unit + 2) + noisy)
@@ -98,7 +98,7 @@ class Planted:
         if not moved:
             return slots
         generator = torch.Generator().manual_seed(self.seed + i)
-        planted = {space: g for space, g in self.chart.block(i).items() if space in ("vo", "qk")}
+        planted = {space: g for space, g in self.chart.blocks(i)[0].items() if space in ("vo", "qk")}
         planted["heads"] = Wreath(torch.randperm(self.spec.attention.kv_heads, generator=generator))
         planted["units"] = Wreath(torch.randperm(self.spec.ffn.width, generator=generator))
         return self._noisy(i, apply(self.spec, self.model | planted, slots))

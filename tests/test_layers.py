@@ -7,6 +7,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "lmc_fast"
 LAYERS = [
     "errors",
+    "members",
     "interrupts",
     "files",
     "output",

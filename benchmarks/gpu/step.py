@@ -71,7 +71,7 @@ def measure(key: str, place: Place, shape: str, layers: int, tokens: int, length
     dtype = torch.bfloat16
     source = Resident(*paired(*random_pair(spec, dtype, device)))
     release(device)
-    a = source.a
+    a = source.members[0]
     chart = random_chart(spec, device)
     batch = random_tokens(spec, tokens, length, device)
     items = [Item(batch, LAMBDA)]
@@ -85,8 +85,7 @@ def measure(key: str, place: Place, shape: str, layers: int, tokens: int, length
         return lambda: learn(source, items, chart, divergence=divergence, keep=keep, route=route)
 
     def rotation() -> None:
-        made = chart.rotation()
-        assert made is not None
+        (made,) = chart.rotations()
         torch.autograd.grad(made, chart.tensors["rotation"], made.detach())
 
     calls: dict[str, Callable[[], object]] = {"floor": floor, "ours": ours(None, True)}

@@ -98,9 +98,9 @@ def room(spec: Spec, dtype: torch.dtype, scratch: Path, wanted: int) -> int:
 
 
 def _pieces(a: Weights, b: Weights, layers: int) -> Iterator[Piece]:
-    yield "ends", a.ends, b.ends
+    yield "ends", (a.ends, b.ends)
     for i in range(layers):
-        yield i, a.blocks[i % len(a.blocks)], b.blocks[i % len(b.blocks)]
+        yield i, (a.blocks[i % len(a.blocks)], b.blocks[i % len(b.blocks)])
 
 
 def compare(store: Store, spec: Spec, pair: tuple[Weights, Weights], planned: Plan, as_planned: bool) -> Row:

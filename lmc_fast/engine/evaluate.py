@@ -39,34 +39,34 @@ class _Evaluation(Pass):
         streams = [self._embedded(item) for item in self.items]
         for i in range(spec.layers):
             visited(i)
-            with source.visit(i) as (a, b):
+            with source.visit(i) as members:
                 maps = self.maps(i)
-                for lam, group in self.groups():
-                    line = self.line(a, b, lam, maps)
+                for shares, group in self.groups():
+                    line = self.line(members, shares, maps)
                     for m in group:
                         streams[m] = block(spec, line, streams[m], self.positions(streams[m]), i)
         losses = []
         for m, item in enumerate(self.items):
-            line = self.line(*source.ends, item.lam, None)
+            line = self.line(source.ends, item.shares, None)
             rows = target_rows(head_input(spec, line, streams[m], model_inputs(item.data)), item.data)
             streams[m] = rows
-            student = self.head_inputs(rows, item.lam)
+            student = self.head_inputs(rows, item.shares)
             losses.append(HeadLoss(student, labels(item.data), softcap=spec.head_softcap, elements=self.logits))
         start = 0
         for k in range(source.head_parts):
             visited(spec.layers + k)
-            with source.visit(spec.layers + k) as (a, b):
-                for lam, group in self.groups():
-                    with self.head_chunk(a, b, lam, start) as chunk:
+            with source.visit(spec.layers + k) as members:
+                for shares, group in self.groups():
+                    with self.head_chunk(members, shares, start) as chunk:
                         for m in group:
                             losses[m].scan(chunk, [])
-                start += len(a["head"])
+                start += len(members[0]["head"])
         counts = [item.count for item in self.items]
         return [Score(h.loss.item() / n, h.right / n, n) for h, n in zip(losses, counts, strict=True)]
 
     def _embedded(self, item: Item) -> Tensor:
         """An item's stream in front of the first block; its rows of the embedding are dropped."""
-        line, _, _, rows = self.ends(item)
+        line, _, rows = self.ends(item)
         return embed(self.spec, line, model_inputs(item.data), rows)
 
 

@@ -1,4 +1,4 @@
-"""What learning and evaluation share: items on their way through the segments of a pair, one segment after the other.
+"""What learning and evaluation share: items on their way through the segments of all members, one after the other.
 
 Every segment (a block, a run of the head's rows) serves all micro-batches while it is loaded.
 """
@@ -20,6 +20,7 @@ from ..symmetry.elements import Element, Elements
 from .attention import Positions
 from .head import HeadInputs, VocabChunk
 from .model import labels, model_inputs, require_task
+from .places import Place, blend, shares_of
 from .slots import LineSlots, Slots
 from .source import Source
 
@@ -28,10 +29,15 @@ WHOLE_HEAD = {True: 2.0, False: 1.0}  # tokens per width from which the head is 
 
 @dataclass(frozen=True)
 class Item:
-    """One micro-batch at one place of the line."""
+    """One micro-batch at one place: lambda of the line, or a share of each member."""
 
     data: Data
-    lam: float
+    lam: Place
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """How much each member counts."""
+        return shares_of(self.lam)
 
     @property
     def count(self) -> int:
@@ -45,7 +51,7 @@ def choose_route(source: Source, items: Sequence[Item], keep: bool) -> Choice:
     rows = (model_inputs(item.data) for item in items)
     counts = [len(x) * spec.length(x.shape) for x in rows]
     # a graph that is kept leads to one item's weights; a visit that recomputes makes W once for each lambda
-    shared = len(items) if keep else len({item.lam for item in items})
+    shared = len(items) if keep else len({item.shares for item in items})
     return choose(sum(counts) // shared, spec.width, sample.dtype, sample.device, keep)
 
 
@@ -74,14 +80,14 @@ class Pass:
         require_task(source.spec)
         self.logits, self.learns = logits, learn
         self.source, self.spec, self.chart = source, source.spec, chart
-        self.items = sorted(items, key=lambda item: item.lam)
+        self.items = sorted(items, key=lambda item: item.shares[1:])
         with torch.set_grad_enabled(learn):
-            self.rotation_made = chart.rotation() if chart else None
+            self.turns_made = chart.rotations() if chart else []
         # transforms are rounded to the weights' dtype where they act; gradients are summed in the chart's
-        self.rotation = leaf_of(self.rotation_made, source.sample.dtype)
-        self.turn_gradient = None if self.rotation_made is None or not learn else torch.zeros_like(self.rotation_made)
+        self.turns = [leaf_of(made, source.sample.dtype) for made in self.turns_made]
+        self.turn_gradients = [torch.zeros_like(made) for made in self.turns_made] if learn else []
         self._positions: dict[int, Positions] = {}
-        if self.rotation is None:
+        if not self.turns:
             self.route = "weight"  # nothing but an interpolation of weights
         else:
             self.route = route or choose_route(source, self.items, keep).route
@@ -91,64 +97,72 @@ class Pass:
             self._positions[x.shape[1]] = Positions.of(self.spec, x.shape[1], x.dtype, x.device)
         return self._positions[x.shape[1]]
 
-    def maps(self, segment: int) -> dict[str, Element]:
-        made = self.chart.block(segment) if self.chart else {}
-        return {space: g.map(lambda t: t.to(self.source.sample.dtype)) for space, g in made.items()}
+    def maps(self, segment: int) -> list[dict[str, Element]]:
+        """Of every member but the first."""
+        made = self.chart.blocks(segment) if self.chart else [{} for _ in self.source.ends[1:]]
+        dtype = self.source.sample.dtype
+        return [{space: g.map(lambda t: t.to(dtype)) for space, g in elements.items()} for elements in made]
 
     def line(
-        self, a: Slots, b: Slots, lam: float, maps: Elements | None, once: bool = False, learn: bool = True
+        self,
+        members: Sequence[Slots],
+        shares: Sequence[float],
+        maps: Sequence[Elements] | None,
+        once: bool = False,
+        learn: bool = True,
     ) -> LineSlots:
-        rotation = self.rotation if learn or self.rotation is None else self.rotation.detach()
-        return LineSlots(self.spec, a, b, lam, rotation, maps, self.route, once)
+        rotations = self.turns if learn else [turn.detach() for turn in self.turns]
+        return LineSlots(self.spec, members, shares, rotations, maps, self.route, once)
 
-    def groups(self) -> list[tuple[float, list[int]]]:
-        """(lambda, its items)."""
+    def groups(self) -> list[tuple[tuple[float, ...], list[int]]]:
+        """(shares, the items there)."""
         indices = range(len(self.items))
-        return [(p, list(group)) for p, group in groupby(indices, key=lambda m: self.items[m].lam)]
+        return [(p, list(group)) for p, group in groupby(indices, key=lambda m: self.items[m].shares)]
 
-    def ends(self, item: Item) -> tuple[LineSlots, Slots, Slots, Tensor | None]:
-        """What lies outside the blocks, with the rows of the embedding that an item needs: on the line, A's, B's.
+    def ends(self, item: Item) -> tuple[LineSlots, list[Slots], Tensor | None]:
+        """What lies outside the blocks, with the rows of the embedding that an item needs: between them, each member's.
 
         And which of these rows each token takes.
         """
         inputs = model_inputs(item.data)
-        a, b = (dict(slots) for slots in self.source.ends)
+        members = [dict(slots) for slots in self.source.ends]
         rows = None
         if not self.spec.image:
             used, rows = inputs.unique(return_inverse=True)
-            a["embed"], b["embed"] = self.source.embed_rows(used)
-            if "positions" in a:
-                some = slice(0, inputs.shape[1] + self.spec.position_offset)
-                a["positions"], b["positions"] = a["positions"][some], b["positions"][some]
-        return self.line(a, b, item.lam, None), a, b, rows
+            for w, table in zip(members, self.source.embed_rows(used), strict=True):
+                w["embed"] = table
+                if "positions" in w:
+                    w["positions"] = w["positions"][: inputs.shape[1] + self.spec.position_offset]
+        return self.line(members, item.shares, None), list(members), rows
 
-    def whole_head(self, lam: float) -> bool:
-        """Whether the head's rows are interpolated as weights, and not applied to two streams.
+    def whole_head(self, shares: Sequence[float]) -> bool:
+        """Whether the head's rows are interpolated as weights, and not applied to a stream for each member.
 
-        In multiply-adds for each of the head's weights, of N tokens: a second stream takes N (2 N with gradients),
+        In multiply-adds for each of the head's weights, of N tokens: a further stream takes N (2 N with gradients),
         weights take d (N + 2 d).
         """
-        if self.rotation is None or lam == 0:
+        if not self.turns or shares[0] == 1:
             return True
-        tokens = sum(item.count for item in self.items if item.lam == lam)
+        tokens = sum(item.count for item in self.items if item.shares == shares)
         return self.route == "weight" and tokens > WHOLE_HEAD[self.learns] * self.spec.width
 
-    def head_inputs(self, rows: Tensor, lam: float) -> HeadInputs:
+    def head_inputs(self, rows: Tensor, shares: Sequence[float]) -> HeadInputs:
         """The interpolated head's, of what it reads (n, d); its weights are in `head_chunk`."""
-        if self.whole_head(lam):
+        if self.whole_head(shares):
             return HeadInputs([rows], [1.0])
-        assert self.rotation is not None
-        turned = (rows.reshape(-1, len(self.rotation)) @ self.rotation).view(rows.shape)  # each of the vectors in a row
-        return HeadInputs([rows, turned], [1 - lam, lam])
+        vectors = rows.reshape(-1, len(self.turns[0]))  # each of those in a row
+        return HeadInputs([rows, *((vectors @ turn).view(rows.shape) for turn in self.turns)], list(shares))
 
     @contextmanager
-    def head_chunk(self, a: Slots, b: Slots, lam: float, start: int, pull: float = 0) -> Iterator[VocabChunk]:
-        """A run of the head's rows for the items at one place of the line. pull: what gradients are multiplied with."""
-        bias = torch.lerp(a["head_bias"], b["head_bias"], lam) if "head_bias" in a else None
-        if not self.whole_head(lam):
-            yield VocabChunk([a["head"], b["head"]], bias, start)
+    def head_chunk(
+        self, members: Sequence[Slots], shares: Sequence[float], start: int, pull: float = 0
+    ) -> Iterator[VocabChunk]:
+        """A run of the head's rows for the items at one place. pull: what gradients are multiplied with."""
+        bias = blend([w["head_bias"] for w in members], shares) if "head_bias" in members[0] else None
+        if not self.whole_head(shares):
+            yield VocabChunk([w["head"] for w in members], bias, start)
             return
-        line = self.line(a, b, lam, None, learn=bool(pull))
+        line = self.line(members, shares, None, learn=bool(pull))
         weight = line["head"].detach()
         gradient = torch.zeros_like(weight) if line.leaves else None
         yield VocabChunk([weight], bias, start, gradient)
@@ -156,15 +170,12 @@ class Pass:
             line.collect([gradient.mul_(pull)])
             self.add_turn(line.contract(self.turns))
 
-    @property
-    def turns(self) -> list[Tensor]:
-        return [] if self.rotation is None else [self.rotation]
-
     def add_turn(self, gradients: Sequence[Tensor | None]) -> None:
-        for gradient in gradients:
-            if gradient is not None:
-                assert self.turn_gradient is not None
-                self.turn_gradient += gradient
+        """Adds gradients of `turns`, in their order."""
+        if self.turn_gradients:
+            for total, gradient in zip(self.turn_gradients, gradients, strict=True):
+                if gradient is not None:
+                    total += gradient
 
 
 def pull_back(outputs: Sequence[Tensor], slopes: Sequence[Tensor | None], inputs: list[Tensor]) -> list[Tensor | None]:
@@ -175,5 +186,5 @@ def pull_back(outputs: Sequence[Tensor], slopes: Sequence[Tensor | None], inputs
     return list(torch.autograd.grad([y for y, _ in live], inputs, [s for _, s in live], allow_unused=True))
 
 
-def leaf_of(made: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if made is None else made.detach().to(dtype).requires_grad_(made.requires_grad)
+def leaf_of(made: Tensor, dtype: torch.dtype) -> Tensor:
+    return made.detach().to(dtype).requires_grad_(made.requires_grad)

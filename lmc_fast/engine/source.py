@@ -1,4 +1,4 @@
-"""Where a step finds the weights of both endpoints, one segment after the other."""
+"""Where a step finds the weights of all members, one segment after the other."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ TABLES = ("embed", "head", "head_bias")
 
 
 class Source(Protocol):
-    """Both endpoints, in the dtype and on the device that computes. Units 0 ... layers - 1 are the blocks, the
-    `head_parts` after them runs of the head's rows: {"head": (rows, d)}, with "head_bias" (rows,) where there is one.
+    """The members (endpoints A and B, or more), in the dtype and on the device that computes. Segments 0 ... layers
+    - 1 are the blocks, the `head_parts` after them runs of the head's rows: {"head": (rows, d)}, with "head_bias"
+    (rows,) where there is one.
     """
 
     spec: Spec
     head_parts: int
 
     @property
-    def ends(self) -> tuple[Slots, Slots]:
-        """What lies outside the blocks, but for TABLES: small, always at hand."""
+    def ends(self) -> tuple[Slots, ...]:
+        """Of every member, what lies outside the blocks, but for TABLES: small, always at hand."""
         ...
 
     @property
@@ -38,29 +39,29 @@ class Source(Protocol):
         """Announces the segments of the coming pass, in order. Without news, the pass after it is assumed alike."""
         ...
 
-    def visit(self, segment: int) -> AbstractContextManager[tuple[Slots, Slots]]:
-        """A's and B's slots of a segment; valid inside the `with` only."""
+    def visit(self, segment: int) -> AbstractContextManager[tuple[Slots, ...]]:
+        """Every member's slots of a segment; valid inside the `with` only."""
         ...
 
-    def embed_rows(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows (U, d) of both embedding tables."""
+    def embed_rows(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Rows (U, d) of every member's embedding table."""
         ...
 
 
 class Resident:
-    """Two models in memory as a Source. Of lazy weights, a block or a run of a table is read when it is visited."""
+    """Models in memory as a Source. Of lazy weights, a block or a run of a table is read when it is visited."""
 
-    def __init__(self, a: Weights, b: Weights):
-        self.spec, self.a, self.b = a.spec, a, b
-        self.ends: tuple[Slots, Slots] = (_small(a), _small(b))
-        head = a.tables.get("head")
+    def __init__(self, *members: Weights):
+        self.spec, self.members = members[0].spec, members
+        self.ends: tuple[Slots, ...] = tuple(_small(w) for w in members)
+        head = members[0].tables.get("head")
         # the rows of the head in each of its segments
-        self.head_runs = [(0, a.spec.vocab)] if head is None else list(head.runs())
+        self.head_runs = [(0, self.spec.vocab)] if head is None else list(head.runs())
         self.head_parts = len(self.head_runs)
 
     @property
     def sample(self) -> Tensor:
-        head = self.a.table("head")
+        head = self.members[0].table("head")
         assert head is not None
         return head.rows(0, 0)
 
@@ -68,15 +69,15 @@ class Resident:
         """Everything is there, or is read when it is wanted."""
 
     @contextmanager
-    def visit(self, segment: int) -> Iterator[tuple[Slots, Slots]]:
+    def visit(self, segment: int) -> Iterator[tuple[Slots, ...]]:
         if segment < self.spec.layers:
-            yield self.a.blocks[segment], self.b.blocks[segment]
+            yield tuple(w.blocks[segment] for w in self.members)
         else:
             run = self.head_runs[segment - self.spec.layers]
-            yield _head(self.a, *run), _head(self.b, *run)
+            yield tuple(_head(w, *run) for w in self.members)
 
-    def embed_rows(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        return _rows(self.a, tokens), _rows(self.b, tokens)
+    def embed_rows(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_rows(w, tokens) for w in self.members)
 
 
 def _small(weights: Weights) -> Slots:
@@ -96,13 +97,13 @@ def _rows(weights: Weights, tokens: Tensor) -> Tensor:
     return weights.ends["embed"][tokens] if lazy is None else lazy.pick(tokens)
 
 
-def paired(a: Weights, b: Weights) -> tuple[Weights, Weights]:
-    """The same models with every matrix of a block of A beside that of B, as one GEMM over [A | B] needs it."""
-    blocks = [_paired_slots(x, y) for x, y in zip(a.blocks, b.blocks, strict=True)]
-    return Weights(a.spec, a.ends, [x for x, _ in blocks]), Weights(b.spec, b.ends, [y for _, y in blocks])
+def paired(*members: Weights) -> list[Weights]:
+    """The same models with every matrix of a block beside those of the others, as one GEMM over [A | B] needs it."""
+    blocks = [_paired_slots(slots) for slots in zip(*(w.blocks for w in members), strict=True)]
+    return [Weights(w.spec, w.ends, [block[k] for block in blocks]) for k, w in enumerate(members)]
 
 
-def _paired_slots(a: Slots, b: Slots) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    both = {n: torch.stack([a[n], b[n]], dim=1) if a[n].dim() == 2 else torch.stack([a[n], b[n]]) for n in a}
-    x, y = ({n: t.select(1 if a[n].dim() == 2 else 0, k) for n, t in both.items()} for k in range(2))
-    return x, y
+def _paired_slots(members: Sequence[Slots]) -> list[dict[str, Tensor]]:
+    dims = {name: 1 if t.dim() == 2 else 0 for name, t in members[0].items()}
+    together = {name: torch.stack([w[name] for w in members], dim) for name, dim in dims.items()}
+    return [{name: t.select(dims[name], k) for name, t in together.items()} for k in range(len(members))]

@@ -1,4 +1,4 @@
-"""A block's part of the relative transform while gradients are taken."""
+"""A block's part of the relative transforms while gradients are taken."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from ..symmetry.charts import Chart
 
 
 class MovingMaps:
-    """A block's part of the relative transform: leaves for the block's graph, and their way back to the chart.
+    """A block's part of the relative transforms: leaves for the block's graph, and their way back to the chart.
 
-    gradients: by the chart's tensors; `finish` adds this block's.
+    leaves: one {space: element} for every model but the first. gradients: by the chart's tensors; `finish` adds this
+    block's.
     """
 
     def __init__(self, chart: Chart, i: int, dtype: torch.dtype, gradients: dict[str, Tensor]):
         self.i, self.gradients = i, gradients
         self.coordinates = {name: x.detach().requires_grad_() for name, x in chart.coordinates(i).items()}
         with torch.enable_grad():
-            made = chart.block(i, self.coordinates)
+            made = chart.blocks(i, self.coordinates)
         self.made: list[Tensor] = []
         self.tensors: list[Tensor] = []
 
@@ -32,7 +33,7 @@ class MovingMaps:
             self.tensors.append(t.detach().to(dtype).requires_grad_())
             return self.tensors[-1]
 
-        self.leaves = {space: g.map(leaf) for space, g in made.items()}
+        self.leaves = [{space: g.map(leaf) for space, g in elements.items()} for elements in made]
         self.sums: list[Tensor | None] = [None] * len(self.tensors)
 
     def add(self, gradients: Sequence[Tensor | None]) -> None:

@@ -1,4 +1,4 @@
-"""A step of learning: the loss on the line between two endpoints and its gradients, segment by segment.
+"""A step of learning: the loss between the members (on the line of a pair) and its gradients, segment by segment.
 
 Boundary activations are kept, blocks are recomputed in backward (or their graphs kept, see `learn`), gradients are
 taken within one visit, so that no graph holds a weight that is not there any more.
@@ -38,7 +38,7 @@ class Learning(Pass):
         super().__init__(source, items, chart, route, logits, learn=True, keep=keep)
         self.divergence, self.keep = divergence, keep
         self.gradients = {name: torch.zeros_like(t) for name, t in chart.tensors.items()}
-        self.teachers: list[list[Tensor]] = []  # streams of A and B, per item
+        self.teachers: list[list[Tensor]] = []  # streams of every member, per item
         self.boundaries = ActivationCheckpoints(offload)
         self.kept: dict[int, KeptBlock] = {}
 
@@ -47,83 +47,82 @@ class Learning(Pass):
         source, spec = self.source, self.spec
         source.begin(visit_order(spec.layers, source.head_parts, learn=True))
         ends = [self.ends(item) for item in self.items]
-        for item, (_, a, b, rows) in zip(self.items, ends, strict=True):
+        for item, (_, outside, rows) in zip(self.items, ends, strict=True):
             if self.divergence:
-                self.teachers.append([embed(spec, w, model_inputs(item.data), rows) for w in (a, b)])
+                self.teachers.append([embed(spec, w, model_inputs(item.data), rows) for w in outside])
         streams = [
             embed(spec, line, model_inputs(item.data), rows)
-            for item, (line, _, _, rows) in zip(self.items, ends, strict=True)
+            for item, (line, _, rows) in zip(self.items, ends, strict=True)
         ]
         for i in range(spec.layers):
-            with source.visit(i) as (a, b):
-                self._teach(i, a, b)
-                streams = self._forward(i, a, b, streams)
+            with source.visit(i) as members:
+                self._teach(i, members)
+                streams = self._forward(i, members, streams)
         loss, slopes = self._head(ends, streams)
         for i in reversed(range(spec.layers)):
-            with source.visit(i) as (a, b):
-                slopes = self._backward(i, a, b, slopes)
-        for item, slope, (line, _, _, rows) in zip(self.items, slopes, ends, strict=True):
+            with source.visit(i) as members:
+                slopes = self._backward(i, members, slopes)
+        for item, slope, (line, _, rows) in zip(self.items, slopes, ends, strict=True):
             self._outside(
                 line, lambda w, item=item, rows=rows: [embed(spec, w, model_inputs(item.data), rows)], [slope]
             )
             self.add_turn(line.contract(self.turns))
-        if self.rotation_made is not None and self.chart is not None:
+        if self.turns_made and self.chart is not None:
             leaf = self.chart.tensors["rotation"]
-            self.gradients["rotation"] = torch.autograd.grad(self.rotation_made, leaf, self.turn_gradient)[0]
+            self.gradients["rotation"] = torch.autograd.grad(self.turns_made, leaf, self.turn_gradients)[0]
         return loss
 
     def moving(self, i: int) -> MovingMaps:
         assert self.chart is not None
         return MovingMaps(self.chart, i, self.source.sample.dtype, self.gradients)
 
-    def _teach(self, i: int, a: Slots, b: Slots) -> None:
-        for pair in self.teachers:
-            for k, w in enumerate((a, b)):
-                pair[k] = block(self.spec, w, pair[k], self.positions(pair[k]), i)
+    def _teach(self, i: int, members: Sequence[Slots]) -> None:
+        for streams in self.teachers:
+            for k, w in enumerate(members):
+                streams[k] = block(self.spec, w, streams[k], self.positions(streams[k]), i)
 
-    def _forward(self, i: int, a: Slots, b: Slots, streams: list[Tensor]) -> list[Tensor]:
+    def _forward(self, i: int, members: Sequence[Slots], streams: list[Tensor]) -> list[Tensor]:
         if self.keep:
             kept = self.kept[i] = KeptBlock(self, i)
-            return [kept.forward(a, b, item.lam, x) for item, x in zip(self.items, streams, strict=True)]
+            return [kept.forward(members, item.shares, x) for item, x in zip(self.items, streams, strict=True)]
         maps = self.maps(i)
         self.boundaries.next_block()
-        for lam, group in self.groups():
-            line = self.line(a, b, lam, maps, learn=False)
+        for shares, group in self.groups():
+            line = self.line(members, shares, maps, learn=False)
             for m in group:
                 x = streams[m]
                 streams[m] = block(self.spec, line, x, self.positions(x), i)
                 self.boundaries.put(x)
         return streams
 
-    def _head(self, ends: list[tuple[LineSlots, Slots, Slots, Tensor | None]], streams: list[Tensor]):
+    def _head(self, ends: list[tuple[LineSlots, list[Slots], Tensor | None]], streams: list[Tensor]):
         """(mean loss, its gradients with respect to the streams behind the last block)."""
         spec = self.spec
         losses = []
         total = sum(item.count for item in self.items)
-        for m, (item, (line, a, b, _)) in enumerate(zip(self.items, ends, strict=True)):
+        for m, (item, (line, members, _)) in enumerate(zip(self.items, ends, strict=True)):
             rows = target_rows(head_input(spec, line, streams[m], model_inputs(item.data)), item.data)
             teachers = None
             if self.divergence:
                 taught = [
                     target_rows(head_input(spec, w, x, model_inputs(item.data)), item.data)
-                    for w, x in zip((a, b), self.teachers[m], strict=True)
+                    for w, x in zip(members, self.teachers[m], strict=True)
                 ]
-                shares = 1 - item.lam, item.lam
-                teachers = [(s, HeadInputs([t], [1.0])) for s, t in zip(shares, taught, strict=True)]
+                teachers = [(s, HeadInputs([t], [1.0])) for s, t in zip(item.shares, taught, strict=True)]
             target = None if self.divergence else labels(item.data)
-            student = self.head_inputs(rows, item.lam)
+            student = self.head_inputs(rows, item.shares)
             losses.append(
                 HeadLoss(student, target, teachers, softcap=spec.head_softcap, learn=True, elements=self.logits)
             )
         self.teachers = []
         self._over_head(losses, total)
         slopes = []
-        for m, (item, (line, _, _, _), h) in enumerate(zip(self.items, ends, losses, strict=True)):
+        for m, (item, (line, _, _), h) in enumerate(zip(self.items, ends, losses, strict=True)):
             gradients = [g / total for g in h.gradients]
 
             def rows_of(w: LineSlots, x: Tensor, item: Item = item) -> list[Tensor]:
                 rows = target_rows(head_input(spec, w, x, model_inputs(item.data)), item.data)
-                return self.head_inputs(rows, item.lam).inputs
+                return self.head_inputs(rows, item.shares).inputs
 
             slopes.append(self._outside(line, rows_of, gradients, streams[m]))
         return torch.stack([h.loss for h in losses]).sum() / total, slopes
@@ -136,17 +135,17 @@ class Learning(Pass):
             parts = [(0, HeadLoss.whole)]
         starts = [0]
         for k, apply in parts:
-            with self.source.visit(self.spec.layers + k) as (a, b):
+            with self.source.visit(self.spec.layers + k) as members:
                 start = starts[k]
                 teachers = (
-                    [VocabChunk([w["head"]], w.get("head_bias"), start) for w in (a, b)] if self.divergence else []
+                    [VocabChunk([w["head"]], w.get("head_bias"), start) for w in members] if self.divergence else []
                 )
-                for lam, group in self.groups():
+                for shares, group in self.groups():
                     pull = 0 if apply is HeadLoss.scan else 1 / total
-                    with self.head_chunk(a, b, lam, start, pull) as chunk:
+                    with self.head_chunk(members, shares, start, pull) as chunk:
                         for m in group:
                             apply(losses[m], chunk, teachers)
-                starts.append(start + len(a["head"]))
+                starts.append(start + len(members[0]["head"]))
 
     def _outside(self, line: LineSlots, function, slopes: list[Tensor], x: Tensor | None = None) -> Tensor | None:
         """Backward through something outside the blocks. Returns the gradient of x, where there is one."""
@@ -159,13 +158,13 @@ class Learning(Pass):
         line.collect(found)
         return dx
 
-    def _backward(self, i: int, a: Slots, b: Slots, slopes: list[Tensor | None]) -> list[Tensor | None]:
+    def _backward(self, i: int, members: Sequence[Slots], slopes: list[Tensor | None]) -> list[Tensor | None]:
         if self.keep:
             return self.kept.pop(i).backward(slopes)
         moving = self.moving(i)
         out: list[Tensor | None] = list(slopes)
-        for lam, group in self.groups():
-            line = self.line(a, b, lam, moving.leaves)
+        for shares, group in self.groups():
+            line = self.line(members, shares, moving.leaves)
             for m in group:
                 with torch.enable_grad():
                     x = self.boundaries.take().detach().requires_grad_()
@@ -190,11 +189,11 @@ class KeptBlock:
         self.owner, self.i, self.moving = owner, i, owner.moving(i)
         self.graphs: list[tuple[Tensor, Tensor]] = []
 
-    def forward(self, a: Slots, b: Slots, lam: float, x: Tensor) -> Tensor:
+    def forward(self, members: Sequence[Slots], shares: Sequence[float], x: Tensor) -> Tensor:
         owner = self.owner
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            line = owner.line(a, b, lam, self.moving.leaves, once=True)
+            line = owner.line(members, shares, self.moving.leaves, once=True)
             y = block(owner.spec, line, x, owner.positions(x), self.i)
         self.graphs.append((x, y))
         return y.detach()
@@ -225,8 +224,8 @@ def learn(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean loss over all predictions of `items` (0-d, float64), and its gradients by the chart's tensors.
 
-    divergence: from (1-λ) p_A + λ p_B, the endpoints' own predictions; else cross-entropy with the text. keep: hold
-    every block's graph until backward instead of computing it again; the source must then be `Resident`.
+    divergence: from (1-λ) p_A + λ p_B (Σ share · p), the members' own predictions; else cross-entropy with the text.
+    keep: hold every block's graph until backward instead of computing it again; the source must then be `Resident`.
     route: one of kernels.routes.ROUTES; None: kernels.dispatch chooses. logits: how many are held at a time.
     offload: see ActivationCheckpoints.
     """

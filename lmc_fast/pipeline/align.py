@@ -153,7 +153,7 @@ def align(
                 source = Resident(*paired(base[0].apply(a), base[1].apply(b)))
             else:
                 place = place or Path(stack.enter_context(TemporaryDirectory()))
-                source = stack.enter_context(on_disk(a, b, base, within, place, device, watch))
+                source = stack.enter_context(on_disk((a, b), base, within, place, device, watch))
         del a, b
         route = before["run"].get("route") if before else None
         if route is None and within is not None:

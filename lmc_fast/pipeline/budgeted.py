@@ -1,10 +1,10 @@
-"""Learning within a budget: the plan, and the pair prepared on disk, from where it streams."""
+"""Learning within a budget: the plan, and the models prepared on disk, from where they stream."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from ..learning.learner import Chunking
 from ..learning.schedule import Schedule
 from ..matching.activations import GATHERED
 from ..matching.closed_form import Evidence
+from ..members import member_names
 from ..output import remove_own
 from ..sizes import show_bytes
 from ..streaming.packing import Piece
@@ -38,7 +39,7 @@ from .run_directory import STORE
 
 _log = logging.getLogger("lmc_fast")
 
-Base = tuple[Transform, Transform]
+Base = Sequence[Transform]  # of every member
 
 
 def plan_learning(
@@ -87,33 +88,34 @@ def route_of(plan: Plan, spec: Spec, device: torch.device) -> str:
 
 @contextmanager
 def on_disk(
-    a: Weights, b: Weights, base: Base, plan: Plan, directory: Path, device: torch.device, watch: Watch
+    members: Sequence[Weights], base: Base, plan: Plan, directory: Path, device: torch.device, watch: Watch
 ) -> Iterator[Streamed]:
-    """The pair, moved by `base`, from a store in `directory`: the one that is there, or one that is made now.
+    """The models, moved by `base`, from a store in `directory`: the one that is there, or one that is made now.
 
     Raises LmcError where the disk has too little room for it.
     """
     key = _key(base)
     if parallel.place()[0] == 0:
-        _make(a, b, base, plan, directory / STORE, key, watch)
+        _make(members, base, plan, directory / STORE, key, watch)
     parallel.wait()
-    store = Store.open(directory / STORE, a.spec, key)
+    store = Store.open(directory / STORE, members[0].spec, key)
     pinned = plan.device.kind == "cuda" and plan.host_bytes < 0.9 * available_memory()
     with Streamed(store, device, max(plan.buffers, 1), plan.resident, pinned=pinned) as source:
         yield source
 
 
-def _make(a: Weights, b: Weights, base: Base, plan: Plan, target: Path, key: str, watch: Watch) -> None:
+def _make(members: Sequence[Weights], base: Base, plan: Plan, target: Path, key: str, watch: Watch) -> None:
+    spec = members[0].spec
     if target.exists():
         try:
-            Store.open(target, a.spec, key)
+            Store.open(target, spec, key)
             return
         except LmcError as error:
             _log.info("%s: it is made anew", error)
             remove_own(target, STORE_NAMES)
     require_room(target.parent, plan.store_bytes)
-    pieces = _watched(prepare(a, b, base, plan.device.dtype), watch, a.spec.layers)
-    Store.create(target, a.spec, pieces, plan.device.dtype, key=key)
+    pieces = _watched(prepare(members, base, plan.device.dtype), watch, spec.layers)
+    Store.create(target, spec, pieces, plan.device.dtype, key=key, members=len(members))
 
 
 def _watched(pieces: Iterator[Piece], watch: Watch, layers: int) -> Iterator[Piece]:
@@ -129,8 +131,9 @@ def _watched(pieces: Iterator[Piece], watch: Watch, layers: int) -> Iterator[Pie
 
 def _key(base: Base) -> str:
     """What was prepared, told by the transforms that were found for it."""
-    digest = hashlib.sha256()
-    for name, t in sorted((pack(base[0], "a") | pack(base[1], "b")).items()):
+    digest, names = hashlib.sha256(), member_names(len(base))
+    packed = {name: t for member, part in zip(names, base, strict=True) for name, t in pack(part, member).items()}
+    for name, t in sorted(packed.items()):
         digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
         digest.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,8 +1,8 @@
-"""Both endpoints with everything frozen applied, piece by piece: what a store of weights to learn on is filled with."""
+"""All members with everything frozen applied, piece by piece: what a store of weights to learn on is filled with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -11,29 +11,29 @@ from ..streaming.packing import Piece
 from ..symmetry import Transform
 
 
-def prepare(a: Weights, b: Weights, base: tuple[Transform, Transform], dtype: torch.dtype) -> Iterator[Piece]:
-    """Pieces for Store.create, of canonical endpoints (lazy or not), moved by `base` in its dtype, then rounded.
+def prepare(members: Sequence[Weights], base: Sequence[Transform], dtype: torch.dtype) -> Iterator[Piece]:
+    """Pieces for Store.create, of canonical models (lazy or not), moved by `base` in its dtype, then rounded.
 
     In this order: all small slots outside the blocks, the embedding (of text models) and the head by runs of rows, as
     long as Table.runs makes them, and every block.
 
-    What is yielded belongs to the caller until the next piece is asked for; then both dicts are emptied, so that no two
+    What is yielded belongs to the caller until the next piece is asked for; then the dicts are emptied, so that no two
     pieces are in memory.
     """
-    pair = tuple(g.apply(w).to(dtype) for g, w in zip(base, (a, b), strict=True))
-    yield from _lent("ends", *({n: t for n, t in w.small_ends.items() if n != "head_bias"} for w in pair))
+    moved = [g.apply(w).to(dtype) for g, w in zip(base, members, strict=True)]
+    yield from _lent("ends", [{n: t for n, t in w.small_ends.items() if n != "head_bias"} for w in moved])
     for name in ("embed", "head"):
-        table = pair[0].table(name)
+        table = moved[0].table(name)
         for start, stop in table.runs() if table else ():
-            yield from _lent("ends", *(_rows(w, name, start, stop) for w in pair))
-    for i in range(a.spec.layers):
-        yield from _lent(i, *(dict(w.blocks[i]) for w in pair))
+            yield from _lent("ends", [_rows(w, name, start, stop) for w in moved])
+    for i in range(moved[0].spec.layers):
+        yield from _lent(i, [dict(w.blocks[i]) for w in moved])
 
 
-def _lent(name: int | str, a: Slots, b: Slots) -> Iterator[Piece]:
-    yield name, a, b
-    a.clear()
-    b.clear()
+def _lent(name: int | str, members: Sequence[Slots]) -> Iterator[Piece]:
+    yield name, members
+    for slots in members:
+        slots.clear()
 
 
 def _rows(weights: Weights, name: str, start: int, stop: int) -> Slots:

@@ -1,11 +1,11 @@
-"""Writing a store: pieces of a pair become files, one at a time."""
+"""Writing a store: pieces of all members become files, one at a time."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,13 +18,18 @@ from ..architectures import Spec, flat_fields
 from ..checkpoints.lazy import Slots
 from ..checkpoints.weights import Weights
 from ..errors import LmcError
+from ..members import listed, member_names
 from .layout import HEAD, Place, aligned, arrange, head_rows, memory, side_by_side, slot_shapes
 
 FORMAT, VERSION = "lmc_fast store", 3
-MEMBERS = [{"name": "a"}, {"name": "b"}]  # side by side in every file, in this order
 CHUNK = 8 << 20  # bytes read by one thread at a time, each with a checksum
 
-Piece = tuple[int | str, Slots, Slots]
+Piece = tuple[int | str, Sequence[Slots]]  # a block's number or "ends", and every member's slots
+
+
+def named(members: int) -> list[dict[str, str]]:
+    """What an index says of the members: side by side in every file, in this order."""
+    return [{"name": name} for name in member_names(members)]
 
 
 def fingerprint(spec: Spec) -> str:
@@ -34,11 +39,10 @@ def fingerprint(spec: Spec) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def pieces(a: Weights, b: Weights) -> Iterator[Piece]:
-    """What Store.create wants, of a pair that is in memory."""
-    yield "ends", a.ends, b.ends
-    for i, (x, y) in enumerate(zip(a.blocks, b.blocks, strict=True)):
-        yield i, x, y
+def pieces(*members: Weights) -> Iterator[Piece]:
+    """What Store.create wants, of models that are in memory."""
+    yield "ends", [w.ends for w in members]
+    yield from enumerate(zip(*(w.blocks for w in members), strict=True))
 
 
 def checksum(index: dict[str, Any]) -> str:
@@ -48,50 +52,56 @@ def checksum(index: dict[str, Any]) -> str:
 class Writer:
     """Collects pieces into files; knows which are still missing."""
 
-    def __init__(self, path: Path, spec: Spec, dtype: torch.dtype, part_bytes: int | None):
-        self.path, self.spec, self.dtype = path, spec, dtype
+    def __init__(self, path: Path, spec: Spec, dtype: torch.dtype, part_bytes: int | None, members: int):
+        self.path, self.spec, self.dtype, self.members = path, spec, dtype, members
         self.expected, self.block = slot_shapes(spec)
         self.blocks: dict[int, dict[str, Any]] = {}
         self.ends: dict[str, Tensor] = {}
         heads = tuple(name for name in HEAD if name in self.expected)
-        rows = {"embed": list(self.expected.get("embed", ())[:1]), "head": head_rows(spec, dtype.itemsize, part_bytes)}
+        part_rows = head_rows(spec, dtype.itemsize, part_bytes, members)
         self.tables = {
-            "embed": _Table(self, ("embed",), "embed.bin", rows["embed"]),
-            "head": _Table(self, heads, "head-{:05d}.bin", rows["head"]),
+            "embed": _Table(self, ("embed",), "embed.bin", list(self.expected.get("embed", ())[:1])),
+            "head": _Table(self, heads, "head-{:05d}.bin", part_rows),
         }
 
-    def add(self, name: int | str, a: Slots, b: Slots) -> None:
-        if a.keys() != b.keys():
-            raise LmcError(f"the endpoints differ in slots {sorted(a.keys() ^ b.keys())} of {name}")
+    def add(self, name: int | str, members: Sequence[Slots]) -> None:
+        first = members[0]
+        for slots in members:
+            if first.keys() != slots.keys():
+                raise LmcError(f"the endpoints differ in slots {sorted(first.keys() ^ slots.keys())} of {name}")
+        together = {slot: [slots[slot] for slots in members] for slot in first}
         if name != "ends":
             if not isinstance(name, int) or not 0 <= name < self.spec.layers or name in self.blocks:
                 raise LmcError(f"block {name} is unknown or was given twice")
-            for slot, t in a.items():
-                self._require(slot, t, b[slot], self.block.get(slot))
-            packed = (self.packed(slot, a[slot], b[slot]) for slot in a)
-            self.blocks[name] = self._unit(f"block-{name:05d}.bin", {s: tuple(a[s].shape) for s in a}, packed)
+            for slot, tensors in together.items():
+                self._require(slot, tensors, self.block.get(slot))
+            packed = (self.packed(slot, tensors) for slot, tensors in together.items())
+            self.blocks[name] = self._unit(f"block-{name:05d}.bin", {s: tuple(first[s].shape) for s in first}, packed)
             return
-        for slot in a:
+        for slot, tensors in together.items():
             if slot in ("embed", "head"):
-                self.tables[slot].add({s: (a[s], b[s]) for s in (slot, f"{slot}_bias") if s in a})
+                self.tables[slot].add({s: together[s] for s in (slot, f"{slot}_bias") if s in together})
             elif slot != "head_bias":
-                self._require(slot, a[slot], b[slot], self.expected.get(slot))
+                self._require(slot, tensors, self.expected.get(slot))
                 if slot in self.ends:
                     raise LmcError(f"slot {slot} was given twice")
-                self.ends[slot] = self.packed(slot, a[slot], b[slot])
+                self.ends[slot] = self.packed(slot, tensors)
 
-    def packed(self, slot: str, a: Tensor, b: Tensor) -> Tensor:
-        both = side_by_side(a.to("cpu", self.dtype), b.to("cpu", self.dtype))
-        if not both.isfinite().all():
+    def packed(self, slot: str, members: Sequence[Tensor]) -> Tensor:
+        together = side_by_side([t.to("cpu", self.dtype) for t in members])
+        if not together.isfinite().all():
             raise LmcError(f"slot {slot} overflows in {dtype_name(self.dtype)}; use another dtype")
-        return both
+        return together
 
-    def _require(self, slot: str, a: Tensor, b: Tensor, shape: tuple[int, ...] | None) -> None:
-        if shape is None or a.shape != shape or b.shape != shape:
-            raise LmcError(f"slot {slot} has shapes {list(a.shape)} and {list(b.shape)}, expected {shape}")
+    def _require(self, slot: str, members: Sequence[Tensor], shape: tuple[int, ...] | None) -> None:
+        shapes = [list(t.shape) for t in members]
+        if len(members) != self.members:
+            raise LmcError(f"slot {slot} is of {len(members)} models, expected {self.members}")
+        if shape is None or any(found != list(shape) for found in shapes):
+            raise LmcError(f"slot {slot} has shapes {listed([str(found) for found in shapes])}, expected {shape}")
 
     def _unit(self, file: str, shapes: dict[str, tuple[int, ...]], packed: Iterable[Tensor]) -> dict[str, Any]:
-        places, size = arrange(shapes, self.dtype.itemsize)
+        places, size = arrange(shapes, self.dtype.itemsize, self.members)
         with closing(File(self.path / file)) as out:
             for t in packed:
                 out.write(t)
@@ -111,7 +121,7 @@ class Writer:
         index = {
             "format": FORMAT,
             "version": VERSION,
-            "members": MEMBERS,
+            "members": named(self.members),
             "fingerprint": fingerprint(self.spec),
             "family": self.spec.family,
             "dtype": dtype_name(self.dtype),
@@ -137,20 +147,21 @@ class _Table:
         self.filled = 0  # rows in the open file
         self.rest: list[Tensor] = []  # biases of the open file: they lie behind the matrix
 
-    def add(self, slots: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def add(self, slots: dict[str, list[Tensor]]) -> None:
         if tuple(slots) != self.names:
             raise LmcError(f"the rows of {self.names[0]} come with {', '.join(slots)}, not {', '.join(self.names)}")
         start, count = 0, len(slots[self.names[0]][0])
-        for name, (a, b) in slots.items():
-            if a.shape != b.shape or a.shape != (count, *self.writer.expected[name][1:]):
-                raise LmcError(f"rows of {name} have shapes {list(a.shape)} and {list(b.shape)}")
+        for name, members in slots.items():
+            shapes = [tuple(t.shape) for t in members]
+            if any(shape != (count, *self.writer.expected[name][1:]) for shape in shapes):
+                raise LmcError(f"rows of {name} have shapes {listed([str(list(shape)) for shape in shapes])}")
         while start < count:
             if len(self.done) == len(self.rows):
                 raise LmcError(f"{self.names[0]} has more rows than the {sum(self.rows)} that were expected")
             if self.out is None:
                 self.out = File(self.writer.path / self.file.format(len(self.done)))
             end = min(count, start + self.rows[len(self.done)] - self.filled)
-            parts = {name: self.writer.packed(name, a[start:end], b[start:end]) for name, (a, b) in slots.items()}
+            parts = {name: self.writer.packed(name, [t[start:end] for t in ts]) for name, ts in slots.items()}
             self.out.write(parts[self.names[0]])
             self.rest += [parts[name] for name in self.names[1:]]
             self.filled += end - start
@@ -162,7 +173,7 @@ class _Table:
         assert self.out is not None
         expected = self.writer.expected
         shapes = {name: (self.filled, *expected[name][1:]) for name in self.names}
-        places, size = arrange(shapes, self.writer.dtype.itemsize)
+        places, size = arrange(shapes, self.writer.dtype.itemsize, self.writer.members)
         self.out.pad()
         if self.rest:
             self.out.write(torch.cat(self.rest, dim=1))

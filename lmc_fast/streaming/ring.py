@@ -93,7 +93,7 @@ class Streamed:
             if self.device.type == "cuda":
                 self.transport = Copied(self._reader, self.device, self.buffers, max(store.segment_bytes), pinned)
             undo.callback(self.transport.close)
-            self.ends: tuple[Slots, Slots] = self._to_device(store.ends())
+            self.ends: tuple[Slots, ...] = self._to_device(store.ends())
             self._ring = [self.transport.allocate(max(streamed)) for _ in range(self.buffers)]
             self._kept: dict[int, Tensor] = {}
             for segment in sorted(self.resident):
@@ -139,8 +139,8 @@ class Streamed:
         self._issue()
 
     @contextmanager
-    def visit(self, segment: int) -> Iterator[tuple[Slots, Slots]]:
-        """A's and B's slots of a block, or of part segment - layers of the head; waits until they are there."""
+    def visit(self, segment: int) -> Iterator[tuple[Slots, ...]]:
+        """Every member's slots of a block, or of part segment - layers of the head; waits until they are there."""
         self._require_ready()
         action = self._actions.popleft() if self._actions else None
         if not isinstance(action, Compute) or action.segment != segment:
@@ -154,19 +154,18 @@ class Streamed:
         self._traffic.visits += 1
         self._inside = True
         try:
-            yield views(buffer, self.store.places(segment), self.store.dtype)
+            yield views(buffer, self.store.places(segment), self.store.dtype, self.store.members)
         finally:
             self._inside = False
             if action.buffer is not None:
                 self.transport.after_compute(action.buffer)
         self._issue()
 
-    def embed_rows(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows (U, d) of A's and B's embedding tables for tokens (U,), ascending and each once."""
-        both = self.store.embed_rows(tokens.tolist())
-        self._traffic.row_bytes += both.nbytes
-        both = both.to(self.device)
-        return both[:, 0], both[:, 1]
+    def embed_rows(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Rows (U, d) of every member's embedding table for tokens (U,), ascending and each once."""
+        together = self.store.embed_rows(tokens.tolist())
+        self._traffic.row_bytes += together.nbytes
+        return together.to(self.device).unbind(1)
 
     @property
     def traffic(self) -> Traffic:
@@ -176,9 +175,8 @@ class Streamed:
         counted.stall_seconds += self.transport.stall_seconds()
         return counted
 
-    def _to_device(self, ends: tuple[Slots, Slots]) -> tuple[Slots, Slots]:
-        a, b = ({name: t.to(self.device) for name, t in slots.items()} for slots in ends)
-        return a, b
+    def _to_device(self, ends: tuple[Slots, ...]) -> tuple[Slots, ...]:
+        return tuple({name: t.to(self.device) for name, t in slots.items()} for slots in ends)
 
     def _require_ready(self) -> None:
         if self._closed:

@@ -1,4 +1,4 @@
-"""A pair on disk in the form that the ring reads: one file per segment, both endpoints packed as in layout.py.
+"""Models on disk in the form that the ring reads: one file per segment, all members packed as in layout.py.
 
     index.json        format, version, members, fingerprint of the spec, dtype, key; files: places, size, checksums
     block-00000.bin   one segment each, read as a whole: blocks, then head-00000.bin, ... (runs of vocabulary rows)
@@ -29,7 +29,7 @@ from ..checkpoints.lazy import Slots
 from ..errors import LmcError
 from ..output import OWNER, Names, atomic_directory, marker, write_synced
 from .layout import Place, memory, views
-from .packing import CHUNK, FORMAT, MEMBERS, VERSION, Piece, Writer, checksum, fingerprint
+from .packing import CHUNK, FORMAT, VERSION, Piece, Writer, checksum, fingerprint, named
 
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORE_NAMES: Names = dict.fromkeys((OWNER, "index.json", "block-*.bin", "head-*.bin", "embed.bin", "ends.bin"))
@@ -44,6 +44,7 @@ class Store:
 
     def __init__(self, path: Path, spec: Spec, index: dict[str, Any]):
         self.path, self.spec, self._index = path, replace(spec, tied=False), index
+        self.members = len(index["members"])
         self.dtype = _DTYPES[index["dtype"]]
         self.key: str = index["key"]
         self.layers = spec.layers
@@ -58,10 +59,11 @@ class Store:
         dtype: torch.dtype = torch.float32,
         part_bytes: int | None = None,
         key: str = "",
+        members: int = 2,
     ) -> Store:
         """Writes a store, holding one piece at a time, and opens it. It appears under its name when it is complete.
 
-        pieces: (i, A's, B's slots) of every block, and ("ends", A's, B's slots) of the ends: the latter any number of
+        pieces: (i, every member's slots) of every block, and ("ends", every member's slots): the latter any number of
         times, and tables (embed, head with head_bias) in as many runs of rows as wanted, in order. part_bytes: the
         most that a part of the head takes (default: as much as a block).
 
@@ -71,11 +73,11 @@ class Store:
         target = Path(directory)
         with atomic_directory(target, STORE_NAMES) as work:
             write_synced(work / OWNER, marker())
-            writer = Writer(work, replace(spec, tied=False), dtype, part_bytes)
+            writer = Writer(work, replace(spec, tied=False), dtype, part_bytes, members)
             try:
-                for name, a, b in pieces:
-                    writer.add(name, a, b)
-                    del a, b  # else they live until the next piece is made
+                for name, slots in pieces:
+                    writer.add(name, slots)
+                    del slots  # else they live until the next piece is made
                 writer.finish(key)
             finally:
                 writer.close()
@@ -95,12 +97,14 @@ class Store:
             raise LmcError(f"{file} is corrupt; {_MAKE_AGAIN}") from error
         if not sound:
             raise LmcError(f"{file} is corrupt; {_MAKE_AGAIN}")
-        if (index["format"], index["version"], index["members"]) != (FORMAT, VERSION, MEMBERS):
+        members = index["members"] if isinstance(index["members"], list) else []
+        known = len(members) > 1 and members == named(len(members))
+        if (index["format"], index["version"]) != (FORMAT, VERSION) or not known:
             raise LmcError(f"{file} is of another format or version; {_MAKE_AGAIN}")
         if index["fingerprint"] != fingerprint(spec):
-            raise LmcError(f"{file} belongs to a pair of another architecture; {_MAKE_AGAIN}")
+            raise LmcError(f"{file} belongs to models of another architecture; {_MAKE_AGAIN}")
         if key is not None and index["key"] != key:
-            raise LmcError(f"{file} belongs to another pair or another preparation of it; {_MAKE_AGAIN}")
+            raise LmcError(f"{file} belongs to other models or another preparation of them; {_MAKE_AGAIN}")
         for entry in (*index["segments"], *index["tables"].values()):
             found = path / entry["file"]
             size = found.stat().st_size if found.is_file() else None
@@ -124,22 +128,22 @@ class Store:
         """
         return _chunks(self.path, self._index["segments"][segment], into, check)
 
-    def read(self, segment: int, pool: Executor | None = None) -> tuple[Slots, Slots]:
+    def read(self, segment: int, pool: Executor | None = None) -> tuple[Slots, ...]:
         """A segment in fresh memory, checked."""
         buffer = torch.empty(self.segment_bytes[segment], dtype=torch.uint8)
         read_all(self.chunks(segment, memory(buffer)), pool)
-        return views(buffer, self.places(segment), self.dtype)
+        return views(buffer, self.places(segment), self.dtype, self.members)
 
-    def ends(self) -> tuple[Slots, Slots]:
-        """A's and B's slots outside the blocks but embed and head, in fresh memory, checked."""
+    def ends(self) -> tuple[Slots, ...]:
+        """Every member's slots outside the blocks but embed and head, in fresh memory, checked."""
         entry = self._index["tables"]["ends"]
         buffer = torch.empty(entry["bytes"], dtype=torch.uint8)
         read_all(_chunks(self.path, entry, memory(buffer), True))
         places = {name: Place(offset, tuple(shape)) for name, (offset, shape) in entry["slots"].items()}
-        return views(buffer, places, self.dtype)
+        return views(buffer, places, self.dtype, self.members)
 
     def embed_rows(self, rows: Sequence[int]) -> Tensor:
-        """Rows (ascending, each once) of both embedding tables: (U, 2, d). Neighbours are read together.
+        """Rows (ascending, each once) of all embedding tables: (U, members, d). Neighbours are read together.
 
         Raises LmcError for a row outside the table (or a model without one), an I/O error and a short file.
         """
@@ -147,12 +151,12 @@ class Store:
         if entry is None:
             raise LmcError(f"{self.path} holds no token embeddings")
         count, width = entry["slots"]["embed"][1]
-        out = torch.empty(len(rows), 2, width, dtype=self.dtype)
+        out = torch.empty(len(rows), self.members, width, dtype=self.dtype)
         if not len(rows):
             return out
         if rows[0] < 0 or rows[-1] >= count:
             raise LmcError(f"token {rows[0] if rows[0] < 0 else rows[-1]} is outside the table of {count} embeddings")
-        file, size = self.path / entry["file"], 2 * width * self.dtype.itemsize
+        file, size = self.path / entry["file"], self.members * width * self.dtype.itemsize
         into = memory(out)
         with _opened(file) as fd:
             start = 0

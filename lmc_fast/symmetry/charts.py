@@ -26,15 +26,24 @@ MAX_STRETCH = 10.0  # singular values of head maps, and scales, stay within [1/1
 
 
 class Chart:
-    """Learnable elements g of the group, one for each of `sides` endpoints (1: B alone, 2: A and B).
+    """Learnable elements g of the group, one for each of `sides` of the models: all of them, or all but the first.
 
     `tensors` are the leaves, all zero at the identity: rotation (S, d, d); vo (S, L, G, e, e); qk (S, L, G, n, n) for
     the n dimensions without RoPE; pair_scale, pair_angle (S, L, G, p); unit_scale (S, L, f); expert_scale
     (S, L, E, x). S sides, L blocks, G groups, p pairs.
     """
 
-    def __init__(self, spec: Spec, sides: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
-        self.spec, self.sides = spec, sides
+    def __init__(
+        self,
+        spec: Spec,
+        sides: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        members: int = 2,
+    ):
+        if members - sides not in (0, 1):
+            raise ValueError(f"{sides} of {members} models cannot move: all do, or all but the first")
+        self.spec, self.sides, self.members = spec, sides, members
         per_group = (sides, spec.layers, spec.attention.kv_heads)
         shapes: dict[str, tuple[int, ...]] = {}
         if rotates(spec):
@@ -63,24 +72,38 @@ class Chart:
         return [Transform(streams[s], [sides[s] for sides in blocks]) for s in range(self.sides)]
 
     def relative(self) -> Transform:
-        """g_A⁻¹ g_B (g_B alone for one side): all that the loss along the line depends on."""
-        return Transform(_stream(self.rotation()), [self.block(i) for i in range(self.spec.layers)])
+        """g_A⁻¹ g_B (g_B alone for one side) of a pair: all that the loss along the line depends on."""
+        (found,) = self.relatives()
+        return found
 
-    def rotation(self) -> Tensor | None:
-        """(d, d), the rotation of `relative`."""
+    def relatives(self) -> list[Transform]:
+        """The same of every model but the first, which the others are relative to."""
+        rotations, blocks = self.rotations(), [self.blocks(i) for i in range(self.spec.layers)]
+        streams = [_stream(r) for r in rotations] or [{}] * (self.members - 1)
+        return [Transform(stream, [block[k] for block in blocks]) for k, stream in enumerate(streams)]
+
+    def rotations(self) -> list[Tensor]:
+        """(d, d) each, of `relatives`; none where nothing may rotate."""
         r = self._rotations()
         if r is None:
-            return None
-        return r[0] if self.sides == 1 else r[0].mT @ r[1]
+            return []
+        return [r[k] if self._first_stays else r[0].mT @ r[k] for k in range(not self._first_stays, self.sides)]
+
+    @property
+    def _first_stays(self) -> bool:
+        return self.sides < self.members
 
     def coordinates(self, i: int) -> dict[str, Tensor]:
         """The coordinates that belong to block i, (S, ...) each: all but the rotation's."""
         return {name: x[:, i] for name, x in self.tensors.items() if name != "rotation"}
 
-    def block(self, i: int, coordinates: dict[str, Tensor] | None = None) -> dict[str, Element]:
-        """The part of `relative` inside block i, from `coordinates(i)` or what a caller puts in their place."""
+    def blocks(self, i: int, coordinates: dict[str, Tensor] | None = None) -> list[dict[str, Element]]:
+        """The parts of `relatives` inside block i, from `coordinates(i)` or what a caller puts in their place."""
         sides = self._sides(self.coordinates(i) if coordinates is None else coordinates)
-        return sides[0] if self.sides == 1 else compose(inverse_of(sides[0]), sides[1])
+        if self._first_stays:
+            return sides
+        back = inverse_of(sides[0])
+        return [compose(back, side) for side in sides[1:]]
 
     def _rotations(self) -> Tensor | None:
         t = self.tensors

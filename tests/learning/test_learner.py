@@ -158,7 +158,7 @@ def test_nan_is_reported_and_changes_nothing(make_checkpoint):
     ours = learner(make_checkpoint)
     ours.step()
     before = {name: t.clone() for name, t in ours.state().items()}
-    ours.source.b.blocks[0]["up"][0, 0] = math.nan
+    ours.source.members[1].blocks[0]["up"][0, 0] = math.nan
     with pytest.raises(NonFiniteLoss, match="step 2"):
         ours.step()
     assert ours.done == 1
@@ -205,9 +205,9 @@ def test_muon_steps_are_nearly_orthogonal():
 
 def test_learner_leaves_the_endpoints_alone(make_checkpoint):
     ours = learner(make_checkpoint)
-    before = Weights(ours.source.b.spec, dict(ours.source.b.ends), [dict(x) for x in ours.source.b.blocks]).map(
-        torch.clone
-    )
+    before = Weights(
+        ours.source.members[1].spec, dict(ours.source.members[1].ends), [dict(x) for x in ours.source.members[1].blocks]
+    ).map(torch.clone)
     ours.step()
-    for x, y in zip(before.blocks, ours.source.b.blocks, strict=True):
+    for x, y in zip(before.blocks, ours.source.members[1].blocks, strict=True):
         assert all(torch.equal(x[name], y[name]) for name in x)

@@ -159,7 +159,7 @@ def test_every_stage_needs_what_is_planned(vocab, width, tmp_path, monkeypatch):
     base = measured("matching", lambda: match_endpoints(*lazily, tokens, Evidence(1, 0.3), keep=tmp_path))
     alignment = Alignment(*base, base)
     dtype = torch.float32
-    measured("preparing", lambda: Store.create(tmp_path / "store", pair.spec, prepare(*lazily, base, dtype), dtype))
+    measured("preparing", lambda: Store.create(tmp_path / "store", pair.spec, prepare(lazily, base, dtype), dtype))
     measured("measuring", lambda: measure_line(pair, tokens, alignment, 11, "line", "cpu", 1))
     measured("writing", lambda: export_into(pair, alignment, tmp_path / "out"))
     measured("verifying", lambda: compare(pair.a, lmc.checkpoints.Model(tmp_path / "out" / "a"), tokens, "cpu", 1))

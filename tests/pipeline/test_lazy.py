@@ -93,7 +93,7 @@ def _verify(a, b, out):
 
 def _prepare(a, b, out):
     x, y = canonical(a), canonical(b)
-    for _ in prepare(x, y, (Transform.identity(x.spec), Transform.identity(x.spec)), torch.float32):
+    for _ in prepare((x, y), (Transform.identity(x.spec), Transform.identity(x.spec)), torch.float32):
         pass
 
 
@@ -150,7 +150,7 @@ def test_prepared_pieces_are_the_moved_endpoints(lazily, make_checkpoint, monkey
     moved = [g.apply(canonicalize(m.load())) for g, m in zip(base, models, strict=True)]
     seen = []
     rows = {"embed": 0, "head": 0}
-    for name, *slots in prepare(a, b, base, torch.bfloat16):
+    for name, slots in prepare((a, b), base, torch.bfloat16):
         (table,) = (t for t in rows if t in slots[0]) if name == "ends" and len(slots[0]) == 1 else (None,)
         seen.append(table or name)
         for w, found in zip(moved, slots, strict=True):
@@ -174,7 +174,7 @@ def test_prepared_pieces_make_a_store(variant, tmp_path):
     zoo.write(variant, tmp_path / "x")
     w = canonicalize(Model(tmp_path / "x").open_weights())
     one = Transform.identity(w.spec)
-    store = Store.create(tmp_path / "store", w.spec, prepare(w, w, (one, one), torch.float32))
+    store = Store.create(tmp_path / "store", w.spec, prepare((w, w), (one, one), torch.float32))
     parts = [store.read(store.layers + k)[0] for k in range(store.head_parts)]
     for name in ("head", "head_bias"):
         assert torch.equal(torch.cat([part[name] for part in parts]), w.ends.get(name, parts[0][name]))

@@ -105,12 +105,12 @@ def test_tables_come_in_runs_of_rows(run, make_pair, tmp_path):
 
     def stream():
         for i in reversed(range(a.spec.layers)):  # any order
-            yield i, a.blocks[i], b.blocks[i]
+            yield i, [a.blocks[i], b.blocks[i]]
         tables = ("embed", "head")
-        yield "ends", *({n: t for n, t in w.ends.items() if n not in tables} for w in (a, b))
+        yield "ends", [{n: t for n, t in w.ends.items() if n not in tables} for w in (a, b)]
         for table in tables:
             for start in range(0, a.spec.vocab, run):
-                yield "ends", *({table: w.ends[table][start : start + run]} for w in (a, b))
+                yield "ends", [{table: w.ends[table][start : start + run]} for w in (a, b)]
 
     check_contents(Store.create(tmp_path / "s", a.spec, stream(), part_bytes=3000), a, b)
 
@@ -126,13 +126,13 @@ def test_an_incomplete_pair_is_refused_and_leaves_nothing(make_pair, tmp_path):
     for bad, words in [
         (good[:-1], "block 1"),
         ([*good, good[-1]], "twice"),
-        ([("ends", *ends), *good[1:]], "head has fewer rows"),
-        ([("ends", *short), *good[1:]], "embed has fewer rows"),
-        ([("ends", {"embed": a.ends["embed"]}, {"embed": b.ends["embed"]})] * 2, "embed has more rows"),
-        ([(0, broken, b.blocks[0])], "slot q overflows"),
-        ([(0, wrong, b.blocks[0])], "slot q has shapes"),
-        ([(0, extra, b.blocks[0])], "queen"),
-        ([(7, a.blocks[0], b.blocks[0])], "block 7"),
+        ([("ends", ends), *good[1:]], "head has fewer rows"),
+        ([("ends", short), *good[1:]], "embed has fewer rows"),
+        ([("ends", ({"embed": a.ends["embed"]}, {"embed": b.ends["embed"]}))] * 2, "embed has more rows"),
+        ([(0, (broken, b.blocks[0]))], "slot q overflows"),
+        ([(0, (wrong, b.blocks[0]))], "slot q has shapes"),
+        ([(0, (extra, b.blocks[0]))], "queen"),
+        ([(7, (a.blocks[0], b.blocks[0]))], "block 7"),
     ]:
         with pytest.raises(LmcError, match=words):
             Store.create(tmp_path / "s", a.spec, bad)
@@ -188,7 +188,7 @@ def test_foreign_and_damaged_stores(make_store):
     for arguments, words in [
         ((path / "no", spec), "no/index.json"),
         ((path, spec.changed(norms={"eps": 1e-3})), "another architecture"),
-        ((path, spec, "pair 2"), "another pair"),
+        ((path, spec, "pair 2"), "other models"),
     ]:
         with pytest.raises(LmcError, match=words):
             Store.open(*arguments)
@@ -268,7 +268,7 @@ def test_only_one_piece_is_held(make_pair, tmp_path):
         for i in range(a.spec.layers):
             block = {name: t.clone() for name, t in a.blocks[i].items()}
             seen.append(weakref.ref(block["q"]))
-            yield i, block, b.blocks[i]
+            yield i, [block, b.blocks[i]]
             del block
             assert seen[-1]() is None
 

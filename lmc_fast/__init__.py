@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from .pair import Pair, open_pair
     from .pipeline.align import align
     from .pipeline.evaluate import barrier, verify
-    from .pipeline.export import export, merge
+    from .pipeline.export import export
     from .pipeline.inspection import Inspection, inspect, plan
+    from .pipeline.merge import merge
     from .pipeline.progress import Progress
     from .pipeline.run import run
     from .solvers import cayley, expm, polar
@@ -62,7 +63,7 @@ _HOMES = {
     "export": "pipeline.export",
     "inspect": "pipeline.inspection",
     "interp_linear": "kernels.interp_linear",
-    "merge": "pipeline.export",
+    "merge": "pipeline.merge",
     "open_pair": "pair",
     "plan": "pipeline.inspection",
     "polar": "solvers",

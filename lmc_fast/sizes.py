@@ -15,17 +15,17 @@ _UNITS = {"": 1, "b": 1} | {
 }
 
 
-def parse_bytes(text: str | int) -> int:
+def parse_bytes(text: str | int, what: str = "memory") -> int:
     """8GiB, 3GB, 512MiB, 1.5g (GiB) or plain bytes -> bytes. Raises LmcError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower())
     if not match or match[2] not in _UNITS or ("." in match[1] and not match[2]):
-        raise LmcError(f"memory {str(text)!r} is not a size; write for example 8GiB, 3GB, 512MiB or a number of bytes")
+        raise LmcError(f"{what} {str(text)!r} is not a size; write for example 8GiB, 3GB, 512MiB or a number of bytes")
     number: float = math.inf if len(match[1]) > _DIGITS else float(match[1]) if "." in match[1] else int(match[1])
     size = number * _UNITS[match[2]]
     if size > _MOST:
-        raise LmcError(f"memory {match[1][:9]}{match[2]} is more than any machine has; write for example 8GiB")
+        raise LmcError(f"{what} {match[1][:9]}{match[2]} is more than any machine has; write for example 8GiB")
     if size < 1:
-        raise LmcError(f"memory {str(text)!r} must be more than nothing; write for example 8GiB")
+        raise LmcError(f"{what} {str(text)!r} must be more than nothing; write for example 8GiB")
     return int(size)
 
 

@@ -22,6 +22,10 @@ class Identity:
         self._stamps = {file: _stamp(file) for file in files}
         self._digests: dict[Path, str] = {}
 
+    @property
+    def files(self) -> list[Path]:
+        return list(self._stamps)
+
     def digests(self) -> dict[str, str]:
         """File name -> SHA-256 of its size and content; of a large file, of its beginning and samples."""
         if not self._digests:

@@ -125,9 +125,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--tokens", type=positive_integer, help=f"tokens per step (default: {Schedule.batch} sequences)")
     sub.add_argument("--length", "--block", type=positive_integer, help="tokens per sequence (default: 128)")
 
-    sub = command("merge", "write the weighted average of two checkpoints", "a", "b")
-    sub.add_argument("--weight", type=float, default=0.5, help="share of B (default: 0.5)")
-    sub.add_argument("--out", required=True, type=user_path, help="directory to create")
+    text = "write the weighted average of two or more checkpoints, or what they add to a base"
+    merge_arguments(command("merge", text, "a", "b?"))
 
     sub = command(
         "barrier",
@@ -146,6 +145,22 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", type=user_path, help="text or images to compare on (default: random tokens or images)")
     sub.add_argument("--memory", help=limit)
     return whole
+
+
+def merge_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("more", nargs="*", metavar="MORE", help="any number of further checkpoints")
+    sub.add_argument("--weight", type=float, help="share of B, of two checkpoints (default: 0.5)")
+    text = "weight of each checkpoint, in their order (default: equal); divided by their sum, with a note"
+    sub.add_argument("--weights", type=float, nargs="+", metavar="W", help=text)
+    text = 'JSON file of other weights for some blocks: {"embed": [...], "0-3": [...], "4": [...], "head": [...]}'
+    sub.add_argument("--weights-by-block", type=user_path, metavar="FILE", help=text)
+    text = "task arithmetic: to this checkpoint, add --weights times the others' differences from it"
+    sub.add_argument("--base", help=text)
+    sub.add_argument("--extrapolate", action="store_true", help="allow weights below 0 and above 1")
+    text = "dtype of the written weights (default: what the first checkpoint stores each tensor in)"
+    sub.add_argument("--dtype", choices=DTYPES, help=text)
+    sub.add_argument("--shard-size", metavar="SIZE", help="of a file of weights at most, e.g. 2GB (default: 5GB)")
+    sub.add_argument("--out", required=True, type=user_path, help="directory to create")
 
 
 def positive_integer(text: str) -> int:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ..alignment import Alignment
 from ..budget.meter import budget_warning
 from ..checkpoints import Model
+from ..checkpoints.writer import SHARD_BYTES
 from ..data import read_data, sequence_length
 from ..errors import LmcError
 from ..evaluation.curve import DEFINITION, is_own
 from ..output import Workspace, partial_of, require_apart
 from ..pair import open_pair
 from ..pipeline.evaluate import barrier, require_points, verify
-from ..pipeline.export import merge
 from ..pipeline.inspection import inspect, plan
+from ..pipeline.merge import merge
 from ..sizes import parse_bytes, show_bytes
 from .boundary import BAD_INPUT
 from .console import DIFFERENT, Console, unit_of
@@ -46,9 +50,25 @@ def inspect_command(args: argparse.Namespace, console: Console) -> int:
 
 
 def merge_command(args: argparse.Namespace, console: Console) -> int:
-    merge(args.a, args.b, args.out, args.weight)
-    console.say(f"wrote {args.out}: (1 - {args.weight:g}) {args.a} + {args.weight:g} {args.b}")
-    console.result({"out": str(args.out), "weight": args.weight})
+    places = [args.a, *([] if args.b is None else [args.b]), *args.more]
+    shard_bytes = SHARD_BYTES if args.shard_size is None else parse_bytes(args.shard_size, "shard size")
+    how: dict[str, Any] = {"weights": args.weights, "weights_by_block": args.weights_by_block, "base": args.base}
+    how |= {
+        "dtype": args.dtype and getattr(torch, args.dtype),
+        "shard_bytes": shard_bytes,
+        "extrapolate": args.extrapolate,
+    }
+    if args.weight is None:
+        record = merge(places, args.out, **how)
+    elif len(places) == 2:
+        record = merge(args.a, args.b, args.out, args.weight, **how)
+    else:
+        raise LmcError("--weight is the share of B of two models; give --weights, one for each model")
+    shown = " + ".join(f"{w:g} {place}" for w, place in zip(record["weights"], places, strict=True))
+    if args.base is not None:
+        shown = f"{args.base}, and of the difference from it {shown}"
+    console.say(f"wrote {args.out}, in {record['dtype']}: {shown}")
+    console.result({"out": str(args.out), **record})
     return 0
 
 

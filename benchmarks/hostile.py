@@ -30,11 +30,11 @@ from typing import Any
 
 from benchmarks.common import RESULTS, ROOT, Row, options, provenance, write_csv, write_json
 
-SOURCES = ("lmc_fast", "benchmarks/hostile.py", "benchmarks/mutants.py", "benchmarks/mutant_data.py")
+SOURCES = ("lmc_fast", *(f"benchmarks/{name}.py" for name in ("hostile", "mutants", "mutant_data", "mutant_pickles")))
 LIMIT_SECONDS = 20.0
 LIMIT_BYTES = 1 << 30  # above what the worker had before
 QUICK = 300
-PROMISED = {"config": 2000, "safetensors": 300, "index, tokenizer, data": 300, "own": 100}
+PROMISED = {"config": 2000, "safetensors": 300, "pickled": 100, "index, tokenizer, data": 300, "own": 100}
 FAULTS = ("traceback", "hang", "memory", "message", "silent")
 
 
@@ -53,6 +53,8 @@ def prepare(home: Path) -> None:
     zoo.write("neox", home / "other", 2)
     model = zoo.ZOO["neox"]()
     model.save_pretrained(home / "sharded", max_shard_size="10KB")
+    shutil.copytree(home / "neox", home / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(model.state_dict(), home / "pickled" / "pytorch_model.bin")
     shutil.copytree(home / "neox", home / "text")
     save_tokenizer(home / "text")
     (home / "text" / "text.txt").write_text(" ".join(f"w{i % 40}" for i in range(2, 400)))
@@ -66,13 +68,14 @@ def prepare(home: Path) -> None:
 
 def cases(home: Path) -> list[Any]:
     """Every case, in an order that does not depend on anything but the seed."""
-    from benchmarks import mutant_data, mutants
+    from benchmarks import mutant_data, mutant_pickles, mutants
 
     bases = {name: home / name for name in mutants.FAMILIES}
     found = [
         *mutants.configs(bases),
         *mutants.safetensors(bases),
         *mutants.indexes({"sharded": home / "sharded"}),
+        *mutant_pickles.pickles("pickled", home / "pickled"),
         *mutant_data.tokenizers("text", home / "text"),
         *mutant_data.texts("text"),
         *mutant_data.images("images"),
@@ -111,8 +114,12 @@ def checkpoint(home: Path, base: str, name: str) -> None:
     from lmc_fast.checkpoints import Model
     from lmc_fast.engine.model import logits
 
-    kind = "neox" if base == "sharded" else base
-    _command("inspect", home, "--quiet")
+    kind = "neox" if base in ("sharded", "pickled") else base
+    os.chdir(home)
+    try:
+        _command("inspect", home, "--quiet")
+    finally:
+        assert not Path("was-here").exists(), "a pickle's code ran"
     _command("verify", home, home.parent / "good", "--quiet")
     model = Model(home)
     x = zoo.inputs(kind)
@@ -218,6 +225,7 @@ JUDGES: dict[str, Callable[[Path, str, str], None]] = {
     "config": checkpoint,
     "safetensors": checkpoint,
     "index": checkpoint,
+    "pickled": checkpoint,
     "tokenizer": tokenizer,
     "data": text,
     "images": images,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import re
+import struct
 import warnings
 import zipfile
 from io import FileIO
@@ -42,6 +43,10 @@ class PickledFile:
                 "%s cannot be read in parts (%s): it is held whole, in %s", file, why, show_bytes(file.stat().st_size)
             )
             self._tensors = _load(file, "cpu")
+        for name, tensor in self._tensors.items():
+            if tensor.is_meta and _offset(tensor) is None:
+                raise LmcError(f"{file}: tensor {name} has no values; use the original checkpoint")
+        _require_room(file, self._tensors)
         self._handle = FileIO(file)
 
     @property
@@ -92,6 +97,23 @@ def _in_parts(file: Path) -> bool:
         plain = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
         order = [name for name in archive.namelist() if name.endswith("/byteorder")]
         return plain and all(archive.read(name) == b"little" for name in order)
+
+
+def _require_room(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Raises LmcError where a tensor that is not read yet would go beyond its entry of the archive."""
+    placed = {name: tensor for name, tensor in tensors.items() if tensor.is_meta}
+    if not placed:
+        return
+    sizes = {}
+    with zipfile.ZipFile(file) as archive, file.open("rb") as handle:
+        for entry in archive.infolist():
+            handle.seek(entry.header_offset + 26)
+            name, extra = struct.unpack("<HH", handle.read(4))  # their lengths; the data follows them
+            sizes[entry.header_offset + 30 + name + extra] = entry.file_size
+    for name, tensor in placed.items():
+        needs, there = tensor.untyped_storage().nbytes(), sizes.get(int(_offset(tensor) or 0), 0)
+        if there < needs:
+            raise LmcError(f"{file} is truncated: {name} needs {needs} bytes, {there} are there; download it again")
 
 
 def _offset(tensor: Tensor) -> int | None:

@@ -44,7 +44,9 @@ class Difference:
     def __post_init__(self) -> None:
         for what, value in (("first", self.loss_a), ("second", self.loss_b)):
             if not math.isfinite(value):
-                raise LmcError(f"the loss of the {what} checkpoint is {value}: numbers overflow; look for huge weights")
+                raise LmcError(
+                    f"the loss of the {what} checkpoint is {value}: numbers overflow; look for huge or NaN weights"
+                )
         if not math.isfinite(self.kl + self.max_log_probability):
             raise LmcError("the outputs of these checkpoints are not finite; look for huge weights")
 

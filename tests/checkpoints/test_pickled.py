@@ -157,6 +157,26 @@ def test_damaged_files(damage, as_pickled):
 
 
 @needs_parts
+def cut_entry(file):
+    """One tensor's bytes cut, in an archive that is whole otherwise."""
+    with zipfile.ZipFile(file) as old:
+        entries = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(file, "w") as new:
+        for name, data in entries.items():
+            new.writestr(name, data[: len(data) // 2] if name.endswith("data/0") else data)
+
+
+@needs_parts
+def test_tensors_without_all_their_values(as_pickled):
+    file = as_pickled() / "pytorch_model.bin"
+    cut_entry(file)
+    with pytest.raises(LmcError, match=r"is truncated: transformer\.\S+ needs \d+ bytes, \d+ are there"):
+        PickledFile(file)
+    file = as_pickled(lambda tensors: tensors | {"lm_head.weight": torch.empty(2, 2, device="meta")}) / file.name
+    with pytest.raises(LmcError, match=r"tensor lm_head\.weight has no values"):
+        PickledFile(file)
+
+
 def test_a_file_that_shrinks_and_one_that_is_missing(as_pickled):
     directory = as_pickled(shards=2)
     model = Model(directory)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .budget.meter import Meter
     from .budget.planner import Plan
     from .budget.stages import TooSmall
-    from .checkpoints import Model
+    from .checkpoints import Model, Stock
     from .data import read_data, read_tokens
     from .errors import Cancelled, LmcError
     from .evaluation import Curve, Difference
@@ -52,6 +52,7 @@ _HOMES = {
     "Plan": "budget.planner",
     "Progress": "pipeline.progress",
     "Schedule": "learning.schedule",
+    "Stock": "checkpoints",
     "TooSmall": "budget.stages",
     "Transform": "symmetry",
     "__version__": "version",
@@ -90,6 +91,7 @@ __all__ = [
     "Plan",
     "Progress",
     "Schedule",
+    "Stock",
     "TooSmall",
     "Transform",
     "__version__",

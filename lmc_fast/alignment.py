@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from .architectures import Spec
-from .checkpoints import Weights
+from .checkpoints import Stock, Weights, export_to_memory
 from .errors import LmcError
+from .pair import Pair
+from .symmetry.canonical import canonicalize
 from .symmetry.checksum import understood
 from .symmetry.legality import check_legal
 from .symmetry.storage import load_tensors, pack, save_tensors, unpack, unpack_version_1
@@ -97,6 +99,17 @@ class Alignment:
     def apply(self, a: Weights, b: Weights) -> tuple[Weights, Weights]:
         """Both endpoints, given in canonical form, aligned."""
         return self.a.apply(a), self.b.apply(b)
+
+    def state_dicts(self, pair: Pair, dtype: torch.dtype | None = None) -> list[Stock]:
+        """Both endpoints of the pair, aligned, as (config, state dict) of stock models in memory, on the CPU.
+
+        The bits are those that `export` writes. dtype: of all tensors, by default as each endpoint stores them. Nothing
+        is proven here, see export(..., in_memory=True). Raises LmcError where a weight overflows.
+        """
+        return [
+            export_to_memory(g.apply(canonicalize(model.open_weights(torch.float64))), model, dtype)
+            for model, g in zip((pair.a, pair.b), self.members, strict=True)
+        ]
 
 
 def _first_names(prefix: str, layers: int) -> Iterator[str]:

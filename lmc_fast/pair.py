@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 from .architectures import Spec, flat_fields
-from .checkpoints import Model
+from .checkpoints import Model, Place
 from .errors import LmcError
 from .tokenizer import Comparison, compare_tokenizers
 
@@ -29,8 +28,9 @@ class Pair:
         return self.a.spec
 
 
-def open_pair(a: str | Path, b: str | Path, headers_only: bool = False) -> Pair:
-    """Opens two checkpoint directories or hub ids (OWNER/NAME, OWNER/NAME@REVISION, or an address on huggingface.co).
+def open_pair(a: Place, b: Place, headers_only: bool = False) -> Pair:
+    """Opens two checkpoint directories or hub ids (OWNER/NAME, OWNER/NAME@REVISION, or an address on huggingface.co),
+    transformers models, or (config, state dict) pairs. What is in memory is not copied: leave it as it is.
 
     headers_only: do not download weights, which cannot be read then. Raises LmcError if either is unusable or they do
     not match.
@@ -39,7 +39,7 @@ def open_pair(a: str | Path, b: str | Path, headers_only: bool = False) -> Pair:
     try:
         return pair_of(one, two)
     except LmcError as error:
-        raise LmcError(f"{a} and {b} cannot be aligned: {error}") from error
+        raise LmcError(f"{one.source} and {two.source} cannot be aligned: {error}") from error
 
 
 def pair_of(a: Model, b: Model) -> Pair:
@@ -48,7 +48,7 @@ def pair_of(a: Model, b: Model) -> Pair:
     Raises LmcError with what sets them apart.
     """
     text = a.family is b.family and not a.spec.image
-    found = compare_tokenizers(a.path, b.path) if text else Comparison()
+    found = _compared(a, b) if text else Comparison()
     if found.problem:
         raise LmcError(found.problem)
     warnings = list(found.warnings)
@@ -61,6 +61,14 @@ def pair_of(a: Model, b: Model) -> Pair:
     for warning in warnings:
         log.warning(warning)
     return Pair(a, b, tuple(warnings))
+
+
+def _compared(a: Model, b: Model) -> Comparison:
+    """Their tokenizers, where both have directories."""
+    if a.home is not None and b.home is not None:
+        return compare_tokenizers(a.home, b.home)
+    text = "a model in memory has no tokenizer: that ids mean the same to both is taken for granted"
+    return Comparison(None, (text,))
 
 
 def in_common(a: Model, b: Model) -> tuple[Model, Model]:

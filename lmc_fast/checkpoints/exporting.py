@@ -13,8 +13,9 @@ from torch import Tensor
 from ..architectures import Entry
 from ..errors import LmcError
 from .lazy import TABLES, Slots
+from .memory import Stock
 from .weights import Model, Weights
-from .writer import Stored, write_checkpoint
+from .writer import Stored, own_config, write_checkpoint
 
 
 def export(
@@ -24,6 +25,23 @@ def export(
 
     dtype: of all tensors; by default each keeps the one that `like` stores it in. Raises LmcError where that overflows.
     """
+    options: dict[str, Any] = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
+    write_checkpoint(directory, _stored(weights, like, dtype), _config(weights, like, dtype), like.home, **options)
+
+
+def export_to_memory(weights: Weights, like: Model, dtype: torch.dtype | None = None) -> Stock:
+    """The same in memory, on the CPU."""
+    from transformers import CONFIG_MAPPING
+
+    tensors = {
+        t.name: torch.cat([part[None] if not t.shape else part for part in t.parts()]).view(t.shape)
+        for t in _stored(weights, like, dtype)
+    }
+    config = own_config(_config(weights, like, dtype))
+    return Stock(CONFIG_MAPPING[config["model_type"]].from_dict(config), tensors)
+
+
+def _config(weights: Weights, like: Model, dtype: torch.dtype | None) -> dict[str, Any]:
     config = dict(like.checkpoint.config)
     if "tie_word_embeddings" in config or getattr(like.config, "tie_word_embeddings", False):
         config["tie_word_embeddings"] = weights.spec.tied
@@ -31,9 +49,7 @@ def export(
     config["dtype"] = str(dtype or like.loading_dtype).removeprefix("torch.")
     if "vocab_size" in config:
         config["vocab_size"] = like.vocabulary  # fewer than there were, where the other endpoint has fewer
-    config |= {fold.option: False for fold in like.folds}
-    options: dict[str, Any] = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
-    write_checkpoint(directory, _stored(weights, like, dtype), config, like.path, **options)
+    return config | {fold.option: False for fold in like.folds}
 
 
 def _stored(weights: Weights, like: Model, dtype: torch.dtype | None) -> Iterator[Stored]:

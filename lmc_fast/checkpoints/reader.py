@@ -7,21 +7,34 @@ file is open.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import LmcError
 from ..files import read_object
-from .hub import GGUF, INDEX_BYTES, PICKLED, SINGLE, RemoteFile, Repository, download, find, headers
+from .hub import GGUF, INDEX_BYTES, PICKLED, SINGLE, Repository, download, find, headers
 from .identity import Identity
 from .pickled import PickledFile
 from .tensor_file import FLOATS, TensorFile
 
 _WEIGHTS = (".safetensors", ".bin", ".index.json")
 RUN_ELEMENTS = 1 << 22  # of a tensor that is read by runs
+
+
+class Tensors(Protocol):
+    """Tensors by name, each a copy where it is read: a TensorFile and what answers like one."""
+
+    @property
+    def names(self) -> list[str]: ...
+    def kind(self, name: str) -> str: ...
+    def dtype(self, name: str) -> torch.dtype: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def read(self, name: str) -> Tensor: ...
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor: ...
 
 
 class Checkpoint:
@@ -41,17 +54,14 @@ class Checkpoint:
             self.path = self.remote[0]
         else:
             self.path = place if isinstance(place, Path) else download(place)
+        self.home: Path | None = self.path  # the directory, of what has one
         self._refuse_others()
         self.config = read_object(self.path / "config.json", remedy=f"is {self.source} a checkpoint directory?")
-        if self.config.get("quantization_config") is not None:
-            method = self.config["quantization_config"]
-            method = method.get("quant_method", "") if isinstance(method, dict) else ""
-            raise LmcError(
-                f"{path} is quantised ({method or 'unknown method'}); alignment needs float weights: use the original "
-                "checkpoint, or save a dequantised copy with transformers first"
-            )
+        refuse_quantised(self.config, self.source)
         files, promised = (list(self.remote[1]), set[str]()) if self.remote else self._locate()
-        self._files = self.remote[1] if self.remote else {name: _opened(self.path / name) for name in files}
+        self._files: Mapping[str, Tensors] = (
+            self.remote[1] if self.remote else {name: _opened(self.path / name) for name in files}
+        )
         read = [] if self.remote else files
         self.identity = Identity((self.path / "config.json", *(self.path / name for name in read)))
         # as transformers does: every tensor of every file counts, wherever the index sends it; the last file wins
@@ -103,7 +113,7 @@ class Checkpoint:
         """As `dtype`, but not only floats."""
         return self._home(name).dtype(name)
 
-    def _home(self, name: str) -> TensorFile | PickledFile | RemoteFile:
+    def _home(self, name: str) -> Tensors:
         return self._files[self._file_of[name]]
 
     def _refuse_others(self) -> None:
@@ -157,6 +167,17 @@ class Checkpoint:
         if not isinstance(content.get("metadata"), dict):  # transformers does without the rest, but not without this
             raise LmcError(f"{index} has no metadata, without which transformers does not load it; download it again")
         return sorted(set(weight_map.values())), set(weight_map)
+
+
+def refuse_quantised(config: dict[str, Any], source: str) -> None:
+    """Raises LmcError where config.json says that weights are quantised."""
+    method = config.get("quantization_config")
+    if method is not None:
+        method = method.get("quant_method", "") if isinstance(method, dict) else ""
+        raise LmcError(
+            f"{source} is quantised ({method or 'unknown method'}); alignment needs float weights: use the original "
+            "checkpoint, or save a dequantised copy with transformers first"
+        )
 
 
 def _opened(file: Path) -> TensorFile | PickledFile:

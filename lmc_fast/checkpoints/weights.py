@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ from ..architectures.layouts import OfExpert, Plain
 from ..errors import LmcError
 from .coverage import cover
 from .lazy import TABLES, LazyBlocks, Slots, Table
+from .memory import MemoryCheckpoint, Stock
 from .plain_config import require_plain
 from .reader import Checkpoint
 
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_experts", "num_local_experts")
 _MOST_LABELS = 10_000_000
+Place = Any  # str | Path | a transformers model | (config, state dict)
 
 
 @dataclass
@@ -111,18 +113,40 @@ class Model:
 
     Raises LmcError if the architecture or one of its options is unknown, or if a tensor is missing, unexpected, not a
     float or of another shape than the config says.
+
+    place: a directory, a hub id, a transformers model, or (config, state dict); the last two are not copied.
     """
 
-    def __init__(self, path: str | Path, headers_only: bool = False):
-        self.source = str(path)  # as it was asked for: a directory or a hub id
-        self.checkpoint = Checkpoint(path, headers_only)
+    def __init__(self, place: Place, headers_only: bool = False):
+        if isinstance(place, str | Path):
+            self.checkpoint = Checkpoint(place, headers_only)
+        else:
+            self.checkpoint = MemoryCheckpoint(place)
+        self.source = self.checkpoint.source  # as it was asked for: a directory or a hub id
         self.family, self.config = read_config(self.checkpoint)
         spec = _spec(self.family, self.config, self.checkpoint.path / "config.json")
         self.coverage, self.spec = cover(self.checkpoint, self.family, spec)
 
     @property
+    def home(self) -> Path | None:
+        """Its directory; None of a model in memory."""
+        return self.checkpoint.home
+
+    @property
     def path(self) -> Path:
-        return self.checkpoint.path
+        """Its directory. Raises LmcError for a model in memory."""
+        if self.home is None:
+            raise LmcError(
+                f"a {self.source} has neither a tokenizer nor an image processor; give token ids, or images as floats"
+            )
+        return self.home
+
+    def stock(self) -> Stock:
+        """Itself, with all its tensors in memory, as they are stored."""
+        stored = self.checkpoint
+        if isinstance(stored, MemoryCheckpoint):
+            return Stock(self.config, stored.tensors)
+        return Stock(self.config, {name: stored.read(name) for name in stored.names})
 
     @property
     def dtype(self) -> torch.dtype:
@@ -244,7 +268,10 @@ def read_config(checkpoint: Checkpoint) -> tuple[Family, Any]:
     except LmcError as error:
         raise LmcError(f"{file}: {error}") from error
     try:
-        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        if checkpoint.home is None:
+            config = CONFIG_MAPPING[kind].from_dict(deepcopy(checkpoint.config))
+        else:
+            config = AutoConfig.from_pretrained(checkpoint.home, trust_remote_code=False)
     except Exception as error:  # transformers validates with many exception types
         raise LmcError(f"{file} is refused by transformers: {_last_line(error)}") from error
     return family, config

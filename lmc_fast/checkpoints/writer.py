@@ -82,12 +82,12 @@ def write_checkpoint(
     directory: Path,
     tensors: Iterable[Stored],
     config: dict[str, Any],
-    companions_from: Path,
+    companions_from: Path | None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Fills an empty `directory` with a checkpoint that transformers loads; one part of a tensor at a time is held.
 
-    Tokenizer, generation config and the like are copied from `companions_from`.
+    Tokenizer, generation config and the like are copied from `companions_from`, if that is a directory.
     """
     directory.mkdir(parents=True, exist_ok=True)
     shards: list[list[Stored]] = []
@@ -107,8 +107,7 @@ def write_checkpoint(
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    config = {key: value for key, value in config.items() if key not in _ELSEWHERE}
-    (directory / "config.json").write_text(to_json(config, indent=2) + "\n")
+    (directory / "config.json").write_text(to_json(own_config(config), indent=2) + "\n")
     companions, linked = _companions(companions_from)
     for link in linked:
         _log.warning("%s is a link to another place; it is not copied", link)
@@ -116,19 +115,26 @@ def write_checkpoint(
         _copy_companion(companion, directory / companion.name)
 
 
-def checkpoint_names(companions_from: Path) -> Names:
+def own_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Without what points at other files."""
+    return {key: value for key, value in config.items() if key not in _ELSEWHERE}
+
+
+def checkpoint_names(companions_from: Path | None) -> Names:
     """What a directory that write_checkpoint fills may hold."""
     names = ["config.json", _INDEX, "model.safetensors", "model-?????-of-?????.safetensors"]
     return dict.fromkeys(names + [companion.name for companion in _companions(companions_from)[0]])
 
 
-def companion_bytes(companions_from: Path) -> int:
+def companion_bytes(companions_from: Path | None) -> int:
     """Of what is copied beside the weights."""
     return sum(file.stat().st_size for file in _companions(companions_from)[0])
 
 
-def _companions(source: Path) -> tuple[list[Path], list[Path]]:
+def _companions(source: Path | None) -> tuple[list[Path], list[Path]]:
     """Those to copy, and links out of the checkpoint, other than the hub's cache makes to its blobs."""
+    if source is None:
+        return [], []
     home = Path(os.path.realpath(source))
     allowed = (home, home.parent.parent / "blobs") if home.parent.name == "snapshots" else (home,)
     own: list[Path] = []

@@ -26,7 +26,7 @@ from ..errors import LmcError
 from ..examples import Data, inputs_of
 
 _AUTO = {"causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM", "image": "AutoModelForImageClassification"}
-_OUTPUTS = ("logits", "image_embeds", "text_embeds")
+OUTPUTS = ("logits", "image_embeds", "text_embeds")
 
 
 class Unreadable(Exception):
@@ -74,11 +74,11 @@ class Reference:
         self.path, self.task, self.device, self._dtype = path, task, torch.device(device), dtype
         self._columns = columns
         self._source: tuple[list[str], Any] = ([], None)
-        with _quiet(), _unreadable():
+        with quiet(), _unreadable():
             self._stock = _class_of(path, task, names)
             self.model = self._open()
             self._arrange()
-        self.by = f"transformers {_version()}"
+        self.by = f"transformers {version()}"
 
     # What transformers loads, and where it belongs
 
@@ -175,7 +175,7 @@ class Reference:
 
     def _load(self, names: Sequence[str], rows: Tensor | None, config: Any) -> None:
         """Stored tensors, or some rows of them, into the model, by transformers' own loading."""
-        with ExitStack() as stack, _quiet():
+        with ExitStack() as stack, quiet():
             files = {f: stack.enter_context(_opened(f)) for f in {self._file_of[name] for name in names}}
             state = {name: _Part(files[self._file_of[name]](name), rows) for name in names}
             found = self._stock._load_pretrained_model(self.model, state, None, config)
@@ -257,7 +257,7 @@ class Reference:
         name, dtype = ("pixel_values", self._dtype) if inputs.is_floating_point() else ("input_ids", torch.int64)
         with _unreadable():
             out = self.model(**{name: inputs.to(self.device, dtype)})
-            return next(found for name in _OUTPUTS if (found := getattr(out, name, None)) is not None)
+            return next(found for name in OUTPUTS if (found := getattr(out, name, None)) is not None)
 
     def _hidden(self, tokens: Tensor) -> Tensor:
         """Token ids (n, T) -> what the trunk of a language model gives its head (n, T, d)."""
@@ -326,7 +326,7 @@ def _class_of(path: Path, task: str, names: Sequence[str]) -> Any:
         return type(getattr(transformers, _AUTO[task]).from_config(config))
 
 
-def _version() -> str:
+def version() -> str:
     import transformers
 
     return transformers.__version__
@@ -375,7 +375,7 @@ def _pickled(file: str) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' bars and reports: a model is loaded in many parts here."""
     from transformers.utils import logging
 

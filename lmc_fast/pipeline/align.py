@@ -111,6 +111,9 @@ def align(
     if before:
         with understood(state or Path("the state"), "the state of this run"):
             require_same_run(before["run"], run)
+    in_memory = any(model.home is None for model in (pair.a, pair.b))
+    if in_memory and memory is not None:
+        raise LmcError("memory= prepares a pair on disk, and these models are in memory: save them, or leave it out")
     within, gathered, length = None, STATISTICS_TOKENS, pair.spec.length(inputs_of(tokens).shape)
     if memory is not None:
         return_freed_memory()
@@ -130,7 +133,8 @@ def align(
     with ExitStack() as stack:
         if not before and parallel.place()[0] == 0:
             evidence = {"weight": Evidence(1, 0), "activation": Evidence(0, 1)}.get(method, Evidence(1, activations))
-            with meter.stage("matching"), _scratch(place, load is not Model.load) as keep:
+            to_disk = load is not Model.load and not in_memory
+            with meter.stage("matching"), _scratch(place, to_disk) as keep:
                 if keep is not None:
                     require_room(keep, disk_bytes(pair.spec, evidence, within))
                 base = match_endpoints(a, b, tokens, evidence, keep=keep, statistics_tokens=gathered, watch=watch)

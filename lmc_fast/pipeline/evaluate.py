@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 
@@ -14,7 +13,7 @@ from ..architectures import Spec
 from ..budget.devices import require_device
 from ..budget.meter import UNCERTAIN, counted_bytes, return_freed_memory
 from ..budget.stages import POINTS, Stages, TooSmall
-from ..checkpoints import Model
+from ..checkpoints import Model, Place
 from ..errors import LmcError
 from ..evaluation import Curve, Difference, curve_between, difference
 from ..evaluation.function import OURS, tolerance
@@ -87,8 +86,8 @@ def require_points(points: int) -> None:
 
 
 def verify(
-    a: str | Path,
-    b: str | Path,
+    a: Place,
+    b: Place,
     tokens: Data | None = None,
     device: Device = "cpu",
     *,
@@ -96,8 +95,8 @@ def verify(
 ) -> tuple[Difference, bool]:
     """How far the functions of two checkpoints are apart, and whether that is within their dtypes' rounding.
 
-    The functions are those that transformers computes wherever it can; the difference tells. tokens: data to compare
-    on, by default random token ids or images. memory: bytes that this may take.
+    a, b: as for open_pair. The functions are those that transformers computes wherever it can; the difference tells.
+    tokens: data to compare on, by default random token ids or images. memory: bytes that this may take.
 
     Raises LmcError.
     """

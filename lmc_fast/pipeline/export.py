@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, overload
 
 import torch
 
 from ..alignment import Alignment
-from ..checkpoints import Model
+from ..budget.devices import require_device
+from ..checkpoints import Model, Place, Stock
 from ..checkpoints import export as export_weights
 from ..errors import LmcError
 from ..evaluation import Difference
@@ -23,6 +26,7 @@ from .run_directory import export_names
 PROOF_SEQUENCES = 16
 
 
+@overload
 def export(
     pair: Pair,
     alignment: Alignment,
@@ -31,23 +35,52 @@ def export(
     *,
     tokens: Data | None = None,
     device: torch.device | str = "cpu",
-) -> dict[str, Difference]:
+) -> dict[str, Difference]: ...
+@overload
+def export(
+    pair: Pair,
+    alignment: Alignment,
+    *,
+    in_memory: Literal[True],
+    dtype: torch.dtype | None = None,
+    tokens: Data | None = None,
+    device: torch.device | str = "cpu",
+) -> list[Stock]: ...
+def export(
+    pair: Pair,
+    alignment: Alignment,
+    out: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    in_memory: bool = False,
+    tokens: Data | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, Difference] | list[Stock]:
     """Writes out/a and out/b (stock checkpoints) and out/alignment.safetensors, once both are proven; see `prove`.
 
     dtype: of the weights on disk, each endpoint's own by default. tokens: data to prove it on, by default random.
+    in_memory: instead, returns both as (config, state dict), as proven; nothing is written.
 
     Raises LmcError, and leaves nothing behind, if `out` exists and is not empty, if the alignment is none of this pair,
     or if what was written does not keep its function.
     """
+    if (out is None) != in_memory:
+        raise LmcError("export writes to `out`, or returns what it would write (in_memory=True): give one of them")
+    require_device(device)
     for transform in (alignment.a, alignment.b):
         check_legal(transform, pair.spec)
+    if out is None:
+        found = alignment.state_dicts(pair, dtype)
+        prove(pair, found, tokens, device)
+        require_unchanged(pair)
+        return found
     target = user_path(out)
-    require_apart((target, partial_of(target)), (pair.a.path, pair.b.path))
+    require_apart((target, partial_of(target)), (pair.a.home, pair.b.home))
     writes = sum(endpoint_bytes(model, dtype) for model in (pair.a, pair.b)) + alignment_bytes(pair.spec)
     require_room(partial_of(target), writes, max(largest_file(model, dtype) for model in (pair.a, pair.b)))
     with atomic_directory(target, export_names(pair.a, pair.b)) as work:
         export_into(pair, alignment, work, dtype)
-        proof = prove(pair, work, tokens, device)
+        proof = prove(pair, (work / "a", work / "b"), tokens, device)
         alignment.save(work / "alignment.safetensors")
         require_unchanged(pair)
     return proof
@@ -55,13 +88,13 @@ def export(
 
 def prove(
     pair: Pair,
-    directory: Path,
+    written: Sequence[Place],
     tokens: Data | None = None,
     device: torch.device | str = "cpu",
     memory: int | None = None,
     watch: Watch | None = None,
 ) -> dict[str, Difference]:
-    """How far directory/a and directory/b, as they are read back, are from the pair's endpoints.
+    """How far what was written of each endpoint, as it is read back, is from the pair's.
 
     tokens: compared on at most PROOF_SEQUENCES of these, by default on random ones. memory: bytes that this may take;
     a run has planned with them. Raises LmcError where an endpoint does not keep its function.
@@ -70,11 +103,11 @@ def prove(
     proof: dict[str, Difference] = {}
     watch = watch or Watch()
     watch.begin("verifying", 2)
-    for name, original in (("a", pair.a), ("b", pair.b)):
-        written = Model(directory / name)
-        found, same = compare(original, written, sample, device, memory)
+    for name, original, place in zip("ab", (pair.a, pair.b), written, strict=True):
+        model = Model(place)
+        found, same = compare(original, model, sample, device, memory)
         if not same:
-            short = written.dtype.itemsize < 4
+            short = model.dtype.itemsize < 4
             remedy = "write it in float32 (--dtype float32)" if short else "please report this as a bug"
             raise LmcError(
                 f"the aligned {original.source} does not keep its function: KL {found.kl:.1e} nats to the original; "

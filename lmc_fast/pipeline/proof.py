@@ -13,6 +13,7 @@ from ..budget.stages import ELEMENTS
 from ..checkpoints import Model
 from ..evaluation import Difference, difference
 from ..evaluation.reference import Reference, Unreadable
+from ..evaluation.whole import WholeReference
 from ..examples import Data, inputs_of
 from ..sizes import show_bytes
 
@@ -33,6 +34,9 @@ def by_transformers(
     if memory is not None:
         return_freed_memory()
         _require(memory, counted_bytes(device) + _held_whole(x) + _held_whole(y))
+    if x.home is None or y.home is None:
+        first, second = (WholeReference(m.stock(), m.spec.task, device, columns=m.vocabulary) for m in (x, y))
+        return difference(first, second, data, 1, rows=1)
     a, b = (Reference(m.path, m.spec.task, m.family.architectures, device, columns=m.vocabulary) for m in (x, y))
     batch = rows = len(data)
     if memory is not None:
@@ -58,5 +62,7 @@ def _require(memory: int, needed: float) -> None:
 
 def _held_whole(model: Model) -> int:
     """Bytes of files that transformers cannot map."""
-    files = [file for file in model.path.glob("pytorch_model*.bin") if not zipfile.is_zipfile(file)]
-    return 0 if any(model.path.glob("*.safetensors")) else sum(file.stat().st_size for file in files)
+    if model.home is None:
+        return 0
+    files = [file for file in model.home.glob("pytorch_model*.bin") if not zipfile.is_zipfile(file)]
+    return 0 if any(model.home.glob("*.safetensors")) else sum(file.stat().st_size for file in files)

@@ -43,7 +43,7 @@ def endpoint_bytes(model: Model, dtype: torch.dtype | None = None) -> int:
     sizes = {name: math.prod(stored.shape(name)) for name in stored.names}
     total = sum(size * (dtype or stored.stored_dtype(name)).itemsize for name, size in sizes.items())
     head = spec.vocab * spec.width if spec.tied else 0
-    return total + head * (dtype or model.dtype).itemsize + companion_bytes(model.path) + _SMALL
+    return total + head * (dtype or model.dtype).itemsize + companion_bytes(model.home) + _SMALL
 
 
 def largest_file(model: Model, dtype: torch.dtype | None = None) -> int:

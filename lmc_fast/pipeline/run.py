@@ -101,7 +101,7 @@ def run(
             parallel.wait()
             find(state_file=state_file_of(out))
             return {}
-        directory = RunDirectory(out, resume, (pair.a.path, pair.b.path))
+        directory = RunDirectory(out, resume, (pair.a.home, pair.b.home))
         directory.expect(export_names(pair.a, pair.b))
         if not directory.finished:
             learns = Schedule.of(method, schedule, options) if method in METHODS else None
@@ -128,7 +128,7 @@ def run(
                 export_into(pair, alignment, directory.result, dtype, watch)
             alignment.save(directory.result / "alignment.safetensors")
             with meter.stage("verifying"):
-                proof = prove(pair, directory.result, test, device, memory, watch)
+                proof = prove(pair, (directory.result / "a", directory.result / "b"), test, device, memory, watch)
             report |= {"proof": {name: found.to_json() for name, found in proof.items()}, "costs": meter.to_json()}
             write_whole(directory.result / "report.json", to_json(report, indent=2) + "\n")
             require_unchanged(pair)

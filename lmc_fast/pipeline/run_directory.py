@@ -29,7 +29,7 @@ _REPORT = ("report.json", "curve.png", "learning.png")
 
 def export_names(a: Model, b: Model) -> dict[str, Names | None]:
     """What the export of a pair writes."""
-    return {"a": checkpoint_names(a.path), "b": checkpoint_names(b.path)} | _files(_ALIGNMENT)
+    return {"a": checkpoint_names(a.home), "b": checkpoint_names(b.home)} | _files(_ALIGNMENT)
 
 
 def _files(*names: str) -> dict[str, Names | None]:

@@ -94,7 +94,7 @@ def test_curves_and_differences_hold_finite_numbers_only(tmp_path):
     Curve([0.0, 1.0], [1.0, 2.0]).save(tmp_path / "c.json")
     assert json.loads((tmp_path / "c.json").read_text())["barrier"] == 0
     for numbers in ((0, 0, np.nan, 0), (0, 0, 0, np.inf), (0, np.nan, 0, 0), (np.inf, 0, 0, 0)):
-        with pytest.raises(LmcError, match="huge weights"):
+        with pytest.raises(LmcError, match="huge or NaN weights"):
             Difference(*numbers)
 
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..architectures import Spec
 from ..architectures.axes import PARENT, Index, Move, size_of, unfolded
-from ..checkpoints.lazy import Slots
+from ..checkpoints.lazy import LazyBlocks, Slots
 from ..checkpoints.weights import Weights
 from ..symmetry.elements import Dense, Element, Scale
 from ..symmetry.groups import query_key_maps, unit_scale_signs, value_maps
-from ..symmetry.transform import Transform, rotary_map
+from ..symmetry.transform import Transform, apply, rotary_map
 
 _RIDGE = 1e-8
 
@@ -22,6 +22,23 @@ _RIDGE = 1e-8
 def balance(weights: Weights) -> Transform:
     """The transform (head maps and unit scales, float64) that balances canonical `weights`."""
     return Transform({}, [_balance_block(weights.spec, weights.blocks[i]) for i in range(weights.spec.layers)])
+
+
+def balanced(weights: Weights) -> tuple[Transform, Weights]:
+    """(the transform that balances canonical `weights`, the weights so balanced).
+
+    A block is balanced when it is asked for, so that no second copy of the model exists; the transform is complete once
+    every block was.
+    """
+    spec, found = weights.spec, Transform.identity(weights.spec)
+
+    def even(i: int, block: Slots) -> Slots:
+        found.blocks[i] = found.blocks[i] or _balance_block(spec, block)
+        return apply(spec, found.blocks[i], block)
+
+    blocks = LazyBlocks(spec.layers, lambda i: dict(weights.blocks[i]))
+    moved = Weights(spec, {}, blocks).in_dtype(torch.float64, dict, even).blocks
+    return found, Weights(spec, weights.ends, moved, weights.tables)
 
 
 def _balance_block(spec: Spec, block: Slots) -> dict[str, Element]:

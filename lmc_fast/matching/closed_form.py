@@ -18,7 +18,7 @@ from ..architectures import Spec
 from ..architectures.axes import HEAD_UNITS, STREAM
 from ..checkpoints.lazy import Slots, Table
 from ..checkpoints.weights import Weights
-from ..symmetry.elements import Dense, Element, Elements, Scale, Wreath, orthogonal
+from ..symmetry.elements import Dense, Element, Elements, Scale, Wreath, dense, orthogonal
 from ..symmetry.groups import rotates
 from ..symmetry.transform import Transform, apply
 from .activations import Statistics
@@ -28,6 +28,8 @@ from .procrustes import residual_rotation
 from .units import match_experts, match_head_units, match_units, unit_scores
 
 MAX_ROUNDS = 50
+GAIN = 5e-5  # of the fit: a round that gains less is the last (measured: later ones change no barrier by a hundredth)
+STILL = 1e-4  # by what share of itself the stream's element may move: the next round would find the same assignments
 Changes = Sequence[tuple[int, int]]  # for each round: how many assignments changed, how many there are
 _log = logging.getLogger("lmc_fast")
 
@@ -54,14 +56,16 @@ def match(
 ) -> Transform:
     """The transform (float64) of canonical, balanced `b` that brings it closest to `a`.
 
-    Rounds go on until no assignment changes, at most `rounds`; each loads every block once, one at a time.
+    Rounds go on until no assignment changes, the stream's element moves by less than STILL or the fit gains less than
+    GAIN, at most `rounds`; each loads every block once, one at a time.
     `statistics` are needed if the activations count. visited: told, before each block, the number of the round, that of
     the block, and the changes of earlier rounds.
     """
     changes: list[tuple[int, int]] = []
     spec, seen_stream = a.spec, statistics.stream if statistics else None
     ends = ends_evidence(a, b)
-    found = Transform({STREAM: _stream(spec, ends.copy(), seen_stream, evidence)}, [{} for _ in range(spec.layers)])
+    stream, fit = _stream(spec, ends.copy(), seen_stream, evidence)
+    found, why = Transform({STREAM: stream}, [{} for _ in range(spec.layers)]), f"as many as allowed ({rounds})"
     for done in range(1, rounds + 1):
         before = _assignments(found)
         total = ends.copy()
@@ -74,21 +78,37 @@ def match(
             del x, y
         if spec.head_transform:
             found.model[HEAD_UNITS] = _match_head(a, b, found.model, total)
-        found.model[STREAM] = _stream(spec, total, seen_stream, evidence)
+        earlier, gained = found.model[STREAM], -fit
+        found.model[STREAM], fit = _stream(spec, total, seen_stream, evidence)
+        gained += fit
         after = _assignments(found)
         changed = sum(name not in before or not torch.equal(before[name], p) for name, p in after.items())
         changes.append((changed, len(after)))
         if not changed:
-            break
-    _log.info("matched in %d rounds, in the last of which %d of %d assignments changed", len(changes), *changes[-1])
+            why = "no assignment changed any more"
+        elif _apart(earlier, found.model[STREAM]) < STILL:
+            why = "the residual stream's map stays as it is"
+        elif done > 1 and gained < GAIN * abs(fit):
+            why = f"the last one improved the fit by {max(gained, 0) / abs(fit):.0e} of itself"
+        else:
+            continue
+        break
+    _log.info("matched in %d round%s: %s", len(changes), "s" * (len(changes) > 1), why)
     return found
 
 
-def _stream(spec: Spec, found: StreamEvidence, activations: Tensor | None, evidence: Evidence) -> Element:
-    """The legal element of the stream (float64) that fits best; uses `found` up. activations (d, d)."""
-    mapped = weigh(found.mapped, activations, evidence.shares)
-    best = residual_rotation(spec, mapped, found.ordered * evidence.weights)
-    return Dense.orthogonal(best) if rotates(spec) else orthogonal(best)
+def _stream(spec: Spec, found: StreamEvidence, activations: Tensor | None, evidence: Evidence) -> tuple[Element, float]:
+    """The legal element of the stream (float64) that fits best, and how well; uses `found` up. activations (d, d)."""
+    mapped, ordered = weigh(found.mapped, activations, evidence.shares), found.ordered * evidence.weights
+    best = residual_rotation(spec, mapped, ordered)
+    fit = float((best * mapped).sum() + (best.abs() * ordered).sum())
+    return Dense.orthogonal(best) if rotates(spec) else orthogonal(best), fit
+
+
+def _apart(x: Element, y: Element) -> float:
+    """By what share of themselves two orthogonal elements differ."""
+    one, two = dense(x).matrix, dense(y).matrix
+    return float((one - two).norm() / two.norm())
 
 
 def match_block(

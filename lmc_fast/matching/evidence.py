@@ -21,7 +21,7 @@ from ..symmetry.groups import resolves_embedding
 MAPPED, ORDERED = (Move.CO, Move.CONTRA), (Move.ORDER,)
 # biases of norms that were folded into readers, of which little is left, and what no forward pass reads
 _LEFT_OUT = ("attn_norm_bias", "ffn_norm_bias", "final_norm_bias", "mask", "pooler")
-WIDE = 1024  # from this width on products are float32: float64 doubles their memory and time, and a sum of a thousand
+WIDE = 512  # from this width on products are float32: float64 doubles their memory and time, and a sum of hundreds of
 # products that is 1e-6 off changes no assignment that means anything. Sums of products are float64 always.
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..alignment import Alignment
 from ..budget.devices import here, require_device
 from ..budget.meter import Meter, return_freed_memory
 from ..budget.planner import Strategy
-from ..checkpoints import Model, Weights
+from ..checkpoints import LazyBlocks, Model, Slots, Weights
 from ..engine.source import Resident, paired
 from ..errors import Cancelled, LmcError
 from ..examples import Data, inputs_of
@@ -29,7 +29,7 @@ from ..learning.learner import History, Learner, NonFiniteLoss
 from ..learning.schedule import CLOSED_FORMS, Schedule
 from ..learning.schedule import METHODS as LEARNING
 from ..matching.activations import STATISTICS_NAMES, gather_statistics
-from ..matching.balance import balance
+from ..matching.balance import balanced
 from ..matching.closed_form import MAX_ROUNDS, Evidence, match
 from ..output import Workspace
 from ..pair import Pair
@@ -218,11 +218,7 @@ def match_endpoints(
     taken from at most; rounds: see match. watch: told how far it is.
     """
     told = MatchingWatch(watch or Watch(), a.spec.layers, bool(evidence.activations), rounds)
-    with _overflow("A"):
-        even_a = balance(a)
-    with _overflow("B"):
-        even_b = balance(b)
-    a, b = even_a.apply(a), even_b.apply(b)
+    (even_a, a), (even_b, b) = (_balanced(w, ends) for w, ends in ((a, "A"), (b, "B")))
     statistics = None
     if evidence.activations:
         length = a.spec.length(inputs_of(tokens).shape)
@@ -231,6 +227,17 @@ def match_endpoints(
     with _overflow("A and B"):
         found = match(a, b, evidence, statistics, rounds, told.visited).compose(even_b)
     return as_stored(even_a), as_stored(found)
+
+
+def _balanced(w: Weights, ends: str) -> tuple[Transform, Weights]:
+    """As matching.balance.balanced, with the endpoint's name in errors."""
+    even, moved = balanced(w)
+
+    def block(i: int) -> Slots:
+        with _overflow(ends):
+            return moved.blocks[i]
+
+    return even, replace(moved, blocks=LazyBlocks(w.spec.layers, block))
 
 
 @contextmanager

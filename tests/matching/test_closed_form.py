@@ -1,5 +1,7 @@
 """Procrustes, balancing and matching, against scipy, brute force and planted answers."""
 
+import logging
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -7,6 +9,7 @@ import torch
 from random_elements import random_element
 
 from lmc_fast.checkpoints import Model
+from lmc_fast.matching import closed_form
 from lmc_fast.matching.activations import Covariance, gather_statistics
 from lmc_fast.matching.balance import balance
 from lmc_fast.matching.closed_form import Evidence, match
@@ -26,6 +29,16 @@ EVIDENCE = {"weights": Evidence(1, 0), "activations": Evidence(0, 1), "both": Ev
 def canonical(directory):
     weights = canonicalize(Model(directory).load(torch.float64))
     return balance(weights).apply(weights)
+
+
+def orthogonal_element(spec):
+    planted = random_element(spec, 11)
+    for block in planted.blocks:
+        places, inner = block["units"].places, block["units"].inner
+        block["units"] = units(places, inner.scale.sign() if unit_scale_signs(spec) == "any" else None)
+        block["vo"] = Dense.orthogonal(nearest_orthogonal(block["vo"].matrix))
+        block["qk"] = Dense.orthogonal(nearest_rotary(block["qk"].matrix, spec.rope.rotary_dim))
+    return planted
 
 
 def distance(x, y):
@@ -91,17 +104,33 @@ def test_balance_equalises_both_sides_of_every_head(variant, make_checkpoint):
 def test_a_planted_transform_is_found(variant, evidence, make_checkpoint, tokens):
     """B = g·A for an orthogonal g: matching must undo it, up to what the evidence can see."""
     a = canonical(make_checkpoint(variant))
-    planted = random_element(a.spec, 11)
-    for block in planted.blocks:
-        places, inner = block["units"].places, block["units"].inner
-        block["units"] = units(places, inner.scale.sign() if unit_scale_signs(a.spec) == "any" else None)
-        block["vo"] = Dense.orthogonal(nearest_orthogonal(block["vo"].matrix))
-        block["qk"] = Dense.orthogonal(nearest_rotary(block["qk"].matrix, a.spec.rope.rotary_dim))
-    b = planted.apply(a)
+    b = orthogonal_element(a.spec).apply(a)
     statistics = gather_statistics(a, b, torch.randint(40, (64, 20), generator=torch.Generator().manual_seed(1)))
     found = match(a, b, EVIDENCE[evidence], statistics)
     check_legal(found, a.spec)
     assert distance(found.apply(b), a) < 1e-6
+
+
+def test_rounds_end_when_there_is_nothing_to_gain(make_checkpoint, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "lmc_fast")
+    a, b = (canonical(make_checkpoint("llama", seed)) for seed in (1, 2))
+
+    def last(x, y, rounds=50):
+        caplog.clear()
+        found = match(x, y, Evidence(1, 0), rounds=rounds)
+        return found, caplog.messages[-1]
+
+    planted = orthogonal_element(a.spec).apply(a)  # the tables tell the stream's element before any block does
+    assert last(a, planted)[1] == "matched in 1 round: the residual stream's map stays as it is"
+    found, limited = last(a, b)[0], last(a, b, 1)[1]
+    assert limited == "matched in 1 round: as many as allowed (1)"
+    monkeypatch.setattr(closed_form, "GAIN", 1.0)
+    assert "matched in 2 rounds: the last one improved the fit by " in last(a, b)[1]
+    monkeypatch.setattr(closed_form, "GAIN", 0.0)
+    monkeypatch.setattr(closed_form, "STILL", 0.0)
+    best, until = last(a, b)
+    assert until.endswith("no assignment changed any more")
+    assert gap(a, found.apply(b)) < 1.01 * gap(a, best.apply(b)) < gap(a, b)
 
 
 def test_matching_a_model_with_itself_is_the_identity(make_checkpoint):
@@ -110,14 +139,14 @@ def test_matching_a_model_with_itself_is_the_identity(make_checkpoint):
     assert distance(Transform.identity(a.spec).apply(a), a) == 0
 
 
+def gap(a, b):
+    pairs = zip(a.blocks, b.blocks, strict=True)
+    return sum((x[n] - y[n]).square().sum() for x, y in pairs for n in ("q", "k", "v", "o", "up", "down"))
+
+
 @pytest.mark.parametrize("name", ["gpt2_shakespeare", "neox_mixed"])
 def test_trained_pairs_get_much_closer(name, shared_pair):
     directory = shared_pair(name)
     a, b = canonical(directory / "a"), canonical(directory / "b")
     found = match(a, b, Evidence(1, 0))
-
-    def gap(y):
-        pairs = zip(a.blocks, y.blocks, strict=True)
-        return sum((x[n] - z[n]).square().sum() for x, z in pairs for n in ("q", "k", "v", "o", "up", "down"))
-
-    assert gap(found.apply(b)) < 0.75 * gap(b)
+    assert gap(a, found.apply(b)) < 0.75 * gap(a, b)

@@ -37,7 +37,7 @@ def cover(checkpoint: Checkpoint, family: Family, spec: Spec) -> tuple[Coverage,
     own: dict[str, str] = {}
     missing: dict[str, Entry] = {}
     for name, entry, _ in family.entries(replace(spec, tied=False)):
-        disk = next((n for n in _spellings(name, family) if n in left), None)
+        disk = next((n for n in spellings(name, family) if n in left), None)
         if disk is None:
             missing[name] = entry
             continue
@@ -68,7 +68,7 @@ def cover(checkpoint: Checkpoint, family: Family, spec: Spec) -> tuple[Coverage,
     return Coverage(names, own, buffers), replace(spec, tied=tied)
 
 
-def _spellings(name: str, family: Family) -> Iterator[str]:
+def spellings(name: str, family: Family) -> Iterator[str]:
     """How a checkpoint may call a tensor: with the family's prefix or without, by today's name or an older one."""
     others = [name.replace(here, there) for here, there in (*_OLDER, *family.other_names) if here in name]
     for spelt in (name, *others):

@@ -15,57 +15,89 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..architectures import Spec
-from ..architectures.axes import ATTN_READERS, END_ROWS, END_WRITERS, FFN_READERS
+from ..architectures.axes import ATTN_READERS, BLOCK_READERS, END_ROWS, END_WRITERS
 from ..checkpoints.lazy import Slots, Table
 from ..checkpoints.weights import Weights
 from ..errors import LmcError
 from .groups import folds_value_bias, hides_head_mean, hides_key_bias, resolves_embedding
 
+LAYER_SCALES = (("attn_scale", "o"), ("ffn_scale", "down"))  # (factor on what a branch adds, its writer)
+_BEFORE_HEAD = ("final_norm", "head_norm")
+_MOST_SHARE = 0.75  # of a squared gain that the variance behind a norm may be, for the table to be solved well
 
-def canonicalize(weights: Weights) -> Weights:
+
+def canonicalize(weights: Weights, like: Weights | None = None) -> Weights:
     """The canonical form of a model: computed one block at a time in float64, returned in the dtype of `weights`.
 
     Lazy weights stay lazy; of their tables, everything is looked at once.
+
+    like: a model, not in canonical form, that this one was trained from. Where the canonical form is a choice (signs and
+    balance of gains on queries and keys, the gain behind a table that is solved anew), the one made for `like` is taken,
+    so that what differs little differs little afterwards. All else, the folded norms above all, is the model's own.
     """
     spec = weights.spec
-    survey = _survey(weights)
-    return weights.in_dtype(
-        torch.float64, lambda ends: canonical_ends(spec, ends, survey), lambda _, block: canonical_block(spec, block)
-    )
+    survey = _survey(weights, like)
+    blocks = like.blocks if like and spec.attention.qk_norm else None
+
+    def block(index: int, slots: Slots) -> Slots:
+        return canonical_block(spec, slots, blocks and blocks[index])
+
+    return weights.in_dtype(torch.float64, lambda ends: canonical_ends(spec, ends, survey), block)
 
 
-def canonical_block(spec: Spec, block: Slots) -> Slots:
-    """One block in canonical form. The dict is used up, no tensor in it is changed."""
+def norm_read_by(spec: Spec, slot: str) -> str | None:
+    """The norm whose gain moves into a slot, because the slot alone, or with others, reads what it yields."""
+    if slot == "head":
+        return next((name for name in _BEFORE_HEAD if name in spec.shapes), None)
+    if slot not in BLOCK_READERS:
+        return None
+    norm = "attn_norm" if spec.norms.shared or slot in ATTN_READERS else "ffn_norm"
+    return norm if norm in spec.shapes else None
+
+
+def centred_axis(spec: Spec, slot: str) -> int | None:
+    """The axis of a matrix along which its mean is subtracted: the stream's, or one that no output can see."""
+    layernorm, placement = spec.norms.kind == "layernorm", spec.norms.placement
+    if slot in ("o", "down"):
+        return 0 if layernorm and placement in ("pre", "post") else None
+    if slot in (*END_ROWS, *END_WRITERS):
+        centres = layernorm and (placement == "pre" or spec.norms.embedded)
+        return (1 if slot in END_ROWS else 0) if centres else None
+    return 0 if slot == "router" or (slot == "head" and hides_head_mean(spec)) else None
+
+
+def canonical_block(spec: Spec, block: Slots, like: Slots | None = None) -> Slots:
+    """One block in canonical form. The dict is used up, no tensor in it is changed. like: see canonicalize."""
     w = block
-    if spec.norms.shared:
-        _absorb(spec, w, "attn_norm", ATTN_READERS + FFN_READERS)
-    else:
-        _absorb(spec, w, "attn_norm", ATTN_READERS)
-        _absorb(spec, w, "ffn_norm", FFN_READERS)
-    for scale, writer in (("attn_scale", "o"), ("ffn_scale", "down")):
+    for norm in ("attn_norm", "ffn_norm"):
+        _absorb(w, norm, tuple(slot for slot in BLOCK_READERS if norm_read_by(spec, slot) == norm))
+    for scale, writer in LAYER_SCALES:
         if scale in w:
             w[writer] = w[scale][:, None] * w[writer]
             if f"{writer}_bias" in w:
                 w[f"{writer}_bias"] = w[scale] * w[f"{writer}_bias"]
             w[scale] = torch.ones_like(w[scale])
     if "v_bias" in w and "o_bias" in w and folds_value_bias(spec):
-        att = spec.attention
-        per_query = w["v_bias"].unflatten(0, (att.kv_heads, 1, att.head_dim)).expand(-1, att.queries_per_group, -1)
-        w["o_bias"] = w["o_bias"] + w["o"] @ per_query.flatten()
+        w["o_bias"] = w["o_bias"] + w["o"] @ for_each_query(spec, w["v_bias"])
         w["v_bias"] = torch.zeros_like(w["v_bias"])
     if "k_bias" in w and hides_key_bias(spec):  # RoPE turns it by position, and so shows it
         bias = w["k_bias"].unflatten(0, (spec.attention.kv_heads, spec.attention.head_dim)).clone()
         bias[:, spec.rope.rotary_dim :] = 0
         w["k_bias"] = bias.flatten()
     if spec.attention.qk_norm:
-        _balance_gains(spec, w)
-    if spec.norms.kind == "layernorm" and spec.norms.placement in ("pre", "post"):
-        for name in ("o", "o_bias", "down", "down_bias"):
-            if name in w:
-                w[name] = w[name] - w[name].mean(dim=0)
-    if "router" in w:
-        w["router"] = w["router"] - w["router"].mean(dim=0)
+        _balance_gains(spec, w, like or w)
+    for slot in ("o", "down", "router"):
+        if centred_axis(spec, slot) == 0:
+            for name in (slot, f"{slot}_bias"):
+                if name in w:
+                    w[name] = w[name] - w[name].mean(dim=0)
     return w
+
+
+def for_each_query(spec: Spec, per_group: Tensor) -> Tensor:
+    """What key/value groups have (G·e,), as the columns of o see it: once for each query head, (H·e,)."""
+    att = spec.attention
+    return per_group.unflatten(0, (att.kv_heads, 1, att.head_dim)).expand(-1, att.queries_per_group, -1).flatten()
 
 
 @dataclass(frozen=True)
@@ -93,20 +125,17 @@ def canonical_ends(spec: Spec, ends: Slots, survey: Survey) -> Slots:
         w["head_bias"] = survey.head_bias.to(w["head_bias"])
     if survey.embed_gain is not None:
         _resolve_embedding(spec, w, survey.embed_gain)
-    if spec.norms.kind == "layernorm" and (spec.norms.placement == "pre" or spec.norms.embedded):
-        for name in END_ROWS:
-            if name in w:
-                w[name] = w[name] - w[name].mean(dim=1, keepdim=True)
-        for name in END_WRITERS:
-            for part in (name, f"{name}_bias"):
-                if part in w:
-                    w[part] = w[part] - w[part].mean(dim=0)
+    for name in (*END_ROWS, *END_WRITERS):
+        axis = centred_axis(spec, name)
+        for part in (name, f"{name}_bias") if axis == 0 else (name,):
+            if part in w and axis is not None:
+                w[part] = w[part] - w[part].mean(dim=axis, keepdim=True)
     return w
 
 
-def _survey(weights: Weights) -> Survey:
+def _survey(weights: Weights, like: Weights | None = None) -> Survey:
     spec, ends = weights.spec, {name: t.double() for name, t in weights.small_ends.items()}
-    head, embed = weights.table("head"), weights.table("embed")
+    head = weights.table("head")
     assert head is not None
     norm, bias, gain_of_embed = _norm_before_head(ends), ends.get("head_bias"), None
     shift = ends.get(f"{norm}_bias")
@@ -126,14 +155,15 @@ def _survey(weights: Weights) -> Survey:
         mean = torch.stack(sums).sum(0) / head.shape[0]
         bias = None if bias is None else bias - bias.mean()
     if resolves_embedding(spec):
-        assert embed is not None
-        largest = [_outcome(spec, ends, rows.double())[1].max() for _, rows in embed.chunks()]
-        gain_of_embed = (2 * torch.stack(largest).max()).sqrt()
+        largest = _largest_outcome(spec, weights)
+        own = 2 * largest
+        before = own if like is None else 2 * _largest_outcome(spec, like)
+        gain_of_embed = (before if largest < _MOST_SHARE * before else own).sqrt()
     return Survey(norm_bias, bias, mean, gain_of_embed)
 
 
 def _norm_before_head(ends: Slots) -> str | None:
-    return next((name for name in ("final_norm", "head_norm") if name in ends), None)
+    return next((name for name in _BEFORE_HEAD if name in ends), None)
 
 
 def _for_reader(of_norm: Tensor, reader: Tensor) -> Tensor:
@@ -141,7 +171,7 @@ def _for_reader(of_norm: Tensor, reader: Tensor) -> Tensor:
     return of_norm.repeat(reader.shape[-1] // len(of_norm))
 
 
-def _absorb(spec: Spec, w: Slots, name: str, readers: tuple[str, ...]) -> None:
+def _absorb(w: Slots, name: str, readers: tuple[str, ...]) -> None:
     """Moves a norm's gain, and its bias where every reader can take it, into the readers."""
     if name not in w:
         return
@@ -180,22 +210,29 @@ def _unscaled(gain: Tensor, shift: Tensor, readers: list[Table], name: str) -> T
     return found
 
 
-def _balance_gains(spec: Spec, w: Slots) -> None:
+def signs_of_gain(w: Slots, slot: str) -> Tensor:
+    """Of the gain on queries or keys (slot q or k), one for each row of the slot."""
+    gain = w[f"{slot}_norm"]
+    sign = torch.where(gain < 0, -torch.ones_like(gain), torch.ones_like(gain))
+    return sign.repeat(w[slot].shape[0] // len(sign))
+
+
+def _balance_gains(spec: Spec, w: Slots, like: Slots) -> None:
     """Gains of queries and keys: signs go into the rows; each rotary pair's (or channel's) two gains get equal size.
 
-    Clamped queries and keys keep the sizes.
+    Clamped queries and keys keep the sizes. Signs and sizes are those of the gains of `like`.
     """
     groups, e = spec.attention.kv_heads, spec.attention.head_dim
-    gains: dict[str, Tensor] = {}
+    gains: dict[str, Tensor] = {slot: like[f"{slot}_norm"].double().abs() for slot in ("q", "k")}
+    own: dict[str, Tensor] = {}
     for slot in ("q", "k"):
-        gain = w[f"{slot}_norm"]
-        sign = torch.where(gain < 0, -torch.ones_like(gain), torch.ones_like(gain))
-        gains[slot] = gain.abs()
-        rows = sign.repeat(w[slot].shape[0] // len(sign))
+        rows = signs_of_gain(like, slot).to(w[slot])
+        own[slot] = w[f"{slot}_norm"] * rows[: len(w[f"{slot}_norm"])]
         w[slot] = w[slot] * rows[:, None]
         if f"{slot}_bias" in w:
             w[f"{slot}_bias"] = w[f"{slot}_bias"] * rows
-        w[f"{slot}_norm"] = gains[slot]
+    for slot in ("q", "k"):
+        w[f"{slot}_norm"] = own[slot]
     if spec.attention.clip_qkv:
         return
     count = groups if spec.attention.qk_norm == "full" else 1
@@ -208,7 +245,14 @@ def _balance_gains(spec: Spec, w: Slots) -> None:
     one = torch.ones_like(sizes[0])
     factor = (torch.where(live, sizes[1], one) / torch.where(live, sizes[0], one)) ** 0.25
     for slot, change in (("q", factor), ("k", 1 / factor)):
-        w[f"{slot}_norm"] = (gains[slot].view(count, -1, e) * change[:, None]).reshape(-1)
+        w[f"{slot}_norm"] = (own[slot].view(count, -1, e) * change[:, None].to(own[slot])).reshape(-1)
+
+
+def _largest_outcome(spec: Spec, weights: Weights) -> Tensor:
+    """The largest variance of an embedding's row behind its norm."""
+    ends, embed = {name: t.double() for name, t in weights.small_ends.items()}, weights.table("embed")
+    assert embed is not None
+    return torch.stack([_outcome(spec, ends, rows.double())[1].max() for _, rows in embed.chunks()]).max()
 
 
 def _outcome(spec: Spec, ends: Slots, embed: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..architectures import Spec
-from ..architectures.axes import PARENT, STREAM, axes_of, unfolded
+from ..architectures.axes import PARENT, STREAM, axes_of, size_of, unfolded
 from ..checkpoints.lazy import Slots
 from ..checkpoints.weights import Weights
 from .elements import Element, Elements, compose, inverse_of, moved
@@ -105,6 +105,22 @@ def apply_to_slot(spec: Spec, elements: Elements, name: str, w: Tensor) -> Tenso
             batch = spaces.index(PARENT[space]) if space in PARENT else None
             x = moved(elements[space], index.move).act(x, dim, batch)
     return x.reshape(w.shape)
+
+
+def apply_to_axis(spec: Spec, elements: Elements, name: str, axis: int, x: Tensor) -> Tensor:
+    """What the elements make of x (n, ...), whose first dimension lies as an axis of a slot does."""
+    indices = axes_of(spec, name)[axis] if axes_of(spec, name) else ()
+    if not any(index.space in elements for index in indices):
+        return x
+    known = [size_of(spec, index.space) if index.space else -1 for index in indices]
+    y = x.reshape(*known, -1) if -1 not in known else x.reshape(-1, *known[1:], x[0].numel())
+    spaces = [index.space for index in indices]
+    for dim, index in enumerate(indices):
+        space = index.space or ""
+        if space in elements:
+            batch = spaces.index(PARENT[space]) if PARENT.get(space) in spaces else None
+            y = moved(elements[space], index.move).act(y, dim, batch)
+    return y.reshape(x.shape)
 
 
 def factor(spec: Spec, elements: Elements, slot: str, axis: int) -> Tensor | None:

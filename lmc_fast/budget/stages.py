@@ -98,6 +98,10 @@ class Stages:
         """One endpoint's block, or a run of a table, canonical and moved in float64."""
         return self._with_slack(self.alignment + max(self._moved, self._moved_rows))
 
+    def carrying(self) -> int:
+        """As `writing`, of three models at once: a child, its endpoint, and what the difference is added to."""
+        return self._with_slack(self.alignment + 3 * max(self._moved, self._moved_rows))
+
     def measuring(self, points: int, aligned: bool = True, held: bool = False) -> int:
         """A curve by the smallest portions. aligned: the endpoints are moved on the way; held: `base` has what by."""
         always, streams, each = self._line(points, aligned)

@@ -14,7 +14,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from ..architectures.layouts import Conv1D, LessOne, OfExpert, PatchConvolution,
 from ..errors import LmcError
 from ..files import read_object, to_json
 from .coverage import spellings
-from .lazy import TABLES, LazyBlocks, Slots, Table
+from .lazy import LazyBlocks, Slots, Table
 from .low_rank import LowRank
 from .tensor_file import TensorFile
 from .weights import Model, Weights
@@ -82,9 +81,9 @@ class Module:
         rows = zip(self.entry.slots, lefts, biases, strict=True)
         return {slot: LowRank(left.contiguous(), down, bias) for slot, left, bias in rows}
 
-    def of(self, changes: Mapping[str, LowRank], model: Model) -> Module:
-        """The module that makes these changes, which share their right factor, in the dtype of this one."""
-        parts, dtype = [changes[slot] for slot in self.entry.slots], self.up.dtype
+    def of(self, changes: Mapping[str, LowRank], model: Model, dtype: torch.dtype | None = None) -> Module:
+        """The module that makes these changes, which share their right factor; dtype: by default that of this one."""
+        parts, dtype = [changes[slot] for slot in self.entry.slots], dtype or self.up.dtype
         if self.embedding:
             return replace(self, down=parts[0].left.mT.to(dtype), up=parts[0].right.mT.to(dtype))
         layout, spec = self.entry.layout, model.spec
@@ -100,8 +99,8 @@ class Module:
 class Adapter:
     """An adapter of `model`, read from a directory. `modules`: in the order of the file.
 
-    Raises LmcError for files that are missing or damaged, for another kind of adapter, for one of another model, and for
-    what is no low-rank change of a slot of that model.
+    Raises LmcError for files that are missing or damaged, for another kind of adapter, for one of another model, and
+    for what is no low-rank change of a slot of that model.
     """
 
     def __init__(self, path: Path, model: Model):
@@ -120,12 +119,12 @@ class Adapter:
         """The model that adapter_config.json says it was trained on; empty where it says nothing."""
         return str(self.config.get("base_model_name_or_path") or "")
 
-    def changed(self, weights: Weights) -> Weights:
-        """The model, given in normal form, with the adapter's changes added to its slots; lazy as `weights` are."""
+    def changed(self, weights: Weights, weight: float = 1.0) -> Weights:
+        """The model, given in normal form and lazy, with `weight` times the adapter's changes added to its slots."""
         found: dict[int | None, dict[str, LowRank]] = {}
         for module in self.modules:
             for slot, change in module.changes(self.model).items():
-                found.setdefault(module.block, {})[slot] = change.scaled(module.scaling)
+                found.setdefault(module.block, {})[slot] = change.scaled(weight * module.scaling)
         tables = dict(weights.tables)
         for slot, change in found.get(None, {}).items():
             if slot in tables:
@@ -141,11 +140,11 @@ class Adapter:
         biased = any(module.bias is not None for module in modules)
         for module in modules:
             stem = f"{_PREFIX}{module.path}"
-            down, up = ("lora_embedding_A", "lora_embedding_B") if module.embedding else ("lora_A.weight", "lora_B.weight")
-            tensors |= {f"{stem}.{down}": module.down, f"{stem}.{up}": module.up}
+            names = {part: end for end, (part, embedding) in _PARTS.items() if embedding == module.embedding}
+            tensors |= {stem + names["down"]: module.down, stem + names["up"]: module.up}
             if biased:  # of all, or peft finds some missing
                 bias = module.up.new_zeros(len(module.up)) if module.bias is None else module.bias
-                tensors[f"{stem}.lora_B.bias"] = bias
+                tensors[stem + names["bias"]] = bias
         for name, t in tensors.items():
             if not t.isfinite().all():
                 raise LmcError(f"{name} of the carried adapter overflows in {t.dtype}; use --dtype float32")
@@ -198,8 +197,8 @@ class Adapter:
         for path, parts in found.items():
             if path not in table:
                 raise LmcError(
-                    f"{file.file} changes {path}, which is no linear layer or embedding of {self.model.source} that can "
-                    f"be carried; {_MERGE}"
+                    f"{file.file} changes {path}, which is no linear layer or embedding of {self.model.source} that "
+                    f"can be carried; {_MERGE}"
                 )
             lost = {"down", "up"} - parts.keys()
             if lost:
@@ -207,7 +206,9 @@ class Adapter:
             if parts["up"].dim() != 2 or parts["down"].dim() != 2:
                 raise LmcError(f"{file.file}: a factor of {path} is no matrix; save the adapter again")
             scaling = self._scaling(path, len(parts["down"]))
-            modules.append(Module(path, *table[path], **parts, scaling=scaling, embedding=path in embeddings))
+            entry, block = table[path]
+            down, up, bias = parts["down"], parts["up"], parts.get("bias")
+            modules.append(Module(path, entry, block, down, up, scaling, bias, path in embeddings))
         return modules
 
     def _scaling(self, path: str, rank: int) -> float:
@@ -241,8 +242,8 @@ class Adapter:
         found = (module.up.shape[0], module.down.shape[1])
         if found != shape or module.up.shape[1] != rank or rank < 1:
             raise LmcError(
-                f"{file} is an adapter of another model: its factors of {module.path} make {found[0]} x {found[1]} of rank "
-                f"{rank} and {module.up.shape[1]}, {self.model.source} has {shape[0]} x {shape[1]}"
+                f"{file} is an adapter of another model: its factors of {module.path} make {found[0]} x {found[1]} "
+                f"(ranks {module.up.shape[1]} and {rank}), {self.model.source} has {shape[0]} x {shape[1]}"
             )
         if module.embedding != (entry.slots[0] in _LOOKED_UP):
             raise LmcError(f"{file}: {module.path} is not changed as its kind of layer is; save the adapter again")

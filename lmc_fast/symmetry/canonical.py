@@ -31,16 +31,16 @@ def canonicalize(weights: Weights, like: Weights | None = None) -> Weights:
 
     Lazy weights stay lazy; of their tables, everything is looked at once.
 
-    like: a model, not in canonical form, that this one was trained from. Where the canonical form is a choice (signs and
-    balance of gains on queries and keys, the gain behind a table that is solved anew), the one made for `like` is taken,
-    so that what differs little differs little afterwards. All else, the folded norms above all, is the model's own.
+    like: a model, not in canonical form, that this one was trained from. Where the canonical form is a choice (signs
+    and balance of gains on queries and keys, the gain behind a table that is solved anew), the one made for `like` is
+    taken, so that what differs little differs little afterwards. All else, the folded norms above all, is the model's.
     """
     spec = weights.spec
     survey = _survey(weights, like)
     blocks = like.blocks if like and spec.attention.qk_norm else None
 
     def block(index: int, slots: Slots) -> Slots:
-        return canonical_block(spec, slots, blocks and blocks[index])
+        return canonical_block(spec, slots, None if blocks is None else blocks[index])
 
     return weights.in_dtype(torch.float64, lambda ends: canonical_ends(spec, ends, survey), block)
 
@@ -97,7 +97,8 @@ def canonical_block(spec: Spec, block: Slots, like: Slots | None = None) -> Slot
 def for_each_query(spec: Spec, per_group: Tensor) -> Tensor:
     """What key/value groups have (G·e,), as the columns of o see it: once for each query head, (H·e,)."""
     att = spec.attention
-    return per_group.unflatten(0, (att.kv_heads, 1, att.head_dim)).expand(-1, att.queries_per_group, -1).flatten()
+    found: Tensor = per_group.unflatten(0, (att.kv_heads, 1, att.head_dim)).expand(-1, att.queries_per_group, -1)
+    return found.flatten()
 
 
 @dataclass(frozen=True)

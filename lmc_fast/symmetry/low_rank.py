@@ -1,8 +1,8 @@
 """What canonical form and group elements make of a change of low rank: one of the same rank, factor by factor.
 
-Both act on each axis of a slot by itself, W -> L W Rᵀ, so that left goes to L left and right to right Rᵀ. What they move
-into a bias is no matrix: where a norm's bias, or a value bias, stands in front of the slot, the change adds left (right t)
-to the slot's own bias, with t what stands there.
+Both act on each axis of a slot by itself, W -> L W Rᵀ, so that left goes to L left and right to right Rᵀ. What they
+move into a bias is no matrix: where a norm's bias, or a value bias, stands in front of the slot, the change adds
+left (right t) to the slot's own bias, with t what stands there.
 """
 
 from __future__ import annotations
@@ -57,12 +57,11 @@ def _in_front(spec: Spec, w: Slots, slot: str, norm: str | None) -> Tensor | Non
     if slot == "o" and "v_bias" in w and "o_bias" in w and folds_value_bias(spec):
         values = w["v_bias"]
         folded = _in_front(spec, w, "v", norm_read_by(spec, "v"))
-        return for_each_query(spec, values if folded is None else values + w["v"] @ folded.to(w["v"]))
+        values = values if folded is None else values + w["v"] @ folded.to(w["v"])
+        return for_each_query(spec, values) if (values != 0).any() else None
     shift = w.get(f"{norm}_bias")
     if norm is None or shift is None or not (shift != 0).any():
         return None
     readers = ("head",) if slot == "head" else tuple(s for s in BLOCK_READERS if norm_read_by(spec, s) == norm)
     taken = all(f"{reader}_bias" in w for reader in readers if reader in spec.shapes)
     return shift if taken else None
-
-

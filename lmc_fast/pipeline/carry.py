@@ -1,0 +1,304 @@
+"""What was trained on one endpoint, brought to the others: fine-tuned checkpoints, and adapters (carry_adapters)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..budget.devices import require_device
+from ..budget.meter import UNCERTAIN, counted_bytes, return_freed_memory
+from ..budget.stages import Stages, TooSmall
+from ..checkpoints import LazyBlocks, Model, Slots, Table, Weights, checkpoint_names
+from ..checkpoints import export as export_weights
+from ..checkpoints.adapters import Adapter, adapter_directories, is_adapter
+from ..errors import LmcError
+from ..examples import Data
+from ..output import Names, atomic_directory, check_target, partial_of, remove_own, require_apart, user_path
+from ..pair import in_common, pair_of, unlike
+from ..symmetry import canonicalize, check_legal
+from .carry_adapters import carry_adapters
+from .endpoints import MEMBER_NAMES, Endpoint, Known
+from .evaluate import compare
+from .room import endpoint_bytes, largest_file, require_room
+
+UNRELATED = 0.9  # of how far unrelated weights are apart: what is as far is no child
+FAR = 0.25  # and what is farther than this is a strange one
+PROOF_SEQUENCES = 16
+_CHILD = "child"  # where it lies while it is proven
+_log = logging.getLogger("lmc_fast")
+
+
+@dataclass(frozen=True)
+class Child:
+    """What was trained from an endpoint: `weights` in normal form, lazy, float64; `model`: whose names and config its
+    checkpoint has. adapter: it is the model with this one merged into it.
+    """
+
+    source: str
+    model: Model
+    adapter: Adapter | None = None
+
+    @property
+    def weights(self) -> Weights:
+        weights = self.model.open_weights(torch.float64)
+        return weights if self.adapter is None else self.adapter.changed(weights)
+
+
+def carry(
+    alignment: str | Path,
+    child: str | Path,
+    out: str | Path,
+    *,
+    member: str,
+    endpoint: str | Path | None = None,
+    onto: str | Path | None = None,
+    weight: float = 1.0,
+    full: bool = False,
+    dtype: torch.dtype | None = None,
+    tokens: Data | None = None,
+    device: torch.device | str = "cpu",
+    memory: int | None = None,
+) -> dict[str, Any]:
+    """Brings what was trained on an endpoint into the aligned basis, where it can be added to the other endpoint.
+
+    alignment: the file that `align` wrote; best beside a/ and b/. child: a checkpoint fine-tuned from the endpoint
+    `member` ("a" or "b"), or the directory of a LoRA adapter for it. out: the directory to create.
+
+    Of a checkpoint C, `out` becomes the stock checkpoint C' = g C, which computes what C does; with `onto`, an aligned
+    checkpoint T, it becomes T + weight (C' - B') with B' the aligned endpoint. Of an adapter `out` becomes an adapter
+    of the same rank for `onto` (by default the other aligned endpoint), which changes B' as the given one changes B;
+    `full` takes the adapter as the checkpoint that it makes of its endpoint.
+
+    endpoint: the original checkpoint; by default where it was when it was aligned, else the aligned one beside
+    `alignment`. dtype: of what is written, by default that of the child, of `onto`, or of the adapter. tokens: data to
+    prove on that C' computes what C does, by default random; transformers runs both. memory: bytes this may take.
+
+    Returns what was done: "distance" (of the child from its endpoint, 1 being that of unrelated weights), "proof", and
+    with `onto` how far `out` is from it ("moved"). Raises LmcError, and leaves nothing behind, where something does not
+    fit together: a child of another model, an adapter that cannot be carried exactly, a target that is not aligned.
+    """
+    require_device(device)
+    if member not in MEMBER_NAMES:
+        raise LmcError(f"the endpoint is {member!r}; give one of {', '.join(MEMBER_NAMES)}")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        raise LmcError(f"weight {weight!r} is not a finite number")
+    file, target = user_path(alignment), user_path(out)
+    require_apart((target, partial_of(target)), (file, child, endpoint, onto))
+    check_target(target)
+    known, place = Known.load(file), user_path(child)
+    if is_adapter(place):
+        base = _base_of_adapter(known, member, endpoint)
+        if not full:
+            return carry_adapters(known, member, base, place, target, onto=onto, weight=weight, dtype=dtype)
+        if adapter_directories(place) != [place]:
+            raise LmcError(f"{child} holds several adapters; carry them one by one with --full")
+        source, found = Child(str(child), base.model, Adapter(place, base.model)), base
+    else:
+        if full:
+            raise LmcError(f"{child} is a checkpoint, which is carried whole anyway; --full is for adapters")
+        source, found = Child(str(child), Model(child)), known.endpoint(member, endpoint)
+    if weight != 1 and onto is None:
+        raise LmcError("a weight is one of what is added; give --onto, too")
+    return _carry_checkpoint(known, member, source, found, target, onto, weight, dtype, tokens, device, memory)
+
+
+def _base_of_adapter(known: Known, member: str, given: str | Path | None) -> Endpoint:
+    """An adapter's factors read what the original's norms yield: the aligned endpoint has none of their gains left."""
+    found = known.original(member, given)
+    if found is None or found.element is None:
+        raise LmcError(
+            f"an adapter can only be carried with the checkpoint it was trained on, and {member} of {known.file} is "
+            "not where it was; name it with --endpoint"
+        )
+    return found
+
+
+def _carry_checkpoint(
+    known: Known,
+    member: str,
+    child: Child,
+    base: Endpoint,
+    target: Path,
+    onto: str | Path | None,
+    weight: float,
+    dtype: torch.dtype | None,
+    tokens: Data | None,
+    device: torch.device | str,
+    memory: int | None,
+) -> dict[str, Any]:
+    element = known.element(member)
+    if child.adapter is None:
+        _require_alike(base, child)
+    check_legal(element, child.model.spec)
+    like = base.model.open_weights(torch.float64) if base.element is not None else None
+    _require_memory(child.model, memory, device)
+
+    def moved() -> Weights:
+        return element.apply(canonicalize(child.weights, like))
+
+    distance = distance_between(moved(), base.aligned())
+    _judge(known, member, child, base, distance, moved)
+    basis = None if onto is None else known.target(onto)
+    names, needed = _planned(child, basis, dtype)
+    require_room(partial_of(target), needed, largest_file(child.model, dtype))
+    report = {"child": child.source, "from": member, "endpoint": base.model.source, "distance": distance}
+    with atomic_directory(target, names) as work:
+        place = work if basis is None else work / _CHILD
+        export_weights(moved(), child.model, place, dtype if basis is None else torch.float32)
+        proof = _prove(child, place, work / "merged", tokens, device, memory)
+        report["proof"] = proof
+        if basis is not None:
+            remove_own(place, checkpoint_names(child.model.path))
+            report |= {"onto": basis.model.source, "weight": weight}
+            report["moved"] = _write_sum(basis, child, moved, base, weight, work, dtype, tokens, device, memory)
+        for model in (child.model, base.model, *(() if basis is None else (basis.model,))):
+            model.checkpoint.identity.require_unchanged()
+    return report | {"out": str(target)}
+
+
+def _planned(child: Child, basis: Endpoint | None, dtype: torch.dtype | None) -> tuple[Names, int]:
+    """What the output may hold on the way, and how many bytes."""
+    inside: dict[str, Names | None] = dict(checkpoint_names(child.model.path))
+    needed = endpoint_bytes(child.model, dtype)
+    if basis is not None:
+        inside = {**checkpoint_names(basis.model.path), _CHILD: checkpoint_names(child.model.path)}
+        needed = max(endpoint_bytes(child.model, torch.float32), endpoint_bytes(basis.model, dtype))
+    if child.adapter is not None:
+        inside["merged"] = checkpoint_names(child.model.path)
+        needed += endpoint_bytes(child.model, torch.float32)
+    return inside, needed
+
+
+def _prove(
+    child: Child, written: Path, scratch: Path, tokens: Data | None, device: torch.device | str, memory: int | None
+) -> dict[str, Any]:
+    """How far what was written is from the child, by transformers. Raises LmcError where its function is not kept."""
+    original = child.model
+    if child.adapter is not None:  # the model with the adapter merged into it lies on no disk yet
+        export_weights(child.weights, child.model, scratch, torch.float32)
+        original = Model(scratch)
+    sample = None if tokens is None else tokens[:PROOF_SEQUENCES]
+    found, same = compare(original, Model(written), sample, device, memory)
+    if child.adapter is not None:
+        remove_own(scratch, checkpoint_names(child.model.path))
+    if not same:
+        raise LmcError(
+            f"{child.source} would not keep its function: KL {found.kl:.1e} nats to the original; nothing is written; "
+            "use --dtype float32, and report it as a bug if that does not help"
+        )
+    return found.to_json()
+
+
+def _write_sum(
+    basis: Endpoint,
+    child: Child,
+    moved: Callable[[], Weights],
+    base: Endpoint,
+    weight: float,
+    work: Path,
+    dtype: torch.dtype | None,
+    tokens: Data | None,
+    device: torch.device | str,
+    memory: int | None,
+) -> dict[str, Any]:
+    """Writes basis + weight (child - base). Returns how far its function is from that of the basis."""
+    try:
+        pair = pair_of(basis.model, child.model)
+    except LmcError as error:
+        raise LmcError(f"{child.source} cannot be added to {basis.model.source}: {error}") from error
+    model = in_common(pair.a, base.model)[0]
+    total = Endpoint(model, basis.element).aligned()
+    export_weights(_sum(total, moved(), base.aligned(), weight), model, work, dtype)
+    sample = None if tokens is None else tokens[:PROOF_SEQUENCES]
+    return compare(basis.model, Model(work), sample, device, memory)[0].to_json()
+
+
+def _sum(basis: Weights, child: Weights, base: Weights, weight: float) -> Weights:
+    """basis + weight (child - base), one block, or one run of a table's rows, at a time."""
+
+    def add(x: Slots, y: Slots, z: Slots) -> Slots:
+        return {
+            name: x.pop(name) + weight * (_cut(y.pop(name), t) - _cut(z.pop(name), t)) for name, t in list(x.items())
+        }
+
+    def run(name: str, start: int, stop: int) -> Tensor:
+        x, y, z = (w.tables[name].rows(start, stop) for w in (basis, child, base))
+        return x + weight * (y - z)
+
+    blocks = LazyBlocks(len(basis.blocks), lambda i: add(basis.blocks[i], child.blocks[i], base.blocks[i]))
+    tables = {name: Table(table.shape, partial(run, name)) for name, table in basis.tables.items()}
+    return Weights(basis.spec, add(dict(basis.ends), dict(child.ends), dict(base.ends)), blocks, tables)
+
+
+def _cut(t: Tensor, like: Tensor) -> Tensor:
+    """A head's bias may have more entries than that of a model with a smaller vocabulary."""
+    return t[: len(like)] if t.dim() else t
+
+
+def distance_between(x: Weights, y: Weights) -> float:
+    """How far the matrices of two models' blocks are apart: 0 where they are the same, about 1 for unrelated ones.
+
+    √(|x - y|² / (|x|² + |y|²)), of all of them together.
+    """
+    apart = size = 0.0
+    for i in range(len(x.blocks)):
+        one, other = x.blocks[i], y.blocks[i]
+        for name in [name for name, t in one.items() if t.dim() > 1]:
+            a, b = one.pop(name), other.pop(name)
+            apart += float((a - b).square().sum())
+            size += float(a.square().sum() + b.square().sum())
+        del one, other
+    return math.sqrt(apart / size) if size else 0.0
+
+
+def _require_alike(base: Endpoint, child: Child) -> None:
+    """Raises LmcError where child and endpoint are not of one architecture."""
+    problem = unlike(*(model.spec for model in in_common(base.model, child.model)))
+    if problem:
+        raise LmcError(f"{child.source} was not trained from {base.model.source}: {problem}; name its own endpoint")
+
+
+def _judge(
+    known: Known, member: str, child: Child, base: Endpoint, distance: float, moved: Callable[[], Weights]
+) -> None:
+    """Raises LmcError for weights that are no nearer to the endpoint than unrelated ones; warns of odd ones."""
+    apart = (
+        f"{child.source} is {distance:.2f} away from {base.model.source}, "
+        "where 0 is the same weights and 1 unrelated ones"
+    )
+    if distance >= UNRELATED:
+        others = [name for name in MEMBER_NAMES if name != member]
+        near = next((name for name in others if _is_near(known, name, child)), None)
+        remedy = f"it is near to {near}: use --from {near}" if near else "give a checkpoint that was trained from it"
+        raise LmcError(f"{apart}: it is no child of it; {remedy}")
+    if distance >= FAR:
+        _log.warning("%s: was it really trained from it? what is carried may be of little use", apart)
+
+
+def _is_near(known: Known, name: str, child: Child) -> bool:
+    try:
+        other = known.endpoint(name)
+        if unlike(*(model.spec for model in in_common(other.model, child.model))):
+            return False
+        moved = known.element(name).apply(canonicalize(child.weights))
+        return distance_between(moved, other.aligned()) < UNRELATED
+    except LmcError:
+        return False
+
+
+def _require_memory(model: Model, memory: int | None, device: torch.device | str) -> None:
+    """Raises TooSmall where `memory` is less than what three models' blocks, moved, take."""
+    if memory is None:
+        return
+    return_freed_memory()
+    least = Stages(model.spec, min(128, model.spec.max_positions), counted_bytes("cpu")).carrying()
+    if least > memory:
+        raise TooSmall(memory, least, 0 if torch.device(device).type == "cuda" else UNCERTAIN)

@@ -37,9 +37,9 @@ def code(source: bytes) -> str:
         warnings.simplefilter("ignore")  # invalid escapes in old modules
         tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            if ast.get_docstring(node) is not None:
-                node.body = node.body[1:] or [ast.Pass()]
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        if isinstance(node, kinds) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
 
 
@@ -128,7 +128,9 @@ def main() -> None:
     print(f"\n{'loss, nats per token':24}{'documentation':>15}{'code':>8}")
     for name, (doc, of_code) in losses.items():
         print(f"{name:24}{doc:15.3f}{of_code:8.3f}")
-    gain, received = (losses[x][1] - losses[y][1] for x, y in (("b", "b, trained on code"), ("a", "a + what b learned")))
+    gain, received = (
+        losses[x][1] - losses[y][1] for x, y in (("b", "b, trained on code"), ("a", "a + what b learned"))
+    )
     print(f"a receives {received / gain:.0%} of b's own gain on code")
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .learning.schedule import Schedule
     from .pair import Pair, open_pair
     from .pipeline.align import align
+    from .pipeline.carry import carry
     from .pipeline.evaluate import barrier, verify
     from .pipeline.export import export
     from .pipeline.inspection import Inspection, inspect, plan
@@ -59,6 +60,7 @@ _HOMES = {
     "align": "pipeline.align",
     "backends": "implementations",
     "barrier": "pipeline.evaluate",
+    "carry": "pipeline.carry",
     "cayley": "solvers",
     "expm": "solvers",
     "export": "pipeline.export",
@@ -98,6 +100,7 @@ __all__ = [
     "align",
     "backends",
     "barrier",
+    "carry",
     "cayley",
     "expm",
     "export",

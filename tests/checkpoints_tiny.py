@@ -130,6 +130,6 @@ def write_lines(file: Path, count: int = 400) -> Path:
     return file
 
 
-def edit_config(directory: Path, **changes) -> None:
-    file = directory / "config.json"
+def edit_config(directory: Path, name: str = "config.json", /, **changes) -> None:
+    file = directory / name
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))

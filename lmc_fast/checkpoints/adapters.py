@@ -52,6 +52,7 @@ _KNOWN = {
     *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("qalora_group_size", "runtime_config", "lora_bias", "bias", "modules_to_save"),
 }
+_SLOW = re.compile(r"\)[*+{]")  # in a pattern of modules
 _START_ONLY = (True, False, None, "gaussian", "orthogonal", "eva")  # ways to begin that leave the base as it is
 
 
@@ -208,6 +209,8 @@ class Adapter:
             scaling = self._scaling(path, len(parts["down"]))
             entry, block = table[path]
             down, up, bias = parts["down"], parts["up"], parts.get("bias")
+            if bias is not None and bias.shape == up.shape[:1] and not bias.any():
+                bias = None  # as peft saves it for layers that need none
             modules.append(Module(path, entry, block, down, up, scaling, bias, path in embeddings))
         return modules
 
@@ -219,6 +222,9 @@ class Adapter:
             patterns = self.config.get(pattern) or {}
             if not isinstance(patterns, dict):
                 raise LmcError(f"{file}: {pattern} is no object; save the adapter again")
+            slow = next((k for k in patterns if _SLOW.search(k)), None)
+            if slow is not None:
+                raise LmcError(f"{file}: {pattern} holds {slow!r}, a repeated group, which can take for ever; {_MERGE}")
             try:
                 key = next((k for k in patterns if re.match(rf"(.*\.)?({k})$", path)), None)
             except re.error as error:

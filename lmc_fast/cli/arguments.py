@@ -128,6 +128,22 @@ def parser() -> argparse.ArgumentParser:
     text = "write the weighted average of two or more checkpoints, or what they add to a base"
     merge_arguments(command("merge", text, "a", "b?"))
 
+    text = "bring what was trained on one endpoint, a checkpoint or a LoRA adapter, over to the other"
+    sub = command("carry", text, module="carry")
+    sub.add_argument("alignment", type=user_path, help="alignment.safetensors of the pair, best beside its a/ and b/")
+    sub.add_argument("child", metavar="CHILD", help="a checkpoint fine-tuned from an endpoint, or its LoRA adapter")
+    sub.add_argument("--from", dest="member", metavar="a|b", required=True, help="the endpoint it comes from")
+    sub.add_argument("--out", required=True, type=user_path, help="directory to create")
+    text = "what to add to, e.g. DIR/a (default: a checkpoint is written as it is, an adapter for the other endpoint)"
+    sub.add_argument("--onto", metavar="ALIGNED", help=text)
+    sub.add_argument("--weight", type=float, default=1.0, help="times what was trained is added (default: 1)")
+    text = "the checkpoint it was trained from (default: where it was when it was aligned, else the aligned one)"
+    sub.add_argument("--endpoint", metavar="CHECKPOINT", help=text)
+    sub.add_argument("--full", action="store_true", help="write the checkpoint that an adapter makes, not an adapter")
+    sub.add_argument("--data", type=user_path, help="text or images to prove it on (default: random tokens or images)")
+    sub.add_argument("--dtype", choices=DTYPES, help="dtype of the written weights (default: that of what is carried)")
+    sub.add_argument("--memory", help=limit)
+
     sub = command(
         "barrier",
         "measure the loss along the straight line between two checkpoints",

@@ -30,7 +30,7 @@ from .evaluate import compare
 from .room import endpoint_bytes, largest_file, require_room
 
 UNRELATED = 0.9  # of how far unrelated weights are apart: what is as far is no child
-FAR = 0.25  # and what is farther than this is a strange one
+FAR = 0.5  # and what is farther than this is a strange one
 PROOF_SEQUENCES = 16
 _CHILD = "child"  # where it lies while it is proven
 _log = logging.getLogger("lmc_fast")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from ..checkpoints.low_rank import LowRank
 from ..errors import LmcError
 from ..output import Names, atomic_directory
 from ..symmetry import canonicalize, check_legal
-from ..symmetry.elements import Elements
 from ..symmetry.low_rank import canonical_change, moved_change
 from ..symmetry.transform import Transform
 from .endpoints import MEMBER_NAMES, Endpoint, Known
@@ -82,25 +82,35 @@ def carried_modules(
     adapter: Adapter, element: Transform, weight: float = 1.0, dtype: torch.dtype | None = None
 ) -> list[Module]:
     """The adapter's modules as canonical form and `element` move them, times `weight`; dtype: by default their own."""
-    weights = adapter.model.open_weights(torch.float64)
+    model, spec = adapter.model, adapter.model.spec
+    weights = model.open_weights(torch.float64)
+    before = element.apply(canonicalize(weights))
+    after = element.apply(canonicalize(adapter.changed(weights, weight), weights))
     found: dict[str, Module] = {}
     for block in dict.fromkeys(module.block for module in adapter.modules):
         around = weights.small_ends if block is None else weights.blocks[block]
         elements = element.model if block is None else element.model | element.blocks[block]
-        for module in adapter.modules:
-            if module.block == block:
-                found[module.path] = _carried(module, adapter.model, around, elements, weight, dtype)
+        modules = [module for module in adapter.modules if module.block == block]
+        changes: dict[str, LowRank] = {}
+        for module in modules:
+            for slot, change in module.changes(model).items():
+                moved = moved_change(spec, elements, slot, canonical_change(spec, around, slot, change))
+                changes[slot] = moved.scaled(weight)
+        output = next((module for module in modules if "o" in module.entry.slots), None)
+        if block is not None and output is not None and "v" in changes and "o_bias" in around:
+            _fold_value_bias(changes, output.scaling, before.blocks[block], after.blocks[block])
+        found |= {module.path: module.of(changes, model, dtype) for module in modules}
     return [found[module.path] for module in adapter.modules]
 
 
-def _carried(
-    module: Module, model: Model, around: Slots, elements: Elements, weight: float, dtype: torch.dtype | None
-) -> Module:
-    changes: dict[str, LowRank] = {}
-    for slot, change in module.changes(model).items():
-        moved = moved_change(model.spec, elements, slot, canonical_change(model.spec, around, slot, change))
-        changes[slot] = moved.scaled(weight)
-    return module.of(changes, model, dtype)
+def _fold_value_bias(changes: dict[str, LowRank], scaling: float, before: Slots, after: Slots) -> None:
+    """What values get as a bias becomes one of outputs, as in canonical form, where outputs are adapted, too: then the
+    adapter is exactly the difference of the two models. scaling: of the change of outputs.
+    """
+    gained = after["o_bias"] - before["o_bias"]
+    if scaling and (changes["v"].bias is not None or changes["o"].bias is not None) and not after["v_bias"].any():
+        changes["v"] = replace(changes["v"], bias=None)
+        changes["o"] = replace(changes["o"], bias=gained / scaling)
 
 
 def _writes_biases(adapter: Adapter, modules: list[Module]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,13 +51,14 @@ class Known:
 
     def digests(self, name: str) -> dict[str, str] | None:
         """Of the endpoint's files; None where the alignment does not say."""
-        return self._of("members", name)
+        found = self._of("members", name)
+        return found if isinstance(found, dict) and found else None
 
-    def _of(self, key: str, name: str) -> dict[str, str] | None:
+    def _of(self, key: str, name: str) -> Any:
+        """What the run that made the alignment noted of a member; None where it noted nothing."""
         inputs = self.alignment.info.get("inputs")
         found = inputs.get(key) if isinstance(inputs, dict) else None
-        value = found[MEMBER_NAMES.index(name)] if isinstance(found, list) and len(found) == len(MEMBER_NAMES) else None
-        return value if isinstance(value, dict) and value else None
+        return found[MEMBER_NAMES.index(name)] if isinstance(found, list) and len(found) == len(MEMBER_NAMES) else None
 
     def is_member(self, model: Model, name: str) -> bool:
         """Whether a checkpoint is an endpoint, told by digests."""
@@ -81,8 +83,8 @@ class Known:
                     f"that one (or leave --endpoint out, and {self.beside(name)} is used)"
                 )
             return Endpoint(model, self.element(name))
-        where = (self._of("sources", name) or {}).get("path")
-        if not where or not Path(where).is_dir():
+        where = self._of("sources", name)
+        if not isinstance(where, str) or not Path(where).is_dir():
             return None
         try:
             model = Model(where)

@@ -13,7 +13,7 @@ def made_from(pair: Pair, tokens: Data, validation: Data | None) -> dict[str, An
     """What a run was made from, told by digests."""
     return {
         "members": [model.checkpoint.identity.digests() for model in (pair.a, pair.b)],
-        "sources": [{"path": str(model.path.absolute())} for model in (pair.a, pair.b)],  # where they were
+        "sources": [None if model.home is None else str(model.home.absolute()) for model in (pair.a, pair.b)],
         "data": digest(tokens),
         "validation": None if validation is None else digest(validation),
     }

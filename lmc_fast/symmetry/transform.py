@@ -118,7 +118,7 @@ def apply_to_axis(spec: Spec, elements: Elements, name: str, axis: int, x: Tenso
     for dim, index in enumerate(indices):
         space = index.space or ""
         if space in elements:
-            batch = spaces.index(PARENT[space]) if PARENT.get(space) in spaces else None
+            batch = spaces.index(PARENT[space]) if PARENT.get(space, "") in spaces else None
             y = moved(elements[space], index.move).act(y, dim, batch)
     return y.reshape(x.shape)
 

@@ -12,7 +12,6 @@ from ..data import read_data, sequence_length
 from ..output import user_path
 from ..pipeline.carry import PROOF_SEQUENCES, carry
 from ..sizes import parse_bytes
-
 from .console import Console
 
 

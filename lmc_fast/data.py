@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from .files import require_regular
 from .images import read_images
 from .tokenizer import load_tokenizer, tokenizer_errors
 
+Given = Data | np.ndarray[Any, Any]  # what is in memory already
 MASKED_SHARE = 0.15  # of the tokens that a masked language model has to guess
 
 
@@ -33,6 +35,74 @@ def read_data(path: str | Path, model: Model, length: int, at_least: int = 1) ->
 def sequence_length(model: Model, wanted: int | None = None) -> int:
     """Tokens per sequence: as wanted, else 128, or as many as the model has positions."""
     return wanted or min(128, model.spec.max_positions)
+
+
+def as_data(given: Given, model: Model) -> Data:
+    """Data that is in memory already, checked: token ids (n, T) of any integer type, as a tensor or a numpy array, or
+    Examples. Raises LmcError for what the model does not read.
+    """
+    spec = model.spec
+    if not isinstance(given, Examples):
+        if spec.image or spec.task == "masked":
+            raise LmcError(f"{spec.family} needs inputs and targets: give Examples(inputs, targets)")
+        return _ids(_tensor(given, "the data"), model)
+    if not spec.image and spec.task == "causal":
+        raise LmcError(f"{spec.family} predicts the next token: give token ids (n, T), not Examples")
+    inputs, targets = _tensor(given.inputs, "inputs"), _tensor(given.targets, "targets")
+    inputs = _images(inputs, model) if spec.image else _ids(inputs, model)
+    shape = inputs.shape[:1] if spec.image else inputs.shape
+    if targets.shape != shape or targets.is_floating_point():
+        raise LmcError(f"targets must be integers of shape {list(shape)}, not {targets.dtype} of {list(targets.shape)}")
+    _require_ids(targets if spec.image else targets[targets != -1], "a target", spec.vocab)
+    return Examples(inputs, targets.long())
+
+
+def _images(pixels: Tensor, model: Model) -> Tensor:
+    """Images (n, c, size, size) that the model can read."""
+    image = model.spec.image
+    assert image is not None
+    wanted = [image.channels, image.size, image.size]
+    if not pixels.is_floating_point() or list(pixels.shape[1:]) != wanted or not len(pixels):
+        raise LmcError(
+            f"images must be normalised floats of shape {['n', *wanted]}, not {pixels.dtype} of {list(pixels.shape)}"
+        )
+    if not pixels.isfinite().all():
+        raise LmcError("the images hold NaN or infinity")
+    return pixels.float()
+
+
+def _tensor(given: Any, what: str) -> Tensor:
+    if isinstance(given, np.ndarray) and given.dtype.kind in "iuf":
+        native = given.astype(given.dtype.newbyteorder("="), copy=False)
+        wide = native.astype(np.int64) if native.dtype.kind == "u" else native
+        return torch.from_numpy(np.ascontiguousarray(wide))
+    if not isinstance(given, Tensor) or given.dtype == torch.bool or given.is_complex():
+        kind = getattr(given, "dtype", type(given).__name__)
+        raise LmcError(f"{what} must be a tensor or a numpy array of numbers, not {kind}; read files with read_data")
+    return given
+
+
+def _ids(tokens: Tensor, model: Model) -> Tensor:
+    """Token ids (n, T) int64 that the model can read."""
+    spec = model.spec
+    if tokens.is_floating_point() or tokens.dim() != 2:
+        raise LmcError(
+            f"token ids must be integers of shape (sequences, tokens), not {tokens.dtype} of {list(tokens.shape)}; "
+            "cut a long list into rows with .reshape(-1, 128)"
+        )
+    if not len(tokens) or not 2 <= tokens.shape[1] <= spec.max_positions:
+        raise LmcError(
+            f"{tokens.shape[0]} sequences of {tokens.shape[1]} tokens: give one at least, of 2 to {spec.max_positions}"
+        )
+    _require_ids(tokens, "a token id", spec.table or spec.vocab)
+    return tokens.long()
+
+
+def _require_ids(ids: Tensor, what: str, count: int) -> None:
+    if ids.numel():
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= count:
+            raise LmcError(f"{what} is {low if low < 0 else high}, outside the vocabulary of {count}")
 
 
 def mask_tokens(tokens: Tensor, mask: int, seed: int = 0) -> Examples:

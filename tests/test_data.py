@@ -3,14 +3,17 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+import lmc_fast as lmc
 from lmc_fast import LmcError, read_tokens
+from lmc_fast.architectures import ImageInput
 from lmc_fast.checkpoints import Model
-from lmc_fast.data import split_validation
+from lmc_fast.data import as_data, split_validation
 
 
 def test_blocks_are_contiguous_and_the_rest_is_dropped(make_checkpoint, tmp_path):
@@ -154,3 +157,45 @@ def test_validation_is_the_end_of_the_text_and_never_learned_from():
     assert len(validation) == 30 and torch.equal(torch.cat([calibration, validation]), blocks)
     assert len(split_validation(blocks[:200])[1]) == 16
     assert split_validation(blocks[:100])[1] is None
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint16, ">i4", torch.int32])
+def test_token_ids_in_memory_are_those_of_a_tensor(kind, make_checkpoint, tokens):
+    pair = lmc.open_pair(make_checkpoint("neox", 1), make_checkpoint("neox", 2))
+    given = tokens.to(kind) if isinstance(kind, torch.dtype) else tokens.numpy().astype(kind)
+    assert torch.equal(as_data(given, pair.a), tokens)
+    assert lmc.barrier(pair, given, points=3) == lmc.barrier(pair, tokens, points=3)
+    assert lmc.verify(pair.a.path, pair.a.path, given)[1]
+
+
+def test_data_in_memory_that_a_model_does_not_read_is_refused(make_checkpoint, tokens):
+    model = lmc.Model(make_checkpoint("neox"))
+    examples = lmc.Examples(tokens, tokens)
+
+    def refused(given, words):
+        with pytest.raises(lmc.LmcError, match=words):
+            as_data(given, model)
+
+    refused(tokens.float(), "integers of shape")
+    refused(tokens.numpy().reshape(-1), r"not torch.int64 of \[60\].*reshape")
+    refused(tokens[:0], "0 sequences")
+    refused(tokens[:, :1], "of 2 to 32")
+    refused(tokens.repeat(1, 3), "60 tokens")
+    refused(tokens + 30, "outside the vocabulary of 40")
+    refused(tokens.numpy() - 30, "outside the vocabulary of 40")
+    refused(tokens.bool(), "not torch.bool")
+    refused(tokens.tolist(), "not list")
+    refused("text.txt", "not str; read files with read_data")
+    refused(np.array(["a"]), "not <U1")
+    refused(examples, "not Examples")
+    with pytest.raises(lmc.LmcError, match="outside the vocabulary"):
+        lmc.align(lmc.open_pair(model.path, model.path), tokens + 30)
+    model.spec = replace(model.spec, task="masked")
+    refused(tokens, "give Examples")
+    refused(lmc.Examples(tokens, tokens[:, :3]), r"integers of shape \[3, 20\], not torch.int64 of \[3, 3\]")
+    refused(lmc.Examples(tokens, tokens + 30), "a target is")
+    model.spec = replace(model.spec, task="image", image=ImageInput(8, 4, 3))
+    refused(tokens, "give Examples")
+    refused(examples, r"images must be normalised floats of shape \['n', 3, 8, 8\]")
+    refused(lmc.Examples(torch.full((2, 3, 8, 8), torch.nan), torch.arange(2)), "NaN")
+    refused(lmc.Examples(torch.ones(2, 3, 8, 8), torch.arange(3)), r"shape \[2\]")

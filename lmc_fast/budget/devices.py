@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -45,11 +47,30 @@ ASSUMED_DISK = 1e9  # bytes per second, where nothing was measured
 def require_device(device: torch.device | str) -> torch.device:
     """Raises LmcError unless numbers can be put on a device and read back."""
     try:
+        found = torch.device(device)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError) as error:
+        torch.zeros(1, dtype=torch.float64, device=device).item()  # matching computes with these
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError, TypeError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise LmcError(f"device {device} is not usable: {reason}") from error
-    return torch.device(device)
+    return found
+
+
+@contextmanager
+def device_errors() -> Iterator[None]:
+    """What a device fails with, too little memory or anything else, as one sentence. Also a decorator."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+            where = " on the device" if isinstance(error, torch.OutOfMemoryError) else ""
+            raise LmcError(
+                f"there is not enough memory{where}; give --memory (memory=) to go block by block, or free some"
+            ) from error
+        if isinstance(error, torch.AcceleratorError):
+            reason = str(error).strip().split("\n")[0]
+            raise LmcError(f"the device failed ({reason}); what was saved is kept, start anew to go on") from error
+        raise
 
 
 def profile(name: str, device: torch.device | str = "cpu") -> Device:

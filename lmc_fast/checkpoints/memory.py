@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +22,19 @@ _WHOLE = 1 << 24  # numbers of a tensor that are all digested; of a larger one, 
 _STRETCH, _SAMPLE = 1 << 20, 1 << 12
 
 
-class Stock(NamedTuple):
+@dataclass(frozen=True)
+class Stock:
     """A stock model in memory: transformers' config, and what save_pretrained would write, by name."""
 
     config: Any
     state_dict: dict[str, Tensor]
+
+    def __iter__(self) -> Iterator[Any]:
+        """config, state_dict = stock."""
+        return iter((self.config, self.state_dict))
+
+    def __repr__(self) -> str:
+        return f"Stock({(self.config.architectures or [self.config.model_type])[0]}, {len(self.state_dict)} tensors)"
 
     def model(self, **options: Any) -> Any:
         """The transformers model, as from_pretrained makes it. options: of from_pretrained. Raises LmcError."""
@@ -150,7 +159,7 @@ def _parts(model: Any) -> tuple[dict[str, Any], dict[str, Tensor], str | None]:
         ignored = model._keys_to_ignore_on_save or ()
         tensors = {key: t for key, t in model.state_dict().items() if key not in ignored}
         return _json(config), _as_stored(model, _sound(tensors, name)), name
-    if not isinstance(model, tuple) or len(model) != 2:
+    if not isinstance(model, Stock) and (not isinstance(model, tuple) or len(model) != 2):
         raise LmcError(
             f"a {type(model).__name__} is no model; give a checkpoint directory, a name on the hub, a transformers "
             "model, or (config, state dict)"

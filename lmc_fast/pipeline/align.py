@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ..alignment import Alignment
-from ..budget.devices import here, require_device
+from ..budget.devices import device_errors, here, require_device
 from ..budget.meter import Meter, return_freed_memory
 from ..budget.planner import Strategy
 from ..checkpoints import LazyBlocks, Model, Slots, Weights
+from ..data import Given, as_data
 from ..engine.source import Resident, paired
 from ..errors import Cancelled, LmcError
 from ..examples import Data, inputs_of
@@ -54,13 +55,14 @@ SAVE_SECONDS = 20.0  # between two saves, or SAVE_SHARE times what one takes, if
 SAVE_SHARE = 20
 
 
+@device_errors()
 def align(
     pair: Pair,
-    tokens: Data,
+    tokens: Given,
     *,
     method: str = "dual",
     schedule: Schedule | None = None,
-    validation: Data | None = None,
+    validation: Given | None = None,
     activations: float = 0.3,
     device: torch.device | str = "cpu",
     memory: int | None = None,
@@ -72,9 +74,9 @@ def align(
 ) -> Alignment:
     """Finds g_A and g_B such that the line between g_A A and g_B B is flat.
 
-    tokens: calibration data, see data.read_data: text (n, T) int64, or examples. method: one of METHODS; the last two
-    use no gradients.
-    schedule, or its fields as `options` (steps, batch, ...): how to learn; `sides` follows from the method.
+    tokens: calibration data, see data.read_data: text (n, T) of integers, also numpy's, or examples.
+    method: one of METHODS; the last two use no gradients. schedule, or its fields as `options` (steps, batch, ...): how
+    to learn; `sides` follows from the method.
     validation (m, T): picks the best of VALIDATIONS states.
     activations: how much activation evidence counts beside the weights in the matching that learning starts from.
     memory: bytes that this process (on a GPU: its memory there) may take; the pair is then prepared on disk, beside the
@@ -93,7 +95,8 @@ def align(
     schedule = Schedule.of(method, schedule, options)
     device = require_device(device)
     meter = meter or Meter(device)
-    tokens = tokens.to(device)
+    tokens = as_data(tokens, pair.a).to(device)
+    validation = None if validation is None else as_data(validation, pair.a)
     learns, watch = method in LEARNING, Watch(progress, cancel)
     if learns and schedule.batch > max(len(tokens), Schedule.batch):
         raise LmcError(

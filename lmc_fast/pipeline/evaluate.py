@@ -10,10 +10,11 @@ import torch
 
 from ..alignment import Alignment
 from ..architectures import Spec
-from ..budget.devices import require_device
+from ..budget.devices import device_errors, require_device
 from ..budget.meter import UNCERTAIN, counted_bytes, return_freed_memory
 from ..budget.stages import POINTS, Stages, TooSmall
 from ..checkpoints import Model, Place
+from ..data import Given, as_data
 from ..errors import LmcError
 from ..evaluation import Curve, Difference, curve_between, difference
 from ..evaluation.function import OURS, tolerance
@@ -29,9 +30,10 @@ MOST_POINTS = 1001
 _log = logging.getLogger("lmc_fast")
 
 
+@device_errors()
 def barrier(
     pair: Pair,
-    tokens: Data,
+    tokens: Given,
     alignment: Alignment | None = None,
     points: int = POINTS,
     *,
@@ -48,6 +50,7 @@ def barrier(
     """
     require_points(points)
     require_device(device)
+    tokens = as_data(tokens, pair.a)
     if memory is not None:
         _require(_stages(pair.spec, tokens, device).measuring(points, alignment is not None, held=True), memory, device)
     watch = Watch(progress, cancel)
@@ -85,10 +88,11 @@ def require_points(points: int) -> None:
         raise LmcError(f"{points} points make no curve; use at least 3, and {MOST_POINTS} at most")
 
 
+@device_errors()
 def verify(
     a: Place,
     b: Place,
-    tokens: Data | None = None,
+    tokens: Given | None = None,
     device: Device = "cpu",
     *,
     memory: int | None = None,
@@ -102,6 +106,7 @@ def verify(
     """
     require_device(device)
     x, y = Model(a), Model(b)
+    tokens = None if tokens is None else as_data(tokens, x)
     if memory is not None:
         data = _inputs(x, y) if tokens is None else tokens
         _require(max(_stages(m.spec, data, device).verifying(held=True) for m in (x, y)), memory, device)

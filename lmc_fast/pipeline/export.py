@@ -9,9 +9,10 @@ from typing import Literal, overload
 import torch
 
 from ..alignment import Alignment
-from ..budget.devices import require_device
+from ..budget.devices import device_errors, require_device
 from ..checkpoints import Model, Place, Stock
 from ..checkpoints import export as export_weights
+from ..data import Given, as_data
 from ..errors import LmcError
 from ..evaluation import Difference
 from ..examples import Data
@@ -33,7 +34,7 @@ def export(
     out: str | Path,
     dtype: torch.dtype | None = None,
     *,
-    tokens: Data | None = None,
+    tokens: Given | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, Difference]: ...
 @overload
@@ -43,9 +44,10 @@ def export(
     *,
     in_memory: Literal[True],
     dtype: torch.dtype | None = None,
-    tokens: Data | None = None,
+    tokens: Given | None = None,
     device: torch.device | str = "cpu",
 ) -> list[Stock]: ...
+@device_errors()
 def export(
     pair: Pair,
     alignment: Alignment,
@@ -53,7 +55,7 @@ def export(
     dtype: torch.dtype | None = None,
     *,
     in_memory: bool = False,
-    tokens: Data | None = None,
+    tokens: Given | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, Difference] | list[Stock]:
     """Writes out/a and out/b (stock checkpoints) and out/alignment.safetensors, once both are proven; see `prove`.
@@ -67,6 +69,7 @@ def export(
     if (out is None) != in_memory:
         raise LmcError("export writes to `out`, or returns what it would write (in_memory=True): give one of them")
     require_device(device)
+    tokens = None if tokens is None else as_data(tokens, pair.a)
     for transform in (alignment.a, alignment.b):
         check_legal(transform, pair.spec)
     if out is None:

@@ -13,10 +13,11 @@ import torch
 
 from ..alignment import Alignment
 from ..budget.demand import Demand, Job
+from ..budget.devices import device_errors
 from ..budget.meter import Meter
 from ..budget.stages import POINTS
 from ..checkpoints import notes_on
-from ..data import split_validation
+from ..data import Given, as_data, split_validation
 from ..errors import Cancelled
 from ..evaluation import Curve
 from ..evaluation.curve import DEFINITION, plot_curves
@@ -40,15 +41,16 @@ from .run_directory import RunDirectory, export_names, state_file_of
 _log = logging.getLogger("lmc_fast")
 
 
+@device_errors()
 def run(
     pair: Pair,
-    tokens: Data,
+    tokens: Given,
     out: str | Path,
     *,
     method: str = "dual",
     schedule: Schedule | None = None,
-    validation: Data | None = None,
-    test: Data | None = None,
+    validation: Given | None = None,
+    test: Given | None = None,
     activations: float = 0.3,
     device: torch.device | str = "cpu",
     memory: int | None = None,
@@ -73,6 +75,8 @@ def run(
 
     Raises LmcError as `align` and `export` do; what was learned until then stays in out.partial.
     """
+    tokens = as_data(tokens, pair.a)
+    validation, test = (None if x is None else as_data(x, pair.a) for x in (validation, test))
     if validation is None:
         tokens, validation = split_validation(tokens)
     test = validation if test is None else test

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .pipeline.carry import carry
     from .pipeline.evaluate import barrier, verify
     from .pipeline.export import export
+    from .pipeline.growing import grow
     from .pipeline.inspection import Inspection, inspect, plan
     from .pipeline.merge import merge
     from .pipeline.progress import Progress
@@ -64,6 +65,7 @@ _HOMES = {
     "cayley": "solvers",
     "expm": "solvers",
     "export": "pipeline.export",
+    "grow": "pipeline.growing",
     "inspect": "pipeline.inspection",
     "interp_linear": "kernels.interp_linear",
     "merge": "pipeline.merge",
@@ -104,6 +106,7 @@ __all__ = [
     "cayley",
     "expm",
     "export",
+    "grow",
     "inspect",
     "interp_linear",
     "merge",

@@ -16,6 +16,7 @@ from .errors import LmcError
 from .pair import Pair
 from .symmetry.canonical import canonicalize
 from .symmetry.checksum import understood
+from .symmetry.grown import as_recorded
 from .symmetry.legality import check_legal
 from .symmetry.storage import load_tensors, pack, save_tensors, unpack, unpack_version_1
 from .symmetry.transform import Transform
@@ -108,7 +109,7 @@ class Alignment:
         """
         return [
             export_to_memory(g.apply(canonicalize(model.open_weights(torch.float64))), model, dtype)
-            for model, g in zip((pair.a, pair.b), self.members, strict=True)
+            for model, g in zip(as_recorded((pair.a, pair.b), self.info.get("grown")), self.members, strict=True)
         ]
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .architectures import Spec, flat_fields
 from .checkpoints import Model, Place
 from .errors import LmcError
+from .symmetry.grown import GrownModel, alike
 from .tokenizer import Comparison, compare_tokenizers
 
 log = logging.getLogger(__name__)
@@ -42,8 +43,10 @@ def open_pair(a: Place, b: Place, headers_only: bool = False) -> Pair:
         raise LmcError(f"{one.source} and {two.source} cannot be aligned: {error}") from error
 
 
-def pair_of(a: Model, b: Model) -> Pair:
-    """A pair of two opened models. Vocabularies padded to different sizes are cut to the smaller one, with a warning.
+def pair_of(a: Model, b: Model, grow: bool = True) -> Pair:
+    """A pair of two opened models. Vocabularies padded to different sizes are cut to the smaller one, with a warning;
+    models of different sizes are grown to the smallest that has room for both (symmetry.growth). grow: whether they
+    may be.
 
     Raises LmcError with what sets them apart.
     """
@@ -55,9 +58,14 @@ def pair_of(a: Model, b: Model) -> Pair:
     if text and a.vocabulary != b.vocabulary:
         warnings.append(_cut(a, b, found.used))
     a, b = in_common(a, b)
+    if grow:
+        a, b = alike((a, b))
     problem = unlike(a.spec, b.spec)
     if problem:
         raise LmcError(problem)
+    for model in (a, b):
+        if isinstance(model, GrownModel):
+            log.info(model.summary)
     for warning in warnings:
         log.warning(warning)
     return Pair(a, b, tuple(warnings))

@@ -42,7 +42,7 @@ def export_to_memory(weights: Weights, like: Model, dtype: torch.dtype | None = 
 
 
 def _config(weights: Weights, like: Model, dtype: torch.dtype | None) -> dict[str, Any]:
-    config = dict(like.checkpoint.config)
+    config = dict(like.stored_config)
     if "tie_word_embeddings" in config or getattr(like.config, "tie_word_embeddings", False):
         config["tie_word_embeddings"] = weights.spec.tied
     config.pop("torch_dtype", None)
@@ -54,7 +54,7 @@ def _config(weights: Weights, like: Model, dtype: torch.dtype | None) -> dict[st
 
 def _stored(weights: Weights, like: Model, dtype: torch.dtype | None) -> Iterator[Stored]:
     """The tensors of a checkpoint, each made from its slots when it is written; one block is held at a time."""
-    spec, held, names, checkpoint = weights.spec, _Held(weights.blocks), like.coverage, like.checkpoint
+    spec, held, checkpoint = weights.spec, _Held(weights.blocks), like.checkpoint
 
     def parts(disk: str, entry: Entry, index: int | None, wanted: torch.dtype) -> Iterator[Tensor]:
         table = weights.table(entry.slots[0]) if index is None and entry.slots[0] in TABLES else None
@@ -67,10 +67,10 @@ def _stored(weights: Weights, like: Model, dtype: torch.dtype | None) -> Iterato
     for name, entry, index in like.family.entries(spec, spec.tied):
         if entry.optional and index is None and entry.slots[0] not in weights.ends:
             continue
-        wanted = dtype or checkpoint.dtype(names.names[name])
-        disk = names.own.get(name, name)
+        disk, own = like.stored_as(name, index)
+        wanted = dtype or own
         yield Stored(disk, wanted, entry.shape(spec), partial(parts, disk, entry, index, wanted))
-    for name in names.buffers:
+    for name in like.buffers:
         yield Stored(name, checkpoint.stored_dtype(name), checkpoint.shape(name), partial(checkpoint.read_runs, name))
 
 

@@ -70,7 +70,7 @@ class Weights:
             del work  # a block is large
             return {name: out.pop(name).to(own[name]) for name in list(out)}
 
-        none = {name: table.read(0, 0) for name, table in self.tables.items()}
+        none = {name: table.rows(0, 0) for name, table in self.tables.items()}
 
         def lazily(name: str) -> Table:
             return self.tables[name].map(lambda rows: wide(ends, self.ends | none | {name: rows})[name])
@@ -124,7 +124,7 @@ class Model:
             self.checkpoint = MemoryCheckpoint(place)
         self.source = self.checkpoint.source  # as it was asked for: a directory or a hub id
         self.family, self.config = read_config(self.checkpoint)
-        spec = _spec(self.family, self.config, self.checkpoint.path / "config.json")
+        spec = spec_of(self.family, self.config, self.checkpoint.path / "config.json")
         self.coverage, self.spec = cover(self.checkpoint, self.family, spec)
 
     @property
@@ -176,6 +176,26 @@ class Model:
     def vocabulary(self) -> int:
         """Tokens that it reads (of text), or outputs that it has (of images)."""
         return self.spec.table or self.spec.vocab
+
+    @property
+    def original(self) -> Model:
+        """The checkpoint as it is on disk."""
+        return self
+
+    @property
+    def stored_config(self) -> dict[str, Any]:
+        """What a config.json says that describes models of `spec`."""
+        return self.checkpoint.config
+
+    @property
+    def buffers(self) -> list[str]:
+        """Names of stored tensors that carry no weights."""
+        return self.coverage.buffers
+
+    def stored_as(self, name: str, block: int | None) -> tuple[str, torch.dtype]:
+        """Under which name, and in which dtype, this checkpoint stores a tensor of its family's table."""
+        names = self.coverage
+        return names.own.get(name, name), self.checkpoint.dtype(names.names[name])
 
     def limited(self, vocabulary: int, positions: int) -> Model:
         """The same with the first rows of its vocabulary only, for texts of at most so many positions."""
@@ -277,7 +297,8 @@ def read_config(checkpoint: Checkpoint) -> tuple[Family, Any]:
     return family, config
 
 
-def _spec(family: Family, config: Any, file: Path) -> Spec:
+def spec_of(family: Family, config: Any, file: Path) -> Spec:
+    """What a transformers config, as it stands in `file`, makes of a model. Raises LmcError."""
     try:
         check_sizes(vars(config), type(config))
         spec = family.spec(config)

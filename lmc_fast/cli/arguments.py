@@ -52,7 +52,9 @@ def parser() -> argparse.ArgumentParser:
     text = (
         "show what a checkpoint is, which of its symmetries can be used and why, and whether B can be aligned with it"
     )
-    command("inspect", text, "a", "b?")
+    sub = command("inspect", text, "a", "b?")
+    text = "text or images that show where empty blocks go, where one model is grown by some (weights are read, then)"
+    sub.add_argument("--data", type=user_path, help=text)
 
     sub = command(
         "align",
@@ -156,6 +158,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--memory", help=limit)
     sub.add_argument("--length", "--block", type=positive_integer, help="tokens per sequence (default: 128)")
     sub.add_argument("--out", type=user_path, nargs="+", help="files to write: curve.json, curve.png")
+
+    text = "write a model as one of the size of another, larger one, with the same function"
+    sub = command("grow", text, "model", module="grow")
+    text = "a model of the wanted size, of the same family"
+    sub.add_argument("--like", required=True, metavar="OTHER", help=text)
+    sub.add_argument("--out", required=True, type=user_path, help="directory to create")
+    text = "text or images that show where empty blocks go (default: evenly spread), and to compare both models on"
+    sub.add_argument("--data", type=user_path, help=text)
+    sub.add_argument("--length", "--block", type=positive_integer, help="tokens per sequence (default: 128)")
+    sub.add_argument("--dtype", choices=DTYPES, help="dtype of the written weights (default: the model's own)")
 
     sub = command("verify", "check whether two checkpoints compute the same function", "a", "b")
     sub.add_argument("--data", type=user_path, help="text or images to compare on (default: random tokens or images)")

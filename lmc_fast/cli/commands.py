@@ -27,7 +27,7 @@ from .console import DIFFERENT, Console, unit_of
 
 
 def inspect_command(args: argparse.Namespace, console: Console) -> int:
-    found = inspect(args.a, args.b)
+    found = inspect(args.a, args.b, args.data)
     spec, dtype = found.model.spec, found.model.dtype
     att = spec.attention
     console.say(
@@ -43,6 +43,8 @@ def inspect_command(args: argparse.Namespace, console: Console) -> int:
         for note in notes:
             console.say(f"note on {name}: {note}")
     if found.other:
+        for line in found.grown:
+            console.say(line)
         verdict = f"cannot be aligned: {found.problem}" if found.problem else "can be aligned"
         console.say(f"{args.a} and {args.b} {verdict}")
     console.result(found.to_json())

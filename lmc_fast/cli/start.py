@@ -20,7 +20,7 @@ def start(args: argparse.Namespace) -> None:
     transformers.logging.set_verbosity_error()
     require_device(args.device)
     _require_settings()
-    for name in ("a", "b"):
+    for name in ("a", "b", "model"):
         revision = getattr(args, f"revision_{name}", None)
         if revision and getattr(args, name) is None:
             raise LmcError(f"--revision-{name} is given, but no {name.upper()}")

@@ -19,7 +19,7 @@ from ..alignment import Alignment
 from ..budget.devices import device_errors, here, require_device
 from ..budget.meter import Meter, return_freed_memory
 from ..budget.planner import Strategy
-from ..checkpoints import LazyBlocks, Model, Slots, Weights
+from ..checkpoints import LazyBlocks, Slots, Weights
 from ..data import Given, as_data
 from ..engine.source import Resident, paired
 from ..errors import Cancelled, LmcError
@@ -37,10 +37,12 @@ from ..pair import Pair
 from ..streaming.ring import Streamed
 from ..symmetry import canonicalize
 from ..symmetry.checksum import understood
+from ..symmetry.grown import record_of
 from ..symmetry.legality import check_legal
 from ..symmetry.storage import as_stored, load_tensors, pack, save_tensors, unpack
 from ..symmetry.transform import Transform
 from .budgeted import chunking_of, disk_bytes, on_disk, plan_learning, route_of, tokens_to_gather
+from .placing import placed
 from .progress import Cancel, MatchingWatch, Progress, Watch
 from .resume import made_from, require_same_run
 from .room import require_room
@@ -113,7 +115,12 @@ def align(
     saved, before = load_tensors(state) if state and state.exists() else ({}, {})
     if before:
         with understood(state or Path("the state"), "the state of this run"):
-            require_same_run(before["run"], run)
+            recorded = before["run"].get("grown")
+            pair = placed(pair, tokens, device, recorded) if recorded else pair
+            require_same_run(before["run"], run | record_of((pair.a, pair.b)))
+    else:
+        pair = placed(pair, tokens, device, meter=meter, watch=watch)
+    run |= record_of((pair.a, pair.b))
     in_memory = any(model.home is None for model in (pair.a, pair.b))
     if in_memory and memory is not None:
         raise LmcError("memory= prepares a pair on disk, and these models are in memory: save them, or leave it out")
@@ -130,13 +137,14 @@ def align(
             gathered = tokens_to_gather(pair.spec, length, at_hand, memory, STATISTICS_TOKENS)
 
     # without learning, or within a budget, one block at a time is enough
-    load = Model.load if learns and within is None else Model.open_weights
-    a, b = (canonicalize(load(model, torch.float32, device)) for model in (pair.a, pair.b))
+    whole = learns and within is None
+    opened = ((m.load if whole else m.open_weights)(torch.float32, device) for m in (pair.a, pair.b))
+    a, b = (canonicalize(weights) for weights in opened)
     place = state.parent if state else None
     with ExitStack() as stack:
         if not before and parallel.place()[0] == 0:
             evidence = {"weight": Evidence(1, 0), "activation": Evidence(0, 1)}.get(method, Evidence(1, activations))
-            to_disk = load is not Model.load and not in_memory
+            to_disk = not whole and not in_memory
             with meter.stage("matching"), _scratch(place, to_disk) as keep:
                 if keep is not None:
                     require_room(keep, disk_bytes(pair.spec, evidence, within))

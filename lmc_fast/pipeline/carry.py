@@ -211,7 +211,7 @@ def _write_sum(
 ) -> dict[str, Any]:
     """Writes basis + weight (child - base). Returns how far its function is from that of the basis."""
     try:
-        pair = pair_of(basis.model, child.model)
+        pair = pair_of(basis.model, child.model, grow=False)
     except LmcError as error:
         raise LmcError(f"{child.source} cannot be added to {basis.model.source}: {error}") from error
     model = in_common(pair.a, base.model)[0]

@@ -22,6 +22,7 @@ from ..evaluation.reference import Unreadable
 from ..examples import Data, Examples, inputs_of
 from ..pair import Pair, in_common
 from ..symmetry import canonicalize
+from .placing import placed
 from .progress import Cancel, Progress, Watch
 from .proof import by_transformers
 
@@ -54,6 +55,8 @@ def barrier(
     if memory is not None:
         _require(_stages(pair.spec, tokens, device).measuring(points, alignment is not None, held=True), memory, device)
     watch = Watch(progress, cancel)
+    recorded = alignment.info.get("grown") if alignment else None
+    pair = placed(pair, tokens, device, recorded, watch=watch)
     watch.begin("measuring", 1)
     return measure_line(pair, tokens, alignment, points, name, device, memory, watch.at)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, overload
 
@@ -19,6 +20,7 @@ from ..examples import Data
 from ..output import atomic_directory, disk_errors, partial_of, require_apart, user_path
 from ..pair import Pair
 from ..symmetry import Transform, canonicalize, check_legal
+from ..symmetry.grown import as_recorded
 from .evaluate import compare
 from .progress import Watch
 from .room import alignment_bytes, endpoint_bytes, largest_file, require_room
@@ -72,6 +74,8 @@ def export(
     tokens = None if tokens is None else as_data(tokens, pair.a)
     for transform in (alignment.a, alignment.b):
         check_legal(transform, pair.spec)
+    a, b = as_recorded((pair.a, pair.b), alignment.info.get("grown"))
+    pair = replace(pair, a=a, b=b)
     if out is None:
         found = alignment.state_dicts(pair, dtype)
         prove(pair, found, tokens, device)
@@ -108,7 +112,7 @@ def prove(
     watch.begin("verifying", 2)
     for name, original, place in zip("ab", (pair.a, pair.b), written, strict=True):
         model = Model(place)
-        found, same = compare(original, model, sample, device, memory)
+        found, same = compare(original.original, model, sample, device, memory)
         if not same:
             short = model.dtype.itemsize < 4
             remedy = "write it in float32 (--dtype float32)" if short else "please report this as a bug"

@@ -13,12 +13,14 @@ from ..budget.devices import profile as profile_of
 from ..budget.planner import Plan
 from ..budget.planner import plan as plan_within
 from ..checkpoints import Model, notes_on
-from ..data import sequence_length
+from ..data import read_data, sequence_length
 from ..errors import LmcError
 from ..learning.schedule import Schedule
 from ..pair import open_pair, pair_of
 from ..sizes import parse_bytes
 from ..symmetry import Group, legal_groups
+from ..symmetry.grown import GrownModel
+from .placing import placed
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Inspection:
 
     groups: the symmetries of the architecture, each with the reason why it can be used or not. notes: what is unusual
     about the checkpoint; other, other_notes: the same of the second. problem: why both cannot be aligned (None: they
-    can); warnings: what is not as it might be expected.
+    can); grown: how models of different sizes are grown to one; warnings: what is not as it might be expected.
     """
 
     model: Model
@@ -36,6 +38,7 @@ class Inspection:
     other: Model | None = None
     other_notes: tuple[str, ...] = ()
     problem: str | None = None
+    grown: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
@@ -51,23 +54,29 @@ class Inspection:
         }
         if self.other is None:
             return found
-        return found | {"match": self.match, "problem": self.problem, "warnings": list(self.warnings)}
+        more = {"grown": list(self.grown), "warnings": list(self.warnings)}
+        return found | {"match": self.match, "problem": self.problem} | more
 
 
-def inspect(path: str | Path, other: str | Path | None = None) -> Inspection:
+def inspect(path: str | Path, other: str | Path | None = None, data: str | Path | None = None) -> Inspection:
     """What a checkpoint (a directory or a hub id) is, which symmetries it has, and whether `other` can be aligned with
-    it. Only headers are read. Raises LmcError where one of them is not usable.
+    it. Only headers are read, unless blocks are to be added to one of them: data is a file, as for read_data, that
+    tells where. Raises LmcError where one of them is not usable.
     """
-    model = Model(path, headers_only=True)
+    model = Model(path, headers_only=data is None)
     alone = Inspection(model, legal_groups(model.spec), tuple(notes_on(model)))
     if other is None:
         return alone
-    second = Model(other, headers_only=True)
+    second = Model(other, headers_only=data is None)
     both = replace(alone, other=second, other_notes=tuple(notes_on(second)))
     try:
-        return replace(both, warnings=pair_of(model, second).warnings)
+        pair = pair_of(model, second)
     except LmcError as error:
         return replace(both, problem=str(error))
+    if data is not None:
+        pair = placed(pair, read_data(data, pair.a, sequence_length(pair.a)))
+    grown = tuple(m.summary for m in (pair.a, pair.b) if isinstance(m, GrownModel))
+    return replace(both, grown=grown, warnings=pair.warnings)
 
 
 def plan(

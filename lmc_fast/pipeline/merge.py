@@ -13,6 +13,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from ..architectures.resize import sizes_of
 from ..checkpoints import LazyBlocks, Model, Slots, Stored, Table, Weights, checkpoint_names, write_checkpoint
 from ..checkpoints import export as export_weights
 from ..checkpoints.reader import RUN_ELEMENTS
@@ -162,9 +163,11 @@ def _opened(places: Sequence[Place]) -> list[Model]:
     first = models[0]
     for model in models[1:]:
         try:
-            first = pair_of(first, model).a
+            first = pair_of(first, model, grow=False).a
         except LmcError as error:
-            raise LmcError(f"{places[0]} and {model.source} cannot be merged: {error}") from error
+            sizes = first.family is model.family and sizes_of(first.spec) != sizes_of(model.spec)
+            remedy = "; lmc-fast align writes both in one size" if sizes else ""
+            raise LmcError(f"{places[0]} and {model.source} cannot be merged: {error}{remedy}") from error
     return [first, *(in_common(model, first)[0] for model in models[1:])]
 
 

@@ -40,8 +40,13 @@ def require_room(directory: Path, needed: int, largest: int = 0) -> None:
 def endpoint_bytes(model: Model, dtype: torch.dtype | None = None) -> int:
     """At most, of a checkpoint written from `model`; a tied head is written as well."""
     spec, stored = model.spec, model.checkpoint
-    sizes = {name: math.prod(stored.shape(name)) for name in stored.names}
-    total = sum(size * (dtype or stored.stored_dtype(name)).itemsize for name, size in sizes.items())
+    if model.original is model:
+        sizes = [(math.prod(stored.shape(name)), stored.stored_dtype(name)) for name in stored.names]
+    else:
+        tensors = model.family.entries(spec, spec.tied)
+        held = [(name, entry, i) for name, entry, i in tensors if i is not None or name in model.coverage.names]
+        sizes = [(math.prod(entry.shape(spec)), model.stored_as(name, i)[1]) for name, entry, i in held]
+    total = sum(size * (dtype or own).itemsize for size, own in sizes)
     head = spec.vocab * spec.width if spec.tied else 0
     return total + head * (dtype or model.dtype).itemsize + companion_bytes(model.home) + _SMALL
 

@@ -34,6 +34,7 @@ from ..version import __version__
 from .align import align
 from .evaluate import measure_line
 from .export import export_into, prove, require_unchanged
+from .placing import placed
 from .progress import Cancel, Progress, Watch
 from .room import alignment_bytes, endpoint_bytes, largest_file, require_room, state_bytes
 from .run_directory import RunDirectory, export_names, state_file_of
@@ -118,6 +119,7 @@ def run(
             alignment = find(state_file=directory.state_file)
             require_unchanged(pair)
             directory.drop_store()
+            pair = placed(pair, tokens, device, alignment.info.get("grown"))
             members = [{"name": name, "source": model.source} for name, model in (("a", pair.a), ("b", pair.b))]
             report: dict[str, Any] = {"members": members, "version": __version__, **alignment.info}
             if test is not None:

@@ -1,0 +1,72 @@
+"""Growing a checkpoint on its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..budget.devices import require_device
+from ..checkpoints import Model, checkpoint_names
+from ..checkpoints import export as export_weights
+from ..errors import LmcError
+from ..examples import Data
+from ..output import atomic_directory, check_target, partial_of, require_apart, user_path
+from ..pair import open_pair
+from ..symmetry.grown import GrownModel
+from .evaluate import compare
+from .placing import placed
+from .room import endpoint_bytes, largest_file, require_room
+
+PROOF_SEQUENCES = 16
+
+
+def grow(
+    model: str | Path,
+    like: str | Path,
+    out: str | Path | None = None,
+    *,
+    tokens: Data | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Model:
+    """A checkpoint as one of the size of another, with the same function: read so, or written to `out` and proven.
+
+    Where each is the larger one in some respect, it gets the smallest size that has room for both. tokens: data that
+    tells where empty blocks go (by default they are spread evenly), and on which what was written is compared. dtype:
+    of the written weights, by default its own.
+
+    Raises LmcError where it cannot be grown, with the reason, or is no smaller; and as `export` does.
+    """
+    device = require_device(device)
+    pair = open_pair(model, like)
+    if tokens is not None:
+        pair = placed(pair, tokens, device)
+    grown = pair.a
+    if not isinstance(grown, GrownModel):
+        raise LmcError(f"{model} is no smaller than {like}: there is nothing to grow")
+    if out is None:
+        return grown
+    target = user_path(out)
+    require_apart((target, partial_of(target)), (pair.a.path, pair.b.path))
+    check_target(target)
+    require_room(partial_of(target), endpoint_bytes(grown, dtype), largest_file(grown, dtype))
+    with atomic_directory(target, checkpoint_names(grown.path)) as work:
+        weights = grown.open_weights(torch.float64, device)
+        export_weights(replace(weights, spec=replace(weights.spec, tied=grown.spec.tied)), grown, work, dtype)
+        require_same_function(grown, Model(work), tokens, device)
+        grown.checkpoint.identity.require_unchanged()
+    return Model(target)
+
+
+def require_same_function(grown: GrownModel, written: Model, tokens: Data | None, device: torch.device) -> None:
+    """Raises LmcError where what was written computes something else."""
+    sample = None if tokens is None else tokens[:PROOF_SEQUENCES]
+    found, same = compare(grown.original, written, sample, device)
+    if not same:
+        remedy = "write it in float32 (--dtype float32)" if written.dtype.itemsize < 4 else "please report this"
+        raise LmcError(
+            f"the grown {grown.source} does not keep its function: KL {found.kl:.1e} nats to the original; nothing is "
+            f"published; {remedy}"
+        )

@@ -11,12 +11,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .kernels.enabled import wanted
+from .kernels.enabled import SWITCH, wanted
 
 TRITON_LARGEST = 64
 """The largest n whose matrices the Triton solvers take: 128 x 128 does not fit in a program's registers."""
 GPU_SOLVERS = "LMC_FAST_GPU_SOLVERS"
-"""Environment variable: "triton" (the default where Triton is installed) or "torch", the batched formulation."""
+"""Environment variable: "triton", or "torch", the batched formulation (the default: no GPU has been timed)."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,9 @@ class Backends:
     isa: str  # instruction set they run: "avx512", "avx2", "generic", or "none" without the extension
     threads: int  # torch.get_num_threads(), which the C++ solvers obey too
     triton: bool  # importable
-    gpu_solvers: str  # "triton", or "torch": without Triton, or as the environment variable LMC_FAST_GPU_SOLVERS says
+    gpu_solvers: str  # "torch", or "triton" where the environment variable LMC_FAST_GPU_SOLVERS says so
     kernels: tuple[str, ...]  # operations of the engine that are Triton kernels on a GPU: LMC_FAST_KERNELS
+    without_kernels: str  # why the others are not
     cuda: str  # the GPU's name, or "none"
 
     @property
@@ -52,8 +53,17 @@ def backends() -> Backends:
         triton=has_triton(),
         gpu_solvers=_gpu_solvers(),
         kernels=wanted() if has_triton() else (),
+        without_kernels=_without_kernels(),
         cuda=torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     )
+
+
+def _without_kernels() -> str:
+    if not has_triton():
+        return "Triton is not installed"
+    if os.environ.get(SWITCH) is not None:
+        return f"{SWITCH} leaves them off"
+    return f"no GPU has shown yet that they are faster than torch; {SWITCH}=1 turns all of them on"
 
 
 def triton_takes(X: Tensor) -> bool:  # (batch, n, n)
@@ -63,7 +73,7 @@ def triton_takes(X: Tensor) -> bool:  # (batch, n, n)
 
 
 def _gpu_solvers() -> str:
-    wanted = os.environ.get(GPU_SOLVERS, "triton" if has_triton() else "torch")
+    wanted = os.environ.get(GPU_SOLVERS, "torch")
     if wanted not in ("triton", "torch"):
         raise ValueError(f'{GPU_SOLVERS} is "{wanted}"; expected "triton" or "torch"')
     if wanted == "triton" and not has_triton():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import platform
 import sys
 import time
@@ -22,6 +23,8 @@ from benchmarks.common import Row, processor, provenance
 from benchmarks.gpu.device import release
 from benchmarks.gpu.rows import Case, Clock, Journal, Unfinished, Unmeasured, fingerprint
 from benchmarks.gpu.slices import HARNESS, SLICES, Place
+from lmc_fast.implementations import GPU_SOLVERS
+from lmc_fast.kernels.enabled import SWITCH
 
 CONTINUED, LOST = 75, 70  # exit codes: the time is up; the device answers no more
 FEW_SECONDS = 20.0  # less than this is no time for a case that watches the clock itself
@@ -116,6 +119,8 @@ def main() -> int:
     parser.add_argument("--commit", default="")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
+    os.environ.setdefault(SWITCH, "1")  # what is measured here is off elsewhere
+    os.environ.setdefault(GPU_SOLVERS, "triton")
     torch.set_num_threads(1 if args.device == "cpu" else torch.get_num_threads())
     args.out.mkdir(parents=True, exist_ok=True)
     args.scratch.mkdir(parents=True, exist_ok=True)

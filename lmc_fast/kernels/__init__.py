@@ -7,7 +7,7 @@
     softmax_loss    cross_entropy_(logits, target, ...), divergence_(logits, teachers, ...)
 
 All but the first are Triton kernels with a `reference` in plain torch, which runs where Triton does not. The engine
-uses them on NVIDIA GPUs, unless the environment variable LMC_FAST_KERNELS turns them off (enabled.py).
+uses them on NVIDIA GPUs where LMC_FAST_KERNELS, an environment variable, turns them on, or a measurement (enabled.py).
 Importing this package does not import Triton, nor does anything on a CPU; importing an operation's module does, where
 Triton is installed. docs/kernels.md counts what each operation moves.
 """

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..errors import LmcError
 from ..output import write_whole
+from .enabled import wanted
 from .routes import ROUTES, interpolated, product
 
 COUNTED = {True: 1.5, False: 0.9}  # crossover in tokens per width, by whether graphs are kept
@@ -168,7 +169,7 @@ def _finish(device: torch.device) -> None:
 
 def _place(width: int, dtype: torch.dtype, device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    kernels = f", kernels {os.environ.get('LMC_FAST_KERNELS', '1')}" if device.type == "cuda" else ""
+    kernels = f", kernels {' '.join(wanted()) or 'none'}" if device.type == "cuda" else ""
     return f"{name}, {torch.get_num_threads()} threads, {dtype}, torch {torch.__version__}{kernels}, width {width}"
 
 

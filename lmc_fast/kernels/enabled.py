@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 SWITCH = "LMC_FAST_KERNELS"
-"""Environment variable: "1" (the default) for all OPERATIONS, "0" for none, or some of them, separated by commas."""
+"""Environment variable: "1" for all OPERATIONS, "0" for none, or some of them, separated by commas; unset: MEASURED."""
+MEASURED: tuple[str, ...] = ()
+"""The operations that a GPU has shown to be faster than the best torch formulation (benchmarks/gpu); so far none."""
 OPERATIONS = ("softmax_loss", "interpolate_weight", "dual_gemm", "head_maps")
 
 
@@ -38,8 +40,10 @@ def engaged(operation: str, *tensors: Tensor | None) -> bool:
 
 
 def wanted() -> tuple[str, ...]:
-    """The operations that LMC_FAST_KERNELS leaves on."""
-    value = os.environ.get(SWITCH, "1")
+    """The operations that LMC_FAST_KERNELS turns on."""
+    value = os.environ.get(SWITCH)
+    if value is None:
+        return MEASURED
     if value in ("0", "1"):
         return OPERATIONS if value == "1" else ()
     names = tuple(name.strip() for name in value.split(","))

@@ -17,6 +17,12 @@ collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test
 GUARD = 64
 
 
+@pytest.fixture(autouse=True)
+def kernels_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are off unless they are asked for."""
+    monkeypatch.setenv("LMC_FAST_KERNELS", "1")
+
+
 @pytest.fixture
 def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every tensor made by torch.empty and torch.zeros lies between sentinels, which must survive; empty is NaN."""

@@ -45,7 +45,7 @@ def use_the_engine():
 plain = use_the_engine()
 assert "triton" not in sys.modules, "on a CPU nothing imports it"
 sys.modules["triton"] = None
-os.environ["TRITON_INTERPRET"] = "1"  # kernels are wanted, and cannot run
+os.environ["TRITON_INTERPRET"] = os.environ["LMC_FAST_KERNELS"] = "1"  # kernels are wanted, and cannot run
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     assert torch.equal(use_the_engine(), plain)

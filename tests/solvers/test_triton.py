@@ -56,6 +56,8 @@ def cuda_build(monkeypatch):
 
 def test_which_tensors_triton_takes(cuda_build):
     cuda_build.setattr(implementations, "has_triton", lambda: True)
+    assert not implementations.triton_takes(OnGpu(64)), "no GPU has shown that it is faster"
+    cuda_build.setenv(implementations.GPU_SOLVERS, "triton")
     assert implementations.triton_takes(OnGpu(64)) and implementations.triton_takes(OnGpu(1))
     assert not implementations.triton_takes(OnGpu(65))
     assert not implementations.triton_takes(OnGpu(0))
@@ -68,6 +70,7 @@ def test_which_tensors_triton_takes(cuda_build):
 
 def test_the_environment_chooses(cuda_build):
     cuda_build.setattr(implementations, "has_triton", lambda: True)
+    cuda_build.setenv(implementations.GPU_SOLVERS, "triton")
     assert implementations.backends().gpu.startswith("Triton")
     cuda_build.setenv(implementations.GPU_SOLVERS, "torch")
     assert implementations.backends().gpu == "torch" and not implementations.triton_takes(OnGpu(8))

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from .checkpoints import Model, Stock
     from .data import read_data, read_tokens
     from .errors import Cancelled, LmcError
-    from .evaluation import Curve, Difference
+    from .evaluation import Curve, Difference, Simplex
     from .examples import Examples
     from .images import read_images
     from .implementations import Backends, backends
     from .kernels.interp_linear import interp_linear
     from .learning.schedule import Schedule
-    from .pair import Pair, open_pair
+    from .pair import Models, Pair, open_models, open_pair
     from .pipeline.align import align
     from .pipeline.carry import carry
     from .pipeline.evaluate import barrier, verify
@@ -50,10 +50,12 @@ _HOMES = {
     "LmcError": "errors",
     "Meter": "budget.meter",
     "Model": "checkpoints",
+    "Models": "pair",
     "Pair": "pair",
     "Plan": "budget.planner",
     "Progress": "pipeline.progress",
     "Schedule": "learning.schedule",
+    "Simplex": "evaluation",
     "Stock": "checkpoints",
     "TooSmall": "budget.stages",
     "Transform": "symmetry",
@@ -69,6 +71,7 @@ _HOMES = {
     "inspect": "pipeline.inspection",
     "interp_linear": "kernels.interp_linear",
     "merge": "pipeline.merge",
+    "open_models": "pair",
     "open_pair": "pair",
     "plan": "pipeline.inspection",
     "polar": "solvers",
@@ -91,10 +94,12 @@ __all__ = [
     "LmcError",
     "Meter",
     "Model",
+    "Models",
     "Pair",
     "Plan",
     "Progress",
     "Schedule",
+    "Simplex",
     "Stock",
     "TooSmall",
     "Transform",
@@ -110,6 +115,7 @@ __all__ = [
     "inspect",
     "interp_linear",
     "merge",
+    "open_models",
     "open_pair",
     "plan",
     "polar",

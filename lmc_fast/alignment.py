@@ -1,9 +1,8 @@
-"""The result of aligning a pair: one group element per endpoint."""
+"""The result of aligning models: one group element for each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from torch import Tensor
 from .architectures import Spec
 from .checkpoints import Stock, Weights, export_to_memory
 from .errors import LmcError
-from .pair import Pair
+from .members import MOST_MEMBERS, member_names
+from .pair import Models
 from .symmetry.canonical import canonicalize
 from .symmetry.checksum import understood
 from .symmetry.grown import as_recorded
@@ -22,7 +22,6 @@ from .symmetry.storage import load_tensors, pack, save_tensors, unpack, unpack_v
 from .symmetry.transform import Transform
 
 FORMAT_VERSION = 2  # 1 had a and b for members, and no checksum
-MEMBERS = [{"name": name, "element": f"members.{i}", "matched": f"matched.{i}"} for i, name in enumerate("ab")]
 _MOST_LAYERS = 10_000
 _FIRST_NAMES = (  # of a block's tensors in version 1
     *("heads", "queries", "vo", "vo_inverse", "qk", "qk_inverse", "units", "unit_scale"),
@@ -30,49 +29,67 @@ _FIRST_NAMES = (  # of a block's tensors in version 1
 )
 
 
-@dataclass(repr=False)
-class Alignment:
-    """g_A and g_B: what to do to each endpoint's canonical form so that the line between them is flat.
+def _listed(count: int) -> list[dict[str, str]]:
+    """What a file says of its members: their names, and where the tensors of each are."""
+    names = enumerate(member_names(count))
+    return [{"name": name, "element": f"members.{i}", "matched": f"matched.{i}"} for i, name in names]
 
-    `matched` holds both as closed-form matching left them, before learning. `info` is JSON: method, schedule, history.
+
+class Alignment:
+    """g_A and g_B, or more: what to do to each model's canonical form so that everything between them is flat.
+
+    members: one element for each model. matched: the same as closed-form matching left them, before learning. info:
+    JSON: method, schedule, history. Made as Alignment(a, b, matched, info), with an element for each model in front.
     """
 
-    a: Transform
-    b: Transform
-    matched: tuple[Transform, Transform]
-    info: dict[str, Any] = field(default_factory=dict)
+    def __init__(self, *parts: Any, matched: Sequence[Transform] | None = None, info: dict[str, Any] | None = None):
+        self.members: tuple[Transform, ...] = tuple(part for part in parts if isinstance(part, Transform))
+        for part in parts[len(self.members) :]:
+            matched, info = (matched, part) if isinstance(part, dict) else (part, info)
+        self.matched: tuple[Transform, ...] = self.members if matched is None else tuple(matched)
+        self.info: dict[str, Any] = {} if info is None else info
+        if len(self.members) != len(self.matched):
+            raise ValueError(f"{len(self.members)} elements, and {len(self.matched)} of matching")
+
+    @property
+    def a(self) -> Transform:
+        return self.members[0]
+
+    @property
+    def b(self) -> Transform:
+        return self.members[1]
 
     def __repr__(self) -> str:
         steps = len(self.info.get("history", {}).get("loss", []))
         how = self.info.get("method", "no method") + (f", {steps} steps" if steps else "")
-        return f"Alignment({how}; a={self.a!r}, b={self.b!r})"
-
-    @property
-    def members(self) -> tuple[Transform, Transform]:
-        """(a, b)."""
-        return self.a, self.b
+        shown = ", ".join(f"{n}={g!r}" for n, g in zip(member_names(len(self.members)), self.members, strict=True))
+        return f"Alignment({how}; {shown})"
 
     def save(self, file: str | Path) -> None:
         """Writes alignment.safetensors, whole or not at all: float64 tensors, and versioned JSON metadata that name
         the members and where each one's tensors are.
         """
         tensors: dict[str, Tensor] = {}
-        for member, element, matched in zip(MEMBERS, self.members, self.matched, strict=True):
+        members = _listed(len(self.members))
+        for member, element, matched in zip(members, self.members, self.matched, strict=True):
             tensors |= pack(element, member["element"]) | pack(matched, member["matched"])
-        metadata = {"version": FORMAT_VERSION, "members": MEMBERS, "layers": len(self.a.blocks), "info": self.info}
+        metadata = {"version": FORMAT_VERSION, "members": members, "layers": len(self.a.blocks), "info": self.info}
         save_tensors(Path(file), tensors, metadata)
 
     @staticmethod
-    def load(file: str | Path, spec: Spec | None = None) -> Alignment:
-        """Reads what `save` wrote, also in format version 1; with `spec`, checks that both elements are symmetries of
-        it. Raises LmcError.
+    def load(file: str | Path, spec: Spec | None = None, count: int | None = None) -> Alignment:
+        """Reads what `save` wrote, also in format version 1; with `spec`, checks that all elements are symmetries of
+        it, and with `count` that they are so many. Raises LmcError.
         """
         tensors, metadata = load_tensors(Path(file))
         layers, info, version = (metadata.get(name) for name in ("layers", "info", "version"))
         if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
             raise LmcError(f"{file} is not an alignment of format version {FORMAT_VERSION} or 1")
-        if version == FORMAT_VERSION and metadata.get("members") != MEMBERS:
-            raise LmcError(f"{file} is not an alignment of two members; give the one that was made for this pair")
+        listed = metadata.get("members") if version == FORMAT_VERSION else _listed(2)
+        if not isinstance(listed, list) or not 2 <= len(listed) <= MOST_MEMBERS or listed != _listed(len(listed)):
+            raise LmcError(f"{file} does not say its members as an alignment does; make it again")
+        if count not in (None, len(listed)):
+            raise LmcError(f"{file} is an alignment of {len(listed)} models, not of {count}; give that of these models")
         if not isinstance(layers, int) or isinstance(layers, bool) or not isinstance(info, dict):
             raise LmcError(f"{file} does not say its layers and info as an alignment does; make it again")
         if layers < 1 or layers != (spec.layers if spec else layers) or layers > _MOST_LAYERS:
@@ -82,10 +99,10 @@ class Alignment:
             if t.dtype not in (torch.float64, torch.float32, torch.int64):
                 raise LmcError(f"{file}: {name} is {t.dtype}, neither a map nor a permutation; make it again")
         with understood(Path(file), "an alignment"):
-            prefixes, read = [member[part] for part in ("element", "matched") for member in MEMBERS], unpack
+            prefixes, read = [member[part] for part in ("element", "matched") for member in listed], unpack
             if version == 1:
                 prefixes, read = ["a", "b", "matched.a", "matched.b"], unpack_version_1
-            a, b, *matched = found = [read(tensors, prefix, layers) for prefix in prefixes]
+            found = [read(tensors, prefix, layers) for prefix in prefixes]
             if version == 1:
                 known = {name for prefix in prefixes for name in _first_names(prefix, layers)}
             else:
@@ -95,21 +112,21 @@ class Alignment:
                     check_legal(part, spec)
         for name in sorted(tensors.keys() - known):
             raise LmcError(f"{file} holds {name}, which is no part of an alignment; make it again")
-        return Alignment(a, b, (matched[0], matched[1]), info)
+        return Alignment(*found[: len(listed)], found[len(listed) :], info)
 
-    def apply(self, a: Weights, b: Weights) -> tuple[Weights, Weights]:
-        """Both endpoints, given in canonical form, aligned."""
-        return self.a.apply(a), self.b.apply(b)
+    def apply(self, *members: Weights) -> tuple[Weights, ...]:
+        """All models, given in canonical form, aligned."""
+        return tuple(g.apply(w) for g, w in zip(self.members, members, strict=True))
 
-    def state_dicts(self, pair: Pair, dtype: torch.dtype | None = None) -> list[Stock]:
-        """Both endpoints of the pair, aligned, as (config, state dict) of stock models in memory, on the CPU.
+    def state_dicts(self, models: Models, dtype: torch.dtype | None = None) -> list[Stock]:
+        """All models, aligned, as (config, state dict) of stock models in memory, on the CPU.
 
-        The bits are those that `export` writes. dtype: of all tensors, by default as each endpoint stores them. Nothing
+        The bits are those that `export` writes. dtype: of all tensors, by default as each one stores them. Nothing
         is proven here, see export(..., in_memory=True). Raises LmcError where a weight overflows.
         """
         return [
             export_to_memory(g.apply(canonicalize(model.open_weights(torch.float64))), model, dtype)
-            for model, g in zip(as_recorded((pair.a, pair.b), self.info.get("grown")), self.members, strict=True)
+            for model, g in zip(as_recorded(models.members, self.info.get("grown")), self.members, strict=True)
         ]
 
 

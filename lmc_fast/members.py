@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from .errors import LmcError
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
+MOST_MEMBERS = len(_LETTERS)
 
 
 def member_names(count: int) -> list[str]:
     """The names of `count` members, in their order. Raises LmcError for fewer than two, or more than there are."""
-    if not 2 <= count <= len(_LETTERS):
-        raise LmcError(f"{count} models make no alignment; give 2 to {len(_LETTERS)}")
+    if not 2 <= count <= MOST_MEMBERS:
+        raise LmcError(f"{count} models make no alignment; give 2 to {MOST_MEMBERS}")
     return list(_LETTERS[:count])
 
 

@@ -1,13 +1,18 @@
-"""Two checkpoints that can be compared weight by weight."""
+"""Checkpoints that can be compared weight by weight: two, or more."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 from .architectures import Spec, flat_fields
 from .checkpoints import Model, Place
 from .errors import LmcError
+from .members import member_names
 from .symmetry.grown import GrownModel, alike
 from .tokenizer import Comparison, compare_tokenizers
 
@@ -16,17 +21,50 @@ log = logging.getLogger(__name__)
 _SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "mask_token_id")
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Endpoints A and B of one architecture; nothing is loaded yet. `warnings`: what is not as it might be expected."""
+M = TypeVar("M", bound="Models")
 
-    a: Model
-    b: Model
+
+@dataclass(frozen=True)
+class Models:
+    """Checkpoints of one architecture; nothing is loaded yet. `warnings`: what is not as it might be expected."""
+
+    members: tuple[Model, ...]
     warnings: tuple[str, ...] = ()
 
     @property
     def spec(self) -> Spec:
-        return self.a.spec
+        return self.members[0].spec
+
+    @property
+    def a(self) -> Model:
+        return self.members[0]
+
+    @property
+    def b(self) -> Model:
+        return self.members[1]
+
+    @property
+    def names(self) -> list[str]:
+        """What the members are called in files: a, b, c, ..."""
+        return member_names(len(self.members))
+
+    @property
+    def homes(self) -> list[Path | None]:
+        """The members' directories; None for one in memory."""
+        return [model.home for model in self.members]
+
+    def with_members(self: M, members: Sequence[Model]) -> M:
+        """Others in the place of the members."""
+        found = copy(self)
+        object.__setattr__(found, "members", tuple(members))
+        return found
+
+
+class Pair(Models):
+    """Two of them: the endpoints A and B."""
+
+    def __init__(self, a: Model, b: Model, warnings: tuple[str, ...] = ()):
+        super().__init__((a, b), warnings)
 
 
 def open_pair(a: Place, b: Place, headers_only: bool = False) -> Pair:
@@ -43,6 +81,14 @@ def open_pair(a: Place, b: Place, headers_only: bool = False) -> Pair:
         raise LmcError(f"{one.source} and {two.source} cannot be aligned: {error}") from error
 
 
+def open_models(sources: Sequence[Place], headers_only: bool = False) -> Models:
+    """As `open_pair`, of any number of checkpoints; of two it is a Pair. The error names the one that does not fit."""
+    names = member_names(len(sources))
+    if len(names) == 2:
+        return open_pair(sources[0], sources[1], headers_only)
+    return models_of([Model(source, headers_only) for source in sources])
+
+
 def pair_of(a: Model, b: Model, grow: bool = True) -> Pair:
     """A pair of two opened models. Vocabularies padded to different sizes are cut to the smaller one, with a warning;
     models of different sizes are grown to the smallest that has room for both (symmetry.growth). grow: whether they
@@ -50,8 +96,38 @@ def pair_of(a: Model, b: Model, grow: bool = True) -> Pair:
 
     Raises LmcError with what sets them apart.
     """
+    warnings, found = _compared(a, b, grow), in_common(a, b)
+    a, b = alike(found) if grow else found
+    _tell(warnings, (a, b))
+    return Pair(a, b, tuple(warnings))
+
+
+def models_of(models: Sequence[Model]) -> Models:
+    """The same of any number."""
+    if len(models) == 2:
+        return pair_of(models[0], models[1])
+    first, *others = models
+    problems: dict[Model, str] = {}
+    warnings: list[str] = []
+    for other in others:
+        try:
+            warnings += _compared(first, other)
+        except LmcError as error:
+            problems[other] = str(error)
+    if problems:
+        culprit, problem = next(iter(problems.items()))
+        if len(problems) == len(others) and not any(_problem(others[0], other) for other in others[1:]):
+            raise LmcError(f"{first.source} cannot be aligned with the others: {problem}")  # which would get on
+        raise LmcError(f"{culprit.source} cannot be aligned with {first.source}: {problem}")
+    warnings, found = list(dict.fromkeys(warnings)), tuple(alike(in_common(*models)))
+    _tell(warnings, found)
+    return Models(found, tuple(warnings))
+
+
+def _compared(a: Model, b: Model, grow: bool = True) -> list[str]:
+    """Warnings. Raises LmcError with what sets two models apart."""
     text = a.family is b.family and not a.spec.image
-    found = _compared(a, b) if text else Comparison()
+    found = _tokenizers(a, b) if text else Comparison()
     if found.problem:
         raise LmcError(found.problem)
     warnings = list(found.warnings)
@@ -63,30 +139,40 @@ def pair_of(a: Model, b: Model, grow: bool = True) -> Pair:
     problem = unlike(a.spec, b.spec)
     if problem:
         raise LmcError(problem)
-    for model in (a, b):
+    return warnings
+
+
+def _problem(a: Model, b: Model) -> str | None:
+    try:
+        _compared(a, b)
+    except LmcError as error:
+        return str(error)
+    return None
+
+
+def _tell(warnings: Sequence[str], models: Sequence[Model]) -> None:
+    for model in models:
         if isinstance(model, GrownModel):
             log.info(model.summary)
     for warning in warnings:
         log.warning(warning)
-    return Pair(a, b, tuple(warnings))
 
 
-def _compared(a: Model, b: Model) -> Comparison:
-    """Their tokenizers, where both have directories."""
+def _tokenizers(a: Model, b: Model) -> Comparison:
+    """Compared, where both have directories."""
     if a.home is not None and b.home is not None:
         return compare_tokenizers(a.home, b.home)
     text = "a model in memory has no tokenizer: that ids mean the same to both is taken for granted"
     return Comparison(None, (text,))
 
 
-def in_common(a: Model, b: Model) -> tuple[Model, Model]:
-    """Both, limited to the tokens that both have and, where positions are no table, to lengths that both can read."""
-    if a.family is not b.family or a.spec.image:
-        return a, b
-    tokens = min(a.vocabulary, b.vocabulary)
-    least = min(a.spec.max_positions, b.spec.max_positions)
-    positions = [m.spec.max_positions if m.spec.position_table else least for m in (a, b)]
-    return a.limited(tokens, positions[0]), b.limited(tokens, positions[1])
+def in_common(*models: Model) -> tuple[Model, ...]:
+    """All, limited to the tokens that all have and, where positions are no table, to lengths that all can read."""
+    if any(model.family is not models[0].family for model in models) or models[0].spec.image:
+        return models
+    tokens = min(model.vocabulary for model in models)
+    least = min(model.spec.max_positions for model in models)
+    return tuple(m.limited(tokens, m.spec.max_positions if m.spec.position_table else least) for m in models)
 
 
 def _cut(a: Model, b: Model, used: int | None) -> str:

@@ -8,6 +8,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "lmc_fast"
 LAYERS = [
     "errors",
     "members",
+    "places",
     "interrupts",
     "files",
     "output",

@@ -23,12 +23,15 @@ _HEAD_MAPS = ("vo", "qk")
 
 @dataclass(frozen=True)
 class Job:
-    """A learning step: `tokens` in sequences of `length`; sides: 2 dual, 1 B alone; teachers: 2 or, for text, 0."""
+    """A learning step: `tokens` in sequences of `length`; sides: members that move (all, or all but the first);
+    teachers: every member or, for text, 0.
+    """
 
     tokens: int
     length: int
     sides: int = 2
     teachers: int = 2
+    members: int = 2
 
     @property
     def sequences(self) -> int:
@@ -46,7 +49,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Demand:
-    """The needs of one pair for one kind of step. itemsize: bytes of a weight as computed with."""
+    """The needs of a pair, or of more members, for one kind of step. itemsize: bytes of a weight as computed with."""
 
     spec: Spec
     job: Job
@@ -56,23 +59,24 @@ class Demand:
     @cached_property
     def segments(self) -> list[int]:
         """Bytes of each segment: blocks, then parts of the head."""
-        return segment_bytes(self.spec, self.itemsize)
+        return segment_bytes(self.spec, self.itemsize, members=self.job.members)
 
     @cached_property
     def head_part_rows(self) -> int:
-        return max(head_rows(self.spec, self.itemsize))
+        return max(head_rows(self.spec, self.itemsize, members=self.job.members))
 
     @cached_property
     def store_bytes(self) -> int:
-        """The pair on disk."""
+        """All members on disk."""
         ends, _ = slot_shapes(self.spec)
         rest = {name: shape for name, shape in ends.items() if name not in ("head", "head_bias")}
-        return sum(self.segments) + arrange(rest, self.itemsize)[1]
+        return sum(self.segments) + arrange(rest, self.itemsize, self.job.members)[1]
 
     @cached_property
     def _leaves(self) -> dict[str, int]:
         """Numbers in each of the chart's leaves."""
-        return {name: t.numel() for name, t in Chart(self.spec, self.job.sides, device="meta").tensors.items()}
+        chart = Chart(self.spec, self.job.sides, device="meta", members=self.job.members)
+        return {name: t.numel() for name, t in chart.tensors.items()}
 
     def fixed(self) -> list[Item]:
         """What every plan needs, whatever its choices."""
@@ -83,17 +87,20 @@ class Demand:
         matrices = sum(self._leaves.get(name, 0) for name in _HEAD_MAPS)
         scales = sum(n for name, n in self._leaves.items() if name not in (*_HEAD_MAPS, "rotation"))
         turns = self._leaves.get("rotation", 0)
-        # leaf, momentum, gradient and the best validated copy; Adam has one moment more; then g_A, g_B, their relative
-        # transform and its gradient, and that transform in the dtype of the computation
-        rotation = 4 * turns + (4 * d * d if turns else 0)
+        # leaf, momentum, gradient and the best validated copy; Adam has one moment more; then every member's element,
+        # relative transforms and their gradients, and those transforms in the dtype of the computation
+        others = self.job.members - 1
+        rotation = 4 * turns + ((self.job.members + 2 * others) * d * d if turns else 0)
         items = [
             Item("interpreter and libraries", self.base),
-            Item("ends without tables", arrange(small, self.itemsize)[1]),
+            Item("ends without tables", arrange(small, self.itemsize, self.job.members)[1]),
             Item("position tables", self._position_bytes()),
             Item("streams: the line's model, its gradient", 2 * stream),
             Item("streams: teachers", self.job.teachers * stream),
             Item("token ids", 32 * self.job.tokens),
-            Item("rotation: parameters and optimiser", rotation * FP32 + 2 * d * d * self.itemsize * bool(turns)),
+            Item(
+                "rotation: parameters and optimiser", rotation * FP32 + 2 * others * d * d * self.itemsize * bool(turns)
+            ),
             Item("block maps: parameters and optimiser", (4 * matrices + 5 * scales) * FP32),
             Item("what matching found", self._found_bytes(turns)),
             Item("update of the parameters", self._update_bytes(turns, matrices), "update"),
@@ -101,10 +108,10 @@ class Demand:
         return [item for item in items if item.bytes]
 
     def _found_bytes(self, turns: int) -> int:
-        """Both endpoints' transforms in float64: a rotation, and in each head the maps of keys and values both ways."""
-        spec, kinds = self.spec, sum(name in self._leaves for name in _HEAD_MAPS)
-        maps = 2 * 2 * kinds * spec.layers * spec.attention.kv_heads * spec.attention.head_dim**2
-        return 8 * (maps + spec.width**2 * bool(turns))
+        """Transforms in float64: rotations of all but the first, and in each head maps of keys and values both ways."""
+        spec, count, kinds = self.spec, self.job.members, sum(name in self._leaves for name in _HEAD_MAPS)
+        maps = count * 2 * kinds * spec.layers * spec.attention.kv_heads * spec.attention.head_dim**2
+        return 8 * (maps + (count - 1) * spec.width**2 * bool(turns))
 
     def _update_bytes(self, turns: int, matrices: int) -> int:
         return _UPDATE * max(turns, matrices) * FP32
@@ -140,7 +147,7 @@ class Demand:
         maps = sum(self._leaves.get(name, 0) for name in _HEAD_MAPS) // spec.layers
         rows = min(self.head_part_rows, spec.vocab)
         width = (spec.shape("head") or (0, d))[1]
-        heads = (4 if route == ACTIVATION else 2) + self.job.teachers
+        heads = (2 * self.job.members if route == ACTIVATION else 2) + self.job.teachers
         vocab = (spec.shape("embed") or (0, d))[0]
         table = 6 * min(tokens, vocab) * d * self.itemsize
         boundaries = 4 * tokens * d * self.itemsize if on_host else self.boundary_bytes
@@ -154,7 +161,8 @@ class Demand:
             Item("sums over the vocabulary", 8 * FP32 * self.job.tokens, "head"),
         ]
         if route == WEIGHT:
-            largest = 3 * block_bytes(spec, self.itemsize) // 2
+            count = self.job.members
+            largest = (count + 1) * block_bytes(spec, self.itemsize, count) // count
             items += [
                 Item("transformed weights of one block", largest, "block"),
                 Item("transformed rows of the head", 3 * rows * width * self.itemsize, "head"),
@@ -186,8 +194,9 @@ class Demand:
             total += experts.per_token * (4 * experts.width + 2 * d) + 3 * experts.count
         total += 2 * max(f, experts.width, 2 * q)  # gradients on their way back
         if route == ACTIVATION:
-            total += 2 * 3 * d + 2 * d  # rotated inputs beside the plain ones; results before they are turned back
-            total += q + 2 * kv + q + (2 if spec.ffn.gated else 1) * f
+            others = self.job.members - 1  # of each:
+            total += others * (2 * 3 * d + 2 * d)  # rotated inputs beside the plain ones; results, not yet turned back
+            total += others * (q + 2 * kv + q + (2 if spec.ffn.gated else 1) * f)
         return total
 
     def macs(self, route: str, micro: int) -> float:
@@ -203,13 +212,15 @@ class Demand:
                 every += math.prod(shape)
                 active += math.prod(shape) * spec.ffn.experts.per_token // spec.ffn.experts.count
         attention = (job.length / (2 if spec.attention.causal else 1)) * 2 * spec.attention.query_width
-        student = 6 * active + 16 * d * d * turns if route == ACTIVATION else 4 * active
+        others = job.members - 1
+        student = 3 * job.members * active + 16 * others * d * d * turns if route == ACTIVATION else 4 * active
         per_token = student + job.teachers * active + (4.5 + job.teachers) * attention
-        fixed = 3 * every * d * turns if route == WEIGHT else 0
+        fixed = 3 * others * every * d * turns if route == WEIGHT else 0
         rows, width = spec.shape("head") or (0, 0)
         passes = 2 if len(self.segments) > spec.layers + 1 else 1
-        forward = (2 if route == ACTIVATION else 1) + job.teachers
-        head = rows * width * (forward * passes + 2)  # weights and stream, or both endpoints' rows
-        head_fixed = 2 * rows * width * d * turns if route == WEIGHT else 0
+        forward = (job.members if route == ACTIVATION else 1) + job.teachers
+        # gradients of weights and stream, or of all members' rows
+        head = rows * width * (forward * passes + (job.members if route == ACTIVATION else 2))
+        head_fixed = 2 * others * rows * width * d * turns if route == WEIGHT else 0
         update = 21 * job.sides * d**3 * turns
         return tokens * (spec.layers * per_token + head) + batches * (spec.layers * fixed + head_fixed) + update

@@ -141,7 +141,7 @@ def plan(spec: Spec, job: Job, device: Device, budget: int, strategy: Strategy |
     demand = Demand(spec, job, device.itemsize, device.base)
     fixed, choices = demand.fixed(), list(_residents(demand))
     segments, layers = demand.segments, spec.layers
-    stages = Stages(spec, job.length, device.base).all(device.kind, matched=strategy is not None)
+    stages = Stages(spec, job.length, device.base, job.members).all(device.kind, matched=strategy is not None)
     best: tuple[tuple[float, ...], Plan] | None = None
     smallest: int | None = None
     for chosen in [strategy] if strategy else _strategies(spec, job, device):

@@ -66,11 +66,14 @@ class Portions:
 
 @dataclass(frozen=True)
 class Stages:
-    """The needs of one pair, with data of `length` positions. base: bytes that the process takes before."""
+    """The needs of a pair, or of more members, with data of `length` positions. base: bytes that the process takes
+    before.
+    """
 
     spec: Spec
     length: int
     base: int = 0
+    members: int = 2
 
     def all(self, kind: str = "cpu", matched: bool = False) -> dict[str, int]:
         """The least that each stage works with. kind: of device; matched: that is done already.
@@ -90,8 +93,8 @@ class Stages:
         return self._with_slack(max(self._gathering(tokens), self._comparing(), self._tables))
 
     def preparing(self) -> int:
-        """Both endpoints' canonical block, or runs of a table, moved by what matching found, on their way to disk."""
-        moved = self._moved + FP32 * self._elements  # A's is there while B's is made
+        """All members' canonical block, or runs of a table, moved by what matching found, on their way to disk."""
+        moved = self._moved + (self.members - 1) * FP32 * self._elements  # the others' are there while one is made
         return self._with_slack(self.transforms(1) + max(moved, self._moved_rows))
 
     def writing(self) -> int:
@@ -135,13 +138,13 @@ class Stages:
 
     @cached_property
     def alignment(self) -> int:
-        """Transforms of both endpoints in float64, as matched and as learned."""
+        """Transforms of all members in float64, as matched and as learned."""
         return self.transforms(2)
 
-    def transforms(self, pairs: int) -> int:
-        """Float64 transforms of `pairs` of endpoints: rotations, and in each head maps of keys and values both ways."""
-        turns = self.spec.width**2 * rotates(self.spec)
-        return _FP64 * pairs * 2 * turns + self._maps(pairs * 2 * 2)
+    def transforms(self, times: int) -> int:
+        """`times` one of each member: float64 rotations, and in each head maps of keys and values both ways."""
+        turns, count = self.spec.width**2 * rotates(self.spec), times * self.members
+        return _FP64 * count * turns + self._maps(count * 2)
 
     def _maps(self, count: int) -> int:
         """`count` float64 maps of all heads, of values and of keys."""
@@ -173,8 +176,8 @@ class Stages:
 
     @cached_property
     def _moved_rows(self) -> int:
-        """Such rows, canonical and moved, and the same of the other endpoint."""
-        return _MOVED_COPIES * _FP64 * self._run
+        """Such rows, canonical and moved, and the same of the other members."""
+        return _MOVED_COPIES * _FP64 * self._run + (self.members - 2) * FP32 * self._run
 
     @cached_property
     def _tables(self) -> int:
@@ -200,7 +203,12 @@ class Stages:
         experts = spec.ffn.experts.count * (size + 1) * spec.ffn.experts.width**2
         pairs = max(_PAIRS * spec.ffn.width**2, heads, experts)
         rest = _SQUARES * spec.width**2 + 4 * _FP64 * CHUNK_ELEMENTS
-        return 3 * block_bytes(spec, size) // 2 + pairs + rest + self._maps(2 * 2 + 1)
+        if self.members == 2:
+            return 3 * block_bytes(spec, size) // 2 + pairs + rest + self._maps(2 * 2 + 1)
+        # all members' blocks as they were found, their sum, one more that is matched to it, and what is found of each
+        blocks = (self.members + 3) * self._elements * size
+        stream = 2 * self.members * _FP64 * spec.width**2
+        return blocks + pairs + rest + stream + self._maps(4 * self.members)
 
     def _activations(self) -> int:
         """Of one input on its way through a block, with its rows of the embedding."""
@@ -209,9 +217,10 @@ class Stages:
 
     def _line(self, points: int, aligned: bool) -> tuple[int, int, int]:
         """(what is held whatever the portions, for each input whose streams are held, for each that is at work)."""
-        blocks = 6 * FP32 * self._elements  # both endpoints'; what they are made of is still there
-        moved = self._moved + FP32 * self._elements if aligned else 0
-        table = self._moved_rows if aligned else 4 * FP32 * self._run
+        count = self.members
+        blocks = 3 * count * FP32 * self._elements  # all members'; what they are made of is still there
+        moved = self._moved + (count - 1) * FP32 * self._elements if aligned else 0
+        table = self._moved_rows if aligned else 2 * count * FP32 * self._run
         row = _LINE * points * self.length * self.spec.width * FP32
         return max(blocks, moved, table), row, self._activations()
 

@@ -148,13 +148,14 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command(
         "barrier",
-        "measure the loss along the straight line between two checkpoints",
+        "measure the loss along the line between two checkpoints; of more, on all lines and inside",
         "a",
         "b",
     )
+    sub.add_argument("more", nargs="*", metavar="MORE", help="any number of further checkpoints")
     sub.add_argument("--data", required=True, type=user_path, help="held-out text or images, as for align")
-    sub.add_argument("--alignment", type=user_path, help="alignment.safetensors of the pair, to be applied first")
-    sub.add_argument("--points", type=positive_integer, default=11, help="points on the line (default: 11)")
+    sub.add_argument("--alignment", type=user_path, help="alignment.safetensors of these models, to be applied first")
+    sub.add_argument("--points", type=positive_integer, default=11, help="points on each line (default: 11)")
     sub.add_argument("--memory", help=limit)
     sub.add_argument("--length", "--block", type=positive_integer, help="tokens per sequence (default: 128)")
     sub.add_argument("--out", type=user_path, nargs="+", help="files to write: curve.json, curve.png")

@@ -15,9 +15,11 @@ from ..checkpoints import Model
 from ..checkpoints.writer import SHARD_BYTES
 from ..data import read_data, sequence_length
 from ..errors import LmcError
+from ..evaluation import Curve, Simplex
 from ..evaluation.curve import DEFINITION, is_own
+from ..evaluation.simplex import SIMPLEX_DEFINITION
 from ..output import Workspace, partial_of, require_apart
-from ..pair import open_pair
+from ..pair import open_models
 from ..pipeline.evaluate import barrier, require_points, verify
 from ..pipeline.inspection import inspect, plan
 from ..pipeline.merge import merge
@@ -84,24 +86,46 @@ def barrier_command(args: argparse.Namespace, console: Console) -> int:
         Workspace(file, None).require_free()
         if file.exists() and not is_own(file):
             raise LmcError(f"{file} is no curve that lmc-fast wrote; choose another name, or remove it")
+    sources = [args.a, args.b, *args.more]
     places = (place for file in outputs for place in (file, partial_of(file)))
-    require_apart(places, (args.a, args.b, args.data, args.alignment))
-    pair = open_pair(args.a, args.b)
-    tokens = read_data(args.data, pair.a, sequence_length(pair.a, args.length))
-    alignment = None if args.alignment is None else Alignment.load(args.alignment, pair.spec)
+    require_apart(places, (*sources, args.data, args.alignment))
+    models = open_models(sources)
+    first = models.members[0]
+    tokens = read_data(args.data, first, sequence_length(first, args.length))
+    alignment = None if args.alignment is None else Alignment.load(args.alignment, models.spec, len(sources))
     with console.progress() as shown:
         how = {"device": args.device, "memory": memory}
-        curve = barrier(pair, tokens, alignment, args.points, progress=shown, **how)
+        found = barrier(models, tokens, alignment, args.points, progress=shown, **how)
+    measured = f"{tokens.numel():,} {unit_of(models)}"
+    if isinstance(found, Curve):
+        _show_curve(console, found, measured)
+    else:
+        _show_simplex(console, found, sources, measured)
+    for file in outputs:
+        (found.save if file.suffix == ".json" else found.plot)(file)
+    console.result(found.to_json())
+    return 0
+
+
+def _show_curve(console: Console, curve: Curve, measured: str) -> None:
     console.say("lambda    loss  excess" + ("  accuracy" if curve.accuracies else ""))
     accuracies = [f"  {share:8.2%}" for share in curve.accuracies] if curve.accuracies else [""] * len(curve.lambdas)
     for point, loss, excess, right in zip(curve.lambdas, curve.losses, curve.excess, accuracies, strict=True):
         console.say(f"{point:6.2f}  {loss:6.4f}  {excess:+.4f}{right}")
-    console.say(f"barrier {curve.barrier:.4f} nats at lambda {curve.at:.2f}, {tokens.numel():,} {unit_of(pair)}")
+    console.say(f"barrier {curve.barrier:.4f} nats at lambda {curve.at:.2f}, {measured}")
     console.say(f"  ({DEFINITION})")
-    for file in outputs:
-        (curve.save if file.suffix == ".json" else curve.plot)(file)
-    console.result(curve.to_json())
-    return 0
+
+
+def _show_simplex(console: Console, found: Simplex, sources: list[str], measured: str) -> None:
+    for name, source, loss in zip(found.names, sources, found.corners, strict=True):
+        console.say(f"{name}  loss {loss:.4f}  {source}")
+    for curve in found.edges:
+        console.say(f"{curve.name}  barrier {curve.barrier:.4f} nats at lambda {curve.at:.2f}")
+    middle = f"the average of all: {found.centroid:+.4f} nats over the mean of their losses"
+    console.say(f"{middle}; their ensemble {found.ensemble - sum(found.corners) / len(sources):+.4f}")
+    shares = ", ".join(f"{name} {share:.2f}" for name, share in zip(found.names, found.at, strict=True))
+    console.say(f"barrier {found.barrier:.4f} nats at {shares}; {len(found.places)} places, {measured}")
+    console.say(f"  ({SIMPLEX_DEFINITION})")
 
 
 def plan_command(args: argparse.Namespace, console: Console) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..files import to_json
-from ..pair import Pair
+from ..pair import Models
 from .progress import Display
 
 DIFFERENT = 1  # exit code
@@ -53,6 +53,6 @@ class Console:
         return Display(hidden=self.quiet or self.json)
 
 
-def unit_of(pair: Pair) -> str:
+def unit_of(pair: Models) -> str:
     """What a prediction of these models is about."""
     return {"image": "images", "masked": "masked tokens"}.get(pair.spec.task, "tokens")

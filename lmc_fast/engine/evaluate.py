@@ -1,4 +1,4 @@
-"""Losses on the line between two endpoints, in one pass over the segments."""
+"""Losses between models (on the line of a pair), in one pass over the segments."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..errors import LmcError
 from ..examples import Data
+from ..members import member_names
+from ..places import Place, shares_of
 from ..symmetry.charts import Chart
 from .block import block
 from .head import CHUNK_ELEMENTS, HeadLoss
@@ -92,7 +94,7 @@ def _ignore(_: int) -> None:
 def line_scores(
     source: Source,
     data: Data,
-    points: Sequence[float],
+    points: Sequence[Place],
     chart: Chart | None = None,
     batch: int = 32,
     *,
@@ -100,7 +102,7 @@ def line_scores(
     logits: int = CHUNK_ELEMENTS,
     visited: Callable[[int, int], None] | None = None,
 ) -> list[Score]:
-    """One score per place of the line, ascending, on data taken `batch` rows at a time.
+    """One score per place, ascending by the shares of all members but the first, on data taken `batch` rows at a time.
 
     All places share a pass over the segments, on `rows` rows of data; by default as many as make STREAM_ELEMENTS.
     visited: told how many segments are done, and how many there are in all passes.
@@ -108,11 +110,12 @@ def line_scores(
     spec = source.spec
     length = spec.length(model_inputs(data).shape)
     rows = max(batch, rows or STREAM_ELEMENTS // (len(points) * length * spec.width))
+    points = sorted(points, key=lambda place: shares_of(place)[1:])
     seen: list[list[Score]] = [[] for _ in points]
     segments, together = spec.layers + source.head_parts, data.split(rows)
     for number, some in enumerate(together):
         parts = [part for part in some.split(batch) if len(labels(part))]
-        items = [Item(part, t) for t in sorted(points) for part in parts]
+        items = [Item(part, t) for t in points for part in parts]
         told = visited and _counted(visited, number * segments, len(together) * segments)
         scores = evaluate(source, items, chart, logits=logits, visited=told)
         for k in range(len(points)):
@@ -122,12 +125,20 @@ def line_scores(
     return found
 
 
-def require_finite(points: Sequence[float], losses: Sequence[float]) -> None:
-    """Raises LmcError, naming lambda, for a loss that is NaN or infinite: no barrier can be told from such a curve."""
+def require_finite(points: Sequence[Place], losses: Sequence[float]) -> None:
+    """Raises LmcError, naming the place, for a loss that is NaN or infinite: no barrier can be told from it."""
     for point, loss in zip(points, losses, strict=True):
         if not math.isfinite(loss):
-            end = {0.0: " (endpoint A itself)", 1.0: " (endpoint B itself)"}.get(point, "")
-            raise LmcError(f"the loss at lambda {point:g}{end} is {loss}: numbers overflow; look for huge weights")
+            raise LmcError(f"the loss at {_named(point)} is {loss}: numbers overflow; look for huge weights")
+
+
+def _named(place: Place) -> str:
+    if isinstance(place, tuple):
+        names = member_names(len(place))
+        if 1 in place:
+            return f"model {names[place.index(1)]} itself"
+        return "shares " + ", ".join(f"{name} {share:.2g}" for name, share in zip(names, place, strict=True) if share)
+    return f"lambda {place:g}" + {0.0: " (endpoint A itself)", 1.0: " (endpoint B itself)"}.get(place, "")
 
 
 def _counted(visited: Callable[[int, int], None], before: int, segments: int) -> Callable[[int], None]:

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from ..examples import Data
 from ..kernels.dispatch import Choice, choose
+from ..kernels.many import blend
+from ..places import Place, shares_of
 from ..symmetry.charts import Chart
 from ..symmetry.elements import Element, Elements
 from .attention import Positions
 from .head import HeadInputs, VocabChunk
 from .model import labels, model_inputs, require_task
-from .places import Place, blend, shares_of
 from .slots import LineSlots, Slots
 from .source import Source
 

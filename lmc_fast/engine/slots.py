@@ -11,11 +11,10 @@ from torch import Tensor
 from ..architectures import Spec
 from ..architectures.axes import BLOCK_READERS, STREAM
 from ..kernels.interp_linear import interp_linear
-from ..kernels.many import mixed, mixed_linear
+from ..kernels.many import blend, mixed, mixed_linear
 from ..kernels.routes import Rope, apply_right, interpolated, mapped_heads
 from ..symmetry.elements import Dense, Elements
 from ..symmetry.transform import apply_to_slot, factor
-from .places import blend
 
 Slots = Mapping[str, Tensor]
 

@@ -17,6 +17,17 @@ from .routes import apply_left, apply_right
 Factors = Sequence[tuple[Tensor | None, Tensor | None]]  # (L, R) of every model but the first, as interp_linear's
 
 
+def blend(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    """Σ share · tensor."""
+    if len(tensors) == 2:
+        return torch.lerp(tensors[0], tensors[1], shares[1])
+    (first, share), *rest = ((t, share) for t, share in zip(tensors, shares, strict=True) if share)
+    total = first * share
+    for t, share in rest:
+        total = torch.add(total, t, alpha=share)
+    return total
+
+
 def mixed(members: Sequence[Tensor], shares: Sequence[float], factors: Factors) -> Tensor:
     """Σ s_i L_i W_i R_iᵀ (N, K), differentiable in the factors."""
     total = members[0] * shares[0]

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from ..engine.source import Source
 from ..errors import LmcError
 from ..examples import Data
 from ..interrupts import uninterrupted
+from ..places import Place, centroid, shares_of
 from ..symmetry.charts import Chart
 from . import parallel
 from .muon import muon_step
@@ -70,6 +72,14 @@ def _overflow(step: int) -> Iterator[None]:
 VALIDATION_POINTS = (0.25, 0.5, 0.75)
 
 
+def validation_places(members: int) -> list[Place]:
+    """Where validation measures, ascending: three points of a line; of more members the centroid and every middle."""
+    if members == 2:
+        return list(VALIDATION_POINTS)
+    middles: list[Place] = [tuple((k in pair) / 2 for k in range(members)) for pair in combinations(range(members), 2)]
+    return sorted([centroid(members), *middles], key=lambda place: shares_of(place)[1:])
+
+
 @dataclass(frozen=True)
 class Chunking:
     """How much of a step is held at a time: what a memory budget decides."""
@@ -106,7 +116,7 @@ class Learner:
             _log.info("interpolated layers by route %s: %s", *choice)
         self.route = route
         sample = source.sample
-        self.chart = Chart(source.spec, schedule.moving, accurate(sample.dtype), sample.device)
+        self.chart = self._chart(accurate(sample.dtype), sample.device)
         self.history = History()
         self.best: dict[str, Tensor] | None = None
         self._whole = True  # no update is half done
@@ -115,6 +125,15 @@ class Learner:
         self._momentum = {name: torch.zeros_like(leaves[name]) for name in _MATRICES if name in leaves}
         rest = [t for name, t in leaves.items() if name not in _MATRICES]
         self._adam = torch.optim.Adam(rest, betas=(0.9, 0.99), foreach=True) if rest else None
+
+    @property
+    def members(self) -> int:
+        """How many models there are."""
+        return len(self.source.ends)
+
+    def _chart(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Chart:
+        sides = self.schedule.elements(self.members)
+        return Chart(self.source.spec, sides, dtype, device, members=self.members)
 
     @property
     def done(self) -> int:
@@ -130,8 +149,9 @@ class Learner:
         with _overflow(i):
             loss, gradients = self.gradients()
         if not all(t.isfinite().all() for t in (loss, *gradients.values())):
-            lam = self.schedule.lam(i)
-            raise NonFiniteLoss(f"the loss became {loss.item()} at step {i + 1} (lambda {lam:.2f})")
+            place = self.schedule.place(i, self.members)
+            at = f"shares {place}" if isinstance(place, tuple) else f"lambda {place:.2f}"
+            raise NonFiniteLoss(f"the loss became {loss.item()} at step {i + 1} ({at})")
         if self.before_update:
             self.before_update()
         with uninterrupted():
@@ -169,7 +189,7 @@ class Learner:
         """This process's share of a step, in micro-batches."""
         rows = parallel.share(self.schedule.rows(step, len(self.tokens)))
         batch = self.tokens[rows.to(self.tokens.device)]
-        return [Item(part, self.schedule.lam(step)) for part in batch.split(self.chunking.micro_batch)]
+        return [Item(part, self.schedule.place(step, self.members)) for part in batch.split(self.chunking.micro_batch)]
 
     def _update(self, gradients: dict[str, Tensor], rate: float) -> None:
         for name, momentum in self._momentum.items():
@@ -184,17 +204,18 @@ class Learner:
             self._adam.step()
         self.chart.clamp_()
 
-    def losses(self, tokens: Data, points: Sequence[float], chart: Chart | None = None) -> list[float]:
+    def losses(self, tokens: Data, points: Sequence[Place], chart: Chart | None = None) -> list[float]:
         """At ascending places of the line, on other tokens."""
         batch, rows, logits = self.chunking.micro_batch, self.chunking.rows, self.chunking.logits
         scores = line_scores(self.source, tokens, points, chart, batch, rows=rows, logits=logits)
         return [score.loss for score in scores]
 
     def validate(self, tokens: Data, ends: Sequence[float]) -> float:
-        """Mean excess over the straight line between the endpoints' losses `ends`; remembers the best chart."""
+        """Mean excess over the same averages of the members' losses `ends`; remembers the best chart."""
+        places = validation_places(self.members)
         with _overflow(self.done):
-            losses = self.losses(tokens, VALIDATION_POINTS, self.chart)
-        line = [(1 - point) * ends[0] + point * ends[1] for point in VALIDATION_POINTS]
+            losses = self.losses(tokens, places, self.chart)
+        line = [sum(s * end for s, end in zip(shares_of(p), ends, strict=True)) for p in places]
         excess = sum(x - y for x, y in zip(losses, line, strict=True)) / len(line)
         with uninterrupted():
             if excess < min(self.history.excess.values(), default=math.inf):
@@ -205,7 +226,7 @@ class Learner:
     def final_chart(self) -> Chart:
         """The best validated coordinates where there was validation, else the last ones; in float64."""
         tensors = self.best or self.chart.tensors
-        chart = Chart(self.source.spec, self.schedule.moving, torch.float64)
+        chart = self._chart(torch.float64)
         for name, t in chart.tensors.items():
             t.data.copy_(tensors[name].detach())
         return chart

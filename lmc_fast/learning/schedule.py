@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LmcError
+from ..places import Place, inside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,6 +127,17 @@ class Schedule:
     def lam(self, step: int) -> float:
         """Lambda of a step: a golden-ratio sequence, which covers [low, high] evenly at every length."""
         return self.low + (self.high - self.low) * ((0.5 + (step + self.seed) * _GOLDEN) % 1)
+
+    def place(self, step: int, members: int) -> Place:
+        """Lambda of a pair; of more members their shares: a sequence that covers the simplex around its centroid."""
+        if members == 2:
+            return self.lam(step)
+        shares = inside(step + self.seed, members)
+        return tuple(1 / members + (self.high - self.low) * (share - 1 / members) for share in shares)
+
+    def elements(self, members: int) -> int:
+        """How many elements are learned: one for each member, or for each but the first."""
+        return members if self.moving == METHODS["dual"] else members - 1
 
     def rows(self, step: int, count: int) -> Tensor:
         """Which of `count` sequences a step reads: every epoch a new permutation, determined by seed and step."""

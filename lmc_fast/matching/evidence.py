@@ -121,17 +121,20 @@ def _written(spec: Spec, w: Slots, name: str, rows: Tensor) -> Tensor:
     return norm(spec, w, "embed_norm", rows) if resolves_embedding(spec) else rows * spec.embed_scale
 
 
-def weigh(from_weights: Tensor, from_activations: Tensor | Table | None, shares: tuple[float, float]) -> Tensor:
+def weigh(from_weights: Tensor, from_activations: Tensor | Table | None, shares: tuple[float, float | None]) -> Tensor:
     """Weighted sum of two pieces of evidence (m, n), in the place of the first (float64); both may be large.
 
-    Activations are first scaled to the weights' Frobenius norm. Weights themselves are never normalised one matrix at a
-    time: large matrices should count more (measured: 0.57 against 0.71 nats).
+    Activations are first scaled to the weights' Frobenius norm; with a share of None they are taken as they are.
+    Weights themselves are never normalised one matrix at a time: large matrices should count more (measured: 0.57
+    against 0.71 nats).
     """
     if from_activations is None:
         return from_weights.mul_(shares[0])
     table = Table.of(from_activations) if isinstance(from_activations, Tensor) else from_activations
-    size = torch.stack([part.double().norm() for _, part in table.chunks()]).norm()
-    scale = float(shares[1] * from_weights.norm() / size.clamp(min=1e-30))
+    scale = 1.0
+    if shares[1] is not None:
+        size = torch.stack([part.double().norm() for _, part in table.chunks()]).norm()
+        scale = float(shares[1] * from_weights.norm() / size.clamp(min=1e-30))
     from_weights.mul_(shares[0])
     for start, part in table.chunks():
         from_weights[start : start + len(part)].add_(part.to(from_weights.device), alpha=scale)

@@ -25,7 +25,7 @@ _SEEN = {
 
 
 def match_heads(
-    spec: Spec, a: Slots, b: Slots, seen: Mapping[str, Table], shares: tuple[float, float]
+    spec: Spec, a: Slots, b: Slots, seen: Mapping[str, Table], shares: tuple[float, float | None]
 ) -> dict[str, Element]:
     """The elements of heads, queries, vo and qk whose Procrustes fits are best in sum; b already in a's basis."""
     g, r, e = spec.attention.kv_heads, spec.attention.queries_per_group, spec.attention.head_dim

@@ -17,7 +17,7 @@ _UNITS = ("units",)
 
 
 def unit_scores(
-    spec: Spec, a: Slots, b: Slots, activations: Table | None = None, shares: tuple[float, float] = (1.0, 0.0)
+    spec: Spec, a: Slots, b: Slots, activations: Table | None = None, shares: tuple[float, float | None] = (1.0, 0.0)
 ) -> tuple[Tensor, Tensor | None]:
     """(how well each of a's FFN units (rows) pairs up with each of b's, whether with its negative): (f, f) float64 and
     bool, or None where signs are not free; b's reads and writes already in a's basis.

@@ -33,7 +33,7 @@ from ..matching.activations import STATISTICS_NAMES, gather_statistics
 from ..matching.balance import balanced
 from ..matching.closed_form import MAX_ROUNDS, Evidence, match
 from ..output import Workspace
-from ..pair import Pair
+from ..pair import Models
 from ..streaming.ring import Streamed
 from ..symmetry import canonicalize
 from ..symmetry.checksum import understood
@@ -59,7 +59,7 @@ SAVE_SHARE = 20
 
 @device_errors()
 def align(
-    pair: Pair,
+    pair: Models,
     tokens: Given,
     *,
     method: str = "dual",
@@ -117,11 +117,11 @@ def align(
         with understood(state or Path("the state"), "the state of this run"):
             recorded = before["run"].get("grown")
             pair = placed(pair, tokens, device, recorded) if recorded else pair
-            require_same_run(before["run"], run | record_of((pair.a, pair.b)))
+            require_same_run(before["run"], run | record_of(pair.members))
     else:
         pair = placed(pair, tokens, device, meter=meter, watch=watch)
-    run |= record_of((pair.a, pair.b))
-    in_memory = any(model.home is None for model in (pair.a, pair.b))
+    run |= record_of(pair.members)
+    in_memory = None in pair.homes
     if in_memory and memory is not None:
         raise LmcError("memory= prepares a pair on disk, and these models are in memory: save them, or leave it out")
     within, gathered, length = None, STATISTICS_TOKENS, pair.spec.length(inputs_of(tokens).shape)
@@ -138,7 +138,7 @@ def align(
 
     # without learning, or within a budget, one block at a time is enough
     whole = learns and within is None
-    opened = ((m.load if whole else m.open_weights)(torch.float32, device) for m in (pair.a, pair.b))
+    opened = ((m.load if whole else m.open_weights)(torch.float32, device) for m in pair.members)
     a, b = (canonicalize(weights) for weights in opened)
     place = state.parent if state else None
     with ExitStack() as stack:

@@ -25,7 +25,7 @@ from ..output import Names, atomic_directory, check_target, partial_of, remove_o
 from ..pair import in_common, pair_of, unlike
 from ..symmetry import canonicalize, check_legal
 from .carry_adapters import carry_adapters
-from .endpoints import MEMBER_NAMES, Endpoint, Known
+from .endpoints import Endpoint, Known
 from .evaluate import compare
 from .room import endpoint_bytes, largest_file, require_room
 
@@ -86,14 +86,14 @@ def carry(
     fit together: a child of another model, an adapter that cannot be carried exactly, a target that is not aligned.
     """
     require_device(device)
-    if member not in MEMBER_NAMES:
-        raise LmcError(f"the endpoint is {member!r}; give one of {', '.join(MEMBER_NAMES)}")
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
         raise LmcError(f"weight {weight!r} is not a finite number")
     file, target = user_path(alignment), user_path(out)
     require_apart((target, partial_of(target)), (file, child, endpoint, onto))
     check_target(target)
     known, place = Known.load(file), user_path(child)
+    if member not in known.names:
+        raise LmcError(f"the endpoint is {member!r}; give one of {', '.join(known.names)}")
     if is_adapter(place):
         base = _base_of_adapter(known, member, endpoint)
         if not full:
@@ -275,7 +275,7 @@ def _judge(
         "where 0 is the same weights and 1 unrelated ones"
     )
     if distance >= UNRELATED:
-        others = [name for name in MEMBER_NAMES if name != member]
+        others = [name for name in known.names if name != member]
         near = next((name for name in others if _is_near(known, name, child)), None)
         remedy = f"it is near to {near}: use --from {near}" if near else "give a checkpoint that was trained from it"
         raise LmcError(f"{apart}: it is no child of it; {remedy}")

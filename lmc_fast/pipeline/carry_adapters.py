@@ -17,7 +17,7 @@ from ..output import Names, atomic_directory
 from ..symmetry import canonicalize, check_legal
 from ..symmetry.low_rank import canonical_change, moved_change
 from ..symmetry.transform import Transform
-from .endpoints import MEMBER_NAMES, Endpoint, Known
+from .endpoints import Endpoint, Known
 
 _ROUNDING = 16  # times the dtype's: of two factors, each rounded, and the sums over the rank
 _EXACT = 1e-11  # of the weights, in float64
@@ -41,13 +41,13 @@ def carry_adapters(
     of them is not for this endpoint or cannot be carried exactly.
     """
     if onto is None:
-        others = [name for name in MEMBER_NAMES if name != member]
+        others = [name for name in known.names if name != member]
         onto = known.beside(others[0])
         if not (onto / "config.json").exists():
             raise LmcError(f"there is no {onto} to carry the adapter to; name the aligned checkpoint with --onto")
     basis = known.target(onto)
     if basis.element is not None:
-        raise LmcError(f"{onto} is not aligned; give what align wrote ({known.beside(MEMBER_NAMES[0])})")
+        raise LmcError(f"{onto} is not aligned; give what align wrote ({known.beside(known.names[0])})")
     assert base.element is not None
     check_legal(base.element, base.model.spec)
     places = adapter_directories(source)
@@ -136,7 +136,7 @@ def _require_base(known: Known, member: str, adapter: Adapter) -> None:
         model = Model(adapter.base)
     except LmcError:
         return
-    for name in MEMBER_NAMES:
+    for name in known.names:
         if name != member and known.digests(name) and known.is_member(model, name):
             raise LmcError(
                 f"{adapter.path} says that it is an adapter of {adapter.base}, which is {name}: use --from {name}"

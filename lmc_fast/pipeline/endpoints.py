@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from ..alignment import MEMBERS, Alignment
+from ..alignment import Alignment
 from ..checkpoints import Model, Weights
 from ..errors import LmcError
+from ..members import member_names
 from ..symmetry import Transform, canonicalize
 
-MEMBER_NAMES = tuple(str(member["name"]) for member in MEMBERS)
 _CANONICAL = 2e-3  # of itself that a block in canonical form moves at most when that is made again: 16-bit rounding
 _log = logging.getLogger("lmc_fast")
 
@@ -42,12 +42,17 @@ class Known:
     @staticmethod
     def load(file: Path) -> Known:
         found = Known(Alignment.load(file), file)
-        if found.digests(MEMBER_NAMES[0]) is None:
+        if found.digests(found.names[0]) is None:
             _log.warning("%s holds no digests of its endpoints: that it belongs to them cannot be checked", file)
         return found
 
+    @property
+    def names(self) -> list[str]:
+        """Of the endpoints."""
+        return member_names(len(self.alignment.members))
+
     def element(self, name: str) -> Transform:
-        return self.alignment.members[MEMBER_NAMES.index(name)]
+        return self.alignment.members[self.names.index(name)]
 
     def digests(self, name: str) -> dict[str, str] | None:
         """Of the endpoint's files; None where the alignment does not say."""
@@ -58,7 +63,7 @@ class Known:
         """What the run that made the alignment noted of a member; None where it noted nothing."""
         inputs = self.alignment.info.get("inputs")
         found = inputs.get(key) if isinstance(inputs, dict) else None
-        return found[MEMBER_NAMES.index(name)] if isinstance(found, list) and len(found) == len(MEMBER_NAMES) else None
+        return found[self.names.index(name)] if isinstance(found, list) and len(found) == len(self.names) else None
 
     def is_member(self, model: Model, name: str) -> bool:
         """Whether a checkpoint is an endpoint, told by digests."""
@@ -110,11 +115,11 @@ class Known:
         Raises LmcError for one that is in no aligned basis.
         """
         model = Model(path)
-        name = next((n for n in MEMBER_NAMES if self.digests(n) and self.is_member(model, n)), None)
+        name = next((n for n in self.names if self.digests(n) and self.is_member(model, n)), None)
         if name is None and not _is_canonical(model):
             raise LmcError(
                 f"{path} is not in the aligned basis: its norms have gains or its stream a mean; give what align wrote "
-                f"({self.beside(MEMBER_NAMES[0])})"
+                f"({self.beside(self.names[0])})"
             )
         return Endpoint(model, None if name is None else self.element(name))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from typing import overload
 
 import torch
 
@@ -16,11 +17,12 @@ from ..budget.stages import POINTS, Stages, TooSmall
 from ..checkpoints import Model, Place
 from ..data import Given, as_data
 from ..errors import LmcError
-from ..evaluation import Curve, Difference, curve_between, difference
+from ..evaluation import Curve, Difference, Simplex, curve_between, difference, simplex_between
 from ..evaluation.function import OURS, tolerance
 from ..evaluation.reference import Unreadable
+from ..evaluation.simplex import simplex_places
 from ..examples import Data, Examples, inputs_of
-from ..pair import Pair, in_common
+from ..pair import Models, Pair, in_common
 from ..symmetry import canonicalize
 from .placing import placed
 from .progress import Cancel, Progress, Watch
@@ -31,7 +33,7 @@ MOST_POINTS = 1001
 _log = logging.getLogger("lmc_fast")
 
 
-@device_errors()
+@overload
 def barrier(
     pair: Pair,
     tokens: Given,
@@ -43,17 +45,47 @@ def barrier(
     memory: int | None = None,
     progress: Callable[[Progress], None] | None = None,
     cancel: Cancel | None = None,
-) -> Curve:
+) -> Curve: ...
+@overload
+def barrier(
+    pair: Models,
+    tokens: Given,
+    alignment: Alignment | None = None,
+    points: int = POINTS,
+    *,
+    name: str = "line",
+    device: Device = "cpu",
+    memory: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    cancel: Cancel | None = None,
+) -> Curve | Simplex: ...
+@device_errors()
+def barrier(
+    pair: Models,
+    tokens: Given,
+    alignment: Alignment | None = None,
+    points: int = POINTS,
+    *,
+    name: str = "line",
+    device: Device = "cpu",
+    memory: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    cancel: Cancel | None = None,
+) -> Curve | Simplex:
     """Loss on tokens (n, T) at `points` places of the line between both checkpoints, aligned first if told how.
 
-    One block of both is held at a time. memory: bytes that this may take; None: what is convenient. progress, cancel:
+    Of more than two: of every edge, at the centroid and at places inside, with the loss of their ensemble (a Simplex).
+    One block of all is held at a time. memory: bytes that this may take; None: what is convenient. progress, cancel:
     as in `align`. Raises LmcError.
     """
     require_points(points)
     require_device(device)
     tokens = as_data(tokens, pair.a)
+    if alignment:
+        require_fitting(pair, alignment)
     if memory is not None:
-        _require(_stages(pair.spec, tokens, device).measuring(points, alignment is not None, held=True), memory, device)
+        stages = _stages(pair.spec, tokens, device, len(pair.members))
+        _require(stages.measuring(_count(pair, points), alignment is not None, held=True), memory, device)
     watch = Watch(progress, cancel)
     recorded = alignment.info.get("grown") if alignment else None
     pair = placed(pair, tokens, device, recorded, watch=watch)
@@ -62,7 +94,7 @@ def barrier(
 
 
 def measure_line(
-    pair: Pair,
+    pair: Models,
     tokens: Data,
     alignment: Alignment | None,
     points: int,
@@ -70,19 +102,34 @@ def measure_line(
     device: Device,
     memory: int | None,
     visited: Callable[[int, int], None] | None = None,
-) -> Curve:
+) -> Curve | Simplex:
     """As `barrier`; where `memory` is too little, the smallest portions are taken: a run has planned with them.
 
     visited: see engine.evaluate.line_scores.
     """
     portions = {}
     if memory is not None:
-        stages = _stages(pair.spec, tokens, device)
-        portions = asdict(stages.portions_of_line(points, memory, alignment is not None))
-    a, b = pair.a.open_weights(device=device), pair.b.open_weights(device=device)
+        stages = _stages(pair.spec, tokens, device, len(pair.members))
+        portions = asdict(stages.portions_of_line(_count(pair, points), memory, alignment is not None))
+    members = [model.open_weights(device=device) for model in pair.members]
     if alignment:
-        a, b = alignment.apply(canonicalize(a), canonicalize(b))
-    return curve_between(a, b, tokens.to(device), points, name, visited, **portions)
+        members = list(alignment.apply(*map(canonicalize, members)))
+    if len(members) > 2:
+        return simplex_between(members, tokens.to(device), points, name, visited, **portions)
+    return curve_between(members[0], members[1], tokens.to(device), points, name, visited, **portions)
+
+
+def _count(models: Models, points: int) -> int:
+    """Places that are measured."""
+    count = len(models.members)
+    return points if count == 2 else len(simplex_places(count, points))
+
+
+def require_fitting(models: Models, alignment: Alignment) -> None:
+    """Raises LmcError unless there is an element for each model."""
+    count = len(alignment.members)
+    if count != len(models.members):
+        raise LmcError(f"this alignment is of {count} models, not of {len(models.members)}; give that of these models")
 
 
 def require_points(points: int) -> None:
@@ -141,10 +188,10 @@ def compare(
     return found, found.kl <= tolerance(x.coarsest_dtype, y.coarsest_dtype)
 
 
-def _stages(spec: Spec, tokens: Data, device: Device) -> Stages:
+def _stages(spec: Spec, tokens: Data, device: Device, members: int = 2) -> Stages:
     """What measuring on this data takes, in this process as it is now."""
     return_freed_memory()
-    return Stages(spec, spec.length(inputs_of(tokens).shape), counted_bytes(device))
+    return Stages(spec, spec.length(inputs_of(tokens).shape), counted_bytes(device), members)
 
 
 def _require(least: int, memory: int, device: Device) -> None:

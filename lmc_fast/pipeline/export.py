@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal, overload
 
@@ -18,10 +17,10 @@ from ..errors import LmcError
 from ..evaluation import Difference
 from ..examples import Data
 from ..output import atomic_directory, disk_errors, partial_of, require_apart, user_path
-from ..pair import Pair
+from ..pair import Models
 from ..symmetry import Transform, canonicalize, check_legal
 from ..symmetry.grown import as_recorded
-from .evaluate import compare
+from .evaluate import compare, require_fitting
 from .progress import Watch
 from .room import alignment_bytes, endpoint_bytes, largest_file, require_room
 from .run_directory import export_names
@@ -31,7 +30,7 @@ PROOF_SEQUENCES = 16
 
 @overload
 def export(
-    pair: Pair,
+    pair: Models,
     alignment: Alignment,
     out: str | Path,
     dtype: torch.dtype | None = None,
@@ -41,7 +40,7 @@ def export(
 ) -> dict[str, Difference]: ...
 @overload
 def export(
-    pair: Pair,
+    pair: Models,
     alignment: Alignment,
     *,
     in_memory: Literal[True],
@@ -51,7 +50,7 @@ def export(
 ) -> list[Stock]: ...
 @device_errors()
 def export(
-    pair: Pair,
+    pair: Models,
     alignment: Alignment,
     out: str | Path | None = None,
     dtype: torch.dtype | None = None,
@@ -60,41 +59,42 @@ def export(
     tokens: Given | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, Difference] | list[Stock]:
-    """Writes out/a and out/b (stock checkpoints) and out/alignment.safetensors, once both are proven; see `prove`.
+    """Writes out/a, out/b, ... (stock checkpoints) and out/alignment.safetensors, once all are proven; see `prove`.
 
-    dtype: of the weights on disk, each endpoint's own by default. tokens: data to prove it on, by default random.
-    in_memory: instead, returns both as (config, state dict), as proven; nothing is written.
+    pair: or more models. dtype: of the weights on disk, each endpoint's own by default. tokens: data to prove it on, by
+    default random. in_memory: instead, returns them as (config, state dict), as proven; nothing is written.
 
-    Raises LmcError, and leaves nothing behind, if `out` exists and is not empty, if the alignment is none of this pair,
-    or if what was written does not keep its function.
+    Raises LmcError, and leaves nothing behind, if `out` exists and is not empty, if the alignment is none of these
+    models, or if what was written does not keep its function.
     """
+    require_fitting(pair, alignment)
     if (out is None) != in_memory:
         raise LmcError("export writes to `out`, or returns what it would write (in_memory=True): give one of them")
     require_device(device)
-    tokens = None if tokens is None else as_data(tokens, pair.a)
-    for transform in (alignment.a, alignment.b):
+    tokens = None if tokens is None else as_data(tokens, pair.members[0])
+    for transform in alignment.members:
         check_legal(transform, pair.spec)
-    a, b = as_recorded((pair.a, pair.b), alignment.info.get("grown"))
-    pair = replace(pair, a=a, b=b)
+    pair = pair.with_members(as_recorded(pair.members, alignment.info.get("grown")))
     if out is None:
         found = alignment.state_dicts(pair, dtype)
         prove(pair, found, tokens, device)
         require_unchanged(pair)
         return found
     target = user_path(out)
-    require_apart((target, partial_of(target)), (pair.a.home, pair.b.home))
-    writes = sum(endpoint_bytes(model, dtype) for model in (pair.a, pair.b)) + alignment_bytes(pair.spec)
-    require_room(partial_of(target), writes, max(largest_file(model, dtype) for model in (pair.a, pair.b)))
-    with atomic_directory(target, export_names(pair.a, pair.b)) as work:
+    require_apart((target, partial_of(target)), pair.homes)
+    writes = sum(endpoint_bytes(model, dtype) for model in pair.members)
+    writes += alignment_bytes(pair.spec, len(pair.members))
+    require_room(partial_of(target), writes, max(largest_file(model, dtype) for model in pair.members))
+    with atomic_directory(target, export_names(pair)) as work:
         export_into(pair, alignment, work, dtype)
-        proof = prove(pair, (work / "a", work / "b"), tokens, device)
+        proof = prove(pair, [work / name for name in pair.names], tokens, device)
         alignment.save(work / "alignment.safetensors")
         require_unchanged(pair)
     return proof
 
 
 def prove(
-    pair: Pair,
+    pair: Models,
     written: Sequence[Place],
     tokens: Data | None = None,
     device: torch.device | str = "cpu",
@@ -109,8 +109,8 @@ def prove(
     sample = None if tokens is None else tokens[:PROOF_SEQUENCES]
     proof: dict[str, Difference] = {}
     watch = watch or Watch()
-    watch.begin("verifying", 2)
-    for name, original, place in zip("ab", (pair.a, pair.b), written, strict=True):
+    watch.begin("verifying", len(pair.members))
+    for name, original, place in zip(pair.names, pair.members, written, strict=True):
         model = Model(place)
         found, same = compare(original.original, model, sample, device, memory)
         if not same:
@@ -121,31 +121,32 @@ def prove(
                 f"nothing is published; {remedy}"
             )
         proof[name] = found
-        watch.at(len(proof), 2)
+        watch.at(len(proof), len(pair.members))
     return proof
 
 
 def export_into(
-    pair: Pair,
+    pair: Models,
     alignment: Alignment,
     directory: Path,
     dtype: torch.dtype | None = None,
     watch: Watch | None = None,
 ) -> None:
-    """Writes a/ and b/ into an existing directory. Raises LmcError, also where an input changed since it was opened."""
+    """Writes a/, b/, ... into an existing directory. Raises LmcError, also where an input changed meanwhile."""
     require_unchanged(pair)
     watch = watch or Watch()
-    watch.begin("writing", 2)
-    for name, model, transform in (("a", pair.a, alignment.a), ("b", pair.b, alignment.b)):
+    watch.begin("writing", len(pair.members))
+    written = zip(pair.names, pair.members, alignment.members, strict=True)
+    for done, (name, model, transform) in enumerate(written, 1):
         with disk_errors(directory / name):
             export_endpoint(model, transform, directory / name, dtype)
-        watch.at(1 + (name == "b"), 2)
+        watch.at(done, len(pair.members))
     require_unchanged(pair)
 
 
-def require_unchanged(pair: Pair) -> None:
-    """Raises LmcError where a file of the pair was written or replaced since it was opened."""
-    for model in (pair.a, pair.b):
+def require_unchanged(pair: Models) -> None:
+    """Raises LmcError where a file of a model was written or replaced since it was opened."""
+    for model in pair.members:
         model.checkpoint.identity.require_unchanged()
 
 

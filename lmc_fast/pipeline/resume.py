@@ -6,23 +6,29 @@ from typing import Any
 
 from ..errors import LmcError
 from ..examples import Data, digest
-from ..pair import Pair
+from ..members import member_names
+from ..pair import Models
 
 
-def made_from(pair: Pair, tokens: Data, validation: Data | None) -> dict[str, Any]:
+def made_from(pair: Models, tokens: Data, validation: Data | None) -> dict[str, Any]:
     """What a run was made from, told by digests."""
     return {
-        "members": [model.checkpoint.identity.digests() for model in (pair.a, pair.b)],
-        "sources": [None if model.home is None else str(model.home.absolute()) for model in (pair.a, pair.b)],
+        "members": [model.checkpoint.identity.digests() for model in pair.members],
+        "sources": [None if home is None else str(home.absolute()) for home in pair.homes],
         "data": digest(tokens),
         "validation": None if validation is None else digest(validation),
     }
 
 
 def _require_same_inputs(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    if saved["members"] != now["members"] == saved["members"][::-1]:
-        raise LmcError("cannot resume: A and B have changed places; give them in the order of before")
-    for name, before, after in zip("AB", saved["members"], now["members"], strict=True):
+    count = len(saved["members"])
+    if count != len(now["members"]):
+        raise LmcError(f"cannot resume: the run began with {count} models, not {len(now['members'])}; give the same")
+    names = [name.upper() for name in member_names(count)]
+    if saved["members"] != now["members"] and sorted(map(str, saved["members"])) == sorted(map(str, now["members"])):
+        which = "A and B" if count == 2 else "the models"
+        raise LmcError(f"cannot resume: {which} have changed places; give them in the order of before")
+    for name, before, after in zip(names, saved["members"], now["members"], strict=True):
         for file in sorted(before.keys() | after.keys()):
             if before.get(file) != after.get(file):
                 raise LmcError(

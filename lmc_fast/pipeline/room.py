@@ -56,15 +56,15 @@ def largest_file(model: Model, dtype: torch.dtype | None = None) -> int:
     return min(endpoint_bytes(model, dtype), SHARD_BYTES)
 
 
-def alignment_bytes(spec: Spec) -> int:
-    """At most: two elements, and two that were matched before."""
-    return 4 * _element_bytes(spec) + _SMALL
+def alignment_bytes(spec: Spec, members: int = 2) -> int:
+    """At most: an element of each model, and one that was matched before."""
+    return 2 * members * _element_bytes(spec) + _SMALL
 
 
-def state_bytes(spec: Spec, sides: int) -> int:
-    """At most, of what a run that learns keeps: two matched elements; coordinates, their best, and two moments each."""
-    leaves = Chart(spec, sides, device="meta").tensors.values()
-    return 2 * _element_bytes(spec) + 4 * _FLOAT32 * sum(t.numel() for t in leaves) + _SMALL
+def state_bytes(spec: Spec, sides: int, members: int = 2) -> int:
+    """At most, of what a run that learns keeps: matched elements; coordinates, their best, and two moments each."""
+    leaves = Chart(spec, sides, device="meta", members=members).tensors.values()
+    return members * _element_bytes(spec) + 4 * _FLOAT32 * sum(t.numel() for t in leaves) + _SMALL
 
 
 def _element_bytes(spec: Spec) -> int:

@@ -19,9 +19,10 @@ from ..budget.stages import POINTS
 from ..checkpoints import notes_on
 from ..data import Given, as_data, split_validation
 from ..errors import Cancelled
-from ..evaluation import Curve
+from ..evaluation import Curve, Simplex
 from ..evaluation.curve import DEFINITION, plot_curves
 from ..evaluation.plots import plot_learning
+from ..evaluation.simplex import SIMPLEX_DEFINITION
 from ..examples import Data
 from ..files import read_object, to_json
 from ..interrupts import Interrupted, number_of, uninterrupted
@@ -29,7 +30,7 @@ from ..learning import parallel
 from ..learning.learner import History
 from ..learning.schedule import METHODS, Schedule
 from ..output import write_whole
-from ..pair import Pair
+from ..pair import Models
 from ..version import __version__
 from .align import align
 from .evaluate import measure_line
@@ -44,7 +45,7 @@ _log = logging.getLogger("lmc_fast")
 
 @device_errors()
 def run(
-    pair: Pair,
+    pair: Models,
     tokens: Given,
     out: str | Path,
     *,
@@ -84,7 +85,7 @@ def run(
     if pair.spec.task == "features":
         validation = test = None  # features have no loss
     meter, watch = meter or Meter(device), Watch(progress, cancel)
-    for note in dict.fromkeys(f"{model.source}: {note}" for model in (pair.a, pair.b) for note in notes_on(model)):
+    for note in dict.fromkeys(f"{model.source}: {note}" for model in pair.members for note in notes_on(model)):
         _log.info(note)
     find = partial(
         align,
@@ -106,8 +107,8 @@ def run(
             parallel.wait()
             find(state_file=state_file_of(out))
             return {}
-        directory = RunDirectory(out, resume, (pair.a.home, pair.b.home))
-        directory.expect(export_names(pair.a, pair.b))
+        directory = RunDirectory(out, resume, pair.homes)
+        directory.expect(export_names(pair))
         if not directory.finished:
             learns = Schedule.of(method, schedule, options) if method in METHODS else None
             _require_room(pair, directory, learns, torch.device(device), memory, dtype)
@@ -120,13 +121,14 @@ def run(
             require_unchanged(pair)
             directory.drop_store()
             pair = placed(pair, tokens, device, alignment.info.get("grown"))
-            members = [{"name": name, "source": model.source} for name, model in (("a", pair.a), ("b", pair.b))]
+            named = zip(pair.names, pair.members, strict=True)
+            members = [{"name": name, "source": model.source} for name, model in named]
             report: dict[str, Any] = {"members": members, "version": __version__, **alignment.info}
             if test is not None:
                 with meter.stage("measuring"):
                     curves = measure(pair, test, alignment, device, memory, watch)
-                report |= {"curves": [curve.to_json() for curve in curves], "definition": DEFINITION}
-                plot_curves(curves, directory.result / "curve.png")
+                report |= {"curves": [curve.to_json() for curve in curves]}
+                report["definition"] = _plotted(curves, directory.result / "curve.png")
             if "history" in alignment.info:
                 plot_learning(History(**alignment.info["history"]), directory.result / "learning.png")
             _log.info("writing the aligned endpoints")
@@ -143,8 +145,18 @@ def run(
     return report
 
 
+def _plotted(curves: list[Curve | Simplex], file: Path) -> str:
+    """Draws all curves of a pair, of more models what came out; says what a barrier is."""
+    last = curves[-1]
+    if isinstance(last, Simplex):
+        last.plot(file)
+        return SIMPLEX_DEFINITION
+    plot_curves([curve for curve in curves if isinstance(curve, Curve)], file)
+    return DEFINITION
+
+
 def _require_room(
-    pair: Pair,
+    pair: Models,
     directory: RunDirectory,
     learns: Schedule | None,
     device: torch.device,
@@ -152,13 +164,15 @@ def _require_room(
     dtype: torch.dtype | None,
 ) -> None:
     """Raises LmcError where the disk has less room than the run, or what is left of it, may take."""
-    spec, writes = pair.spec, sum(endpoint_bytes(model, dtype) for model in (pair.a, pair.b))
-    writes += alignment_bytes(spec)
+    spec, writes = pair.spec, sum(endpoint_bytes(model, dtype) for model in pair.members)
+    count = len(pair.members)
+    writes += alignment_bytes(spec, count)
     if learns:
-        state = state_bytes(spec, learns.moving)
-        store = 0 if memory is None else Demand(spec, Job(1, 1), 4 if device.type == "cpu" else 2).store_bytes
+        state = state_bytes(spec, learns.elements(count), count)
+        job = Job(1, 1, learns.elements(count), members=count)
+        store = 0 if memory is None else Demand(spec, job, 4 if device.type == "cpu" else 2).store_bytes
         writes = max(2 * state + store, state + writes)
-    largest = max(largest_file(model, dtype) for model in (pair.a, pair.b))
+    largest = max(largest_file(model, dtype) for model in pair.members)
     require_room(directory.path, writes - directory.kept_bytes(), largest)
 
 
@@ -177,13 +191,13 @@ def _telling_what_is_kept(directory: RunDirectory) -> Iterator[None]:
 
 
 def measure(
-    pair: Pair,
+    pair: Models,
     tokens: Data,
     alignment: Alignment,
     device: torch.device | str = "cpu",
     memory: int | None = None,
     watch: Watch | None = None,
-) -> list[Curve]:
+) -> list[Curve | Simplex]:
     """Curves of the pair as it is, as matching left it and, where something was learned, as learning left it."""
     stages: list[tuple[str, Alignment | None]] = [
         ("naive", None),
@@ -191,7 +205,7 @@ def measure(
     ]
     if alignment.info.get("method") in METHODS:
         stages.append(("learned", alignment))
-    curves: list[Curve] = []
+    curves: list[Curve | Simplex] = []
     watch = watch or Watch()
     watch.begin("measuring", len(stages))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..checkpoints import Model, checkpoint_names
+from ..checkpoints import checkpoint_names
 from ..errors import LmcError
 from ..matching.activations import STATISTICS_NAMES
 from ..output import (
@@ -18,18 +18,20 @@ from ..output import (
     was_published,
     workspace_names,
 )
+from ..pair import Models
 from ..streaming.store import STORE_NAMES
 
-STORE = "store"  # the pair prepared for learning within a budget
+STORE = "store"  # the models prepared for learning within a budget
 STATISTICS = "statistics"  # of activations, block by block
 _STATE = "state.safetensors"
 _ALIGNMENT = "alignment.safetensors"
 _REPORT = ("report.json", "curve.png", "learning.png")
 
 
-def export_names(a: Model, b: Model) -> dict[str, Names | None]:
-    """What the export of a pair writes."""
-    return {"a": checkpoint_names(a.home), "b": checkpoint_names(b.home)} | _files(_ALIGNMENT)
+def export_names(models: Models) -> dict[str, Names | None]:
+    """What an export writes."""
+    written = {name: checkpoint_names(path) for name, path in zip(models.names, models.homes, strict=True)}
+    return written | _files(_ALIGNMENT)
 
 
 def _files(*names: str) -> dict[str, Names | None]:
@@ -72,5 +74,5 @@ class RunDirectory(Workspace):
         return sum(file.stat().st_size for file in kept if file.is_file())
 
     def drop_store(self) -> None:
-        """The prepared pair is not needed any more: room for what comes next."""
+        """What was prepared is not needed any more: room for what comes next."""
         remove_own(self.path / STORE, STORE_NAMES)

@@ -8,11 +8,11 @@ from lmc_fast.checkpoints import Model, Weights
 from lmc_fast.engine.evaluate import evaluate
 from lmc_fast.engine.model import logits
 from lmc_fast.engine.passes import Item
-from lmc_fast.engine.places import centroid, corner, shares_of
 from lmc_fast.engine.source import Resident, paired
 from lmc_fast.errors import LmcError
 from lmc_fast.kernels.many import mixed, mixed_linear
 from lmc_fast.learning.step import learn
+from lmc_fast.places import centroid, corner, shares_of
 from lmc_fast.streaming.packing import pieces
 from lmc_fast.streaming.ring import Streamed
 from lmc_fast.streaming.store import Store

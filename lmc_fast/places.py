@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
-
 Place = float | tuple[float, ...]  # lambda, which stands for the shares (1 - lambda, lambda); or shares, which sum to 1
 
 
@@ -25,12 +20,13 @@ def centroid(count: int) -> Place:
     return 0.5 if count == 2 else (1 / count,) * count
 
 
-def blend(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    """Σ share · tensor."""
-    if len(tensors) == 2:
-        return torch.lerp(tensors[0], tensors[1], shares[1])
-    (first, share), *rest = ((t, share) for t, share in zip(tensors, shares, strict=True) if share)
-    total = first * share
-    for t, share in rest:
-        total = torch.add(total, t, alpha=share)
-    return total
+def inside(index: int, count: int) -> tuple[float, ...]:
+    """Place number `index` of a sequence that covers the simplex of `count` models evenly at every length.
+
+    The R sequence (Roberts 2018) in the cube, whose sorted coordinates cut the unit interval into shares.
+    """
+    dims, root = count - 1, 2.0
+    for _ in range(64):  # towards the positive root of x^(dims + 1) = x + 1
+        root = (1 + root) ** (1 / (dims + 1))
+    cuts = sorted((0.5 + (index + 1) * root ** -(k + 1)) % 1 for k in range(dims))
+    return tuple(high - low for low, high in zip([0.0, *cuts], [*cuts, 1.0], strict=True))

@@ -14,6 +14,7 @@ from lmc_fast import LmcError, read_tokens
 from lmc_fast.architectures import ImageInput
 from lmc_fast.checkpoints import Model
 from lmc_fast.data import as_data, split_validation
+from lmc_fast.examples import Examples
 
 
 def test_blocks_are_contiguous_and_the_rest_is_dropped(make_checkpoint, tmp_path):
@@ -151,12 +152,29 @@ def test_a_checkpoint_without_tokenizer_needs_ids(make_checkpoint, tmp_path):
         read_tokens(tmp_path / "t.txt", Model(tmp_path / "bare"), 8)
 
 
-def test_validation_is_the_end_of_the_text_and_never_learned_from():
+def test_validation_is_drawn_evenly_and_never_learned_from():
     blocks = torch.arange(2000).view(1000, 2)
     calibration, validation = split_validation(blocks)
-    assert len(validation) == 30 and torch.equal(torch.cat([calibration, validation]), blocks)
-    assert len(split_validation(blocks[:200])[1]) == 16
-    assert split_validation(blocks[:100])[1] is None
+    assert len(validation) == 30 and torch.equal(torch.cat([calibration, validation]).sort(0)[0], blocks)
+    assert torch.equal(validation[:, 0] // 2 * 30 // 1000, torch.arange(30))  # one from each stretch
+    assert len(set((validation[:, 0] // 2 % 33).tolist())) > 10  # not every k-th: classes may come in turns
+    assert torch.equal(split_validation(blocks)[1], validation)
+    for count, held in ((200, 16), (100, 10), (19, 1)):
+        calibration, validation = split_validation(blocks[:count])
+        assert (len(calibration), len(validation)) == (count - held, held)
+    assert split_validation(blocks[:9])[1] is None
+    examples = Examples(torch.randn(40, 1, 2, 2), torch.arange(40) // 10)  # images, class by class
+    calibration, validation = split_validation(examples)
+    assert validation.targets.tolist() == [0, 1, 2, 3] and len(calibration) == 36
+
+
+def test_repeated_text_does_not_leak_from_validation_into_learning():
+    blocks = torch.arange(400).view(200, 2)
+    calibration, validation = split_validation(torch.cat([blocks, blocks, blocks]))
+    kept = {tuple(row) for row in calibration.tolist()}
+    assert len(validation) == 18 and kept.isdisjoint(tuple(row) for row in validation.tolist())
+    calibration, validation = split_validation(torch.ones(300, 2, dtype=torch.int64))
+    assert len(calibration) + len(validation) == 300
 
 
 @pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint16, ">i4", torch.int32])

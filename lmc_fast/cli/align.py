@@ -10,6 +10,7 @@ import torch
 
 from ..data import read_data, sequence_length
 from ..learning import parallel
+from ..learning.learner import History
 from ..learning.schedule import METHODS, Schedule
 from ..pair import open_pair
 from ..pipeline.align import require_settings
@@ -72,17 +73,31 @@ def _show(args: argparse.Namespace, console: Console, report: dict[str, Any]) ->
             f"endpoint {name}: KL to the original {found['kl']:.1e} nats, max |log-probability difference| "
             f"{found['max_log_probability']:.1e}: same function, says {found['by']}"
         )
+    _show_learning(console, report)
     _show_costs(console, report["costs"], args.memory)
     curves = report.get("curves", [])
     for curve in curves:
         lowest = f", lowest accuracy {min(curve['accuracies']):.2%}" if curve["accuracies"] else ""
-        console.say(f"barrier {curve['name']:>8}: {curve['barrier']:.4f} nats at lambda {curve['at']:.1f}{lowest}")
+        console.say(f"barrier {curve['name']:>8}: {curve['words']}{lowest}")
     if curves:
-        which = args.test or args.val or f"the end of {args.data}, held out from learning"
-        console.say(f"  ({report['definition']}; on {which})")
+        which = args.test or args.val or f"a part of {args.data}, held out from learning"
+        console.say(f"  ({report['definition']}; ±: standard error over inputs; on {which})")
     console.say(f"wrote {args.out}/a, {args.out}/b, alignment.safetensors, report.json")
     console.say(f"next: lmc-fast merge {args.out}/a {args.out}/b --weight 0.5 --out {args.out}/merged")
     console.result(report)
+
+
+def _show_learning(console: Console, report: dict[str, Any]) -> None:
+    """Which state was exported, and by which objective it was learned."""
+    if "history" not in report:
+        return
+    history, step = History(**report["history"]), report["exported_step"]
+    what = "what matching found, which learning made no better"
+    if step:
+        what = f"the state of step {step} of {len(history.loss)}, learned with --objective {report['objective']}"
+    console.say(
+        f"exported: {what}; validation excess {history.excess[step]:+.4f} nats, after matching {history.excess[0]:+.4f}"
+    )
 
 
 def _show_costs(console: Console, costs: dict[str, Any], memory: int | None) -> None:

@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--val",
         type=user_path,
-        help="text or images that pick the best state (default: the last 3%% of --data, held out from learning)",
+        help="text or images that pick the best state (default: 3%% of --data, held out evenly)",
     )
     sub.add_argument(
         "--test", type=user_path, help="text or images to measure the curves on (default: what --val says)"
@@ -89,7 +89,8 @@ def parser() -> argparse.ArgumentParser:
         metavar=("LOW", "HIGH"),
         help=f"where lambda is drawn while learning (default: {Schedule.low} {Schedule.high})",
     )
-    text = "what to predict along the line: what the endpoints predict, or the text (default: endpoints)"
+    text = "what to predict along the line: what the endpoints predict, the text, or what a trial of both on held-out "
+    text += "data finds better (default: auto)"
     sub.add_argument("--objective", choices=OBJECTIVES, help=text)
     sub.add_argument(
         "--matrix-lr",

@@ -112,8 +112,8 @@ def _show_curve(console: Console, curve: Curve, measured: str) -> None:
     accuracies = [f"  {share:8.2%}" for share in curve.accuracies] if curve.accuracies else [""] * len(curve.lambdas)
     for point, loss, excess, right in zip(curve.lambdas, curve.losses, curve.excess, accuracies, strict=True):
         console.say(f"{point:6.2f}  {loss:6.4f}  {excess:+.4f}{right}")
-    console.say(f"barrier {curve.barrier:.4f} nats at lambda {curve.at:.2f}, {measured}")
-    console.say(f"  ({DEFINITION})")
+    console.say(f"barrier {curve.words}")
+    console.say(f"  ({DEFINITION}; ±: standard error over inputs; {measured})")
 
 
 def _show_simplex(console: Console, found: Simplex, sources: list[str], measured: str) -> None:

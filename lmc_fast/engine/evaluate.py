@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ..places import Place, shares_of
 from ..symmetry.charts import Chart
 from .block import block
 from .head import CHUNK_ELEMENTS, HeadLoss
-from .model import embed, head_input, labels, model_inputs, target_rows
+from .model import embed, head_input, label_counts, labels, model_inputs, target_rows
 from .passes import Item, Pass, visit_order
 from .source import Source
 
@@ -25,11 +25,15 @@ STREAM_ELEMENTS = 1 << 24  # of residual streams, held at a time by an evaluatio
 
 @dataclass(frozen=True)
 class Score:
-    """Of one item: mean loss in nats per prediction, share of predictions that are right, number of predictions."""
+    """Of one item: mean loss in nats per prediction, share of predictions that are right, number of predictions.
+
+    inputs (n, 2) float64: the sum of losses and the number of predictions of each input.
+    """
 
     loss: float
     accuracy: float
     count: int
+    inputs: Tensor = field(compare=False)
 
 
 class _Evaluation(Pass):
@@ -63,13 +67,19 @@ class _Evaluation(Pass):
                         for m in group:
                             losses[m].scan(chunk, [])
                 start += len(members[0]["head"])
-        counts = [item.count for item in self.items]
-        return [Score(h.loss.item() / n, h.right / n, n) for h, n in zip(losses, counts, strict=True)]
+        return [_score(item, h) for item, h in zip(self.items, losses, strict=True)]
 
     def _embedded(self, item: Item) -> Tensor:
         """An item's stream in front of the first block; its rows of the embedding are dropped."""
         line, _, rows = self.ends(item)
         return embed(self.spec, line, model_inputs(item.data), rows)
+
+
+def _score(item: Item, h: HeadLoss) -> Score:
+    each, n = label_counts(item.data), item.count
+    owner = torch.arange(len(each), device=each.device).repeat_interleave(each)
+    sums = h.row_losses.new_zeros(len(each)).index_add_(0, owner, h.row_losses)
+    return Score(h.loss.item() / n, h.right / n, n, torch.stack([sums, each.double()], 1).cpu())
 
 
 def evaluate(
@@ -147,4 +157,5 @@ def _counted(visited: Callable[[int, int], None], before: int, segments: int) ->
 
 def _together(scores: list[Score]) -> Score:
     n = sum(s.count for s in scores)
-    return Score(sum(s.loss * s.count for s in scores) / n, sum(s.accuracy * s.count for s in scores) / n, n)
+    loss, accuracy = (sum(getattr(s, what) * s.count for s in scores) / n for what in ("loss", "accuracy"))
+    return Score(loss, accuracy, n, torch.cat([s.inputs for s in scores]))

@@ -104,6 +104,7 @@ class HeadLoss:
         self._loss = like.new_zeros((), dtype=torch.float64)
         self._apart = target is not None  # the normaliser is not in _loss
         self.gradients = [torch.zeros_like(x) for x in student.inputs] if learn else []
+        self.picked = torch.zeros_like(like)  # the targets' logits, where nothing is learned
         self.best = like.new_full(like.shape, -torch.inf)  # the largest logit so far, and where
         self.guess = torch.zeros(len(like), dtype=torch.int64, device=like.device)
 
@@ -167,6 +168,7 @@ class HeadLoss:
         self.student.see(log_sums, rows)
         if target is not None:
             self._loss -= picked.sum(dtype=torch.float64)
+            self.picked[rows] += picked
         if target is not None and not self.gradients:
             self._guess(logits, chunk, rows)  # a cap keeps the order
         for (_, teacher), p in zip(self.teachers, teachers, strict=True):
@@ -188,7 +190,9 @@ class HeadLoss:
         """Takes the targets' logits off the loss."""
         assert self.target is not None
         index, here = self._targets(self.target[rows], chunk)
-        self._loss -= (logits.gather(1, index) * here).sum()
+        picked = logits.gather(1, index) * here
+        self._loss -= picked.sum()
+        self.picked[rows] += picked[:, 0]
 
     def _guess(self, logits: Tensor, chunk: VocabChunk, rows: slice) -> None:
         value, place = logits.max(1)
@@ -253,6 +257,11 @@ class HeadLoss:
     def loss(self) -> Tensor:
         """The sum over rows, float64; complete once every chunk was scanned (and, with teachers, added)."""
         return self._loss + self.student.normaliser.double().sum() if self._apart else self._loss
+
+    @property
+    def row_losses(self) -> Tensor:
+        """(n,) float64: of each prediction; where there is a target and nothing is learned."""
+        return self.student.normaliser.double() - self.picked
 
     @property
     def right(self) -> int:

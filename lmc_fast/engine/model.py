@@ -122,3 +122,10 @@ def labels(data: Data) -> Tensor:
     if isinstance(data, Examples):
         return data.targets[data.targets >= 0]
     return data[:, 1:].flatten()
+
+
+def label_counts(data: Data) -> Tensor:
+    """How many predictions each input of a batch asks for: (batch,) int64."""
+    if not isinstance(data, Examples):
+        return torch.full((len(data),), data.shape[1] - 1, device=data.device)
+    return (data.targets >= 0).reshape(len(data), -1).sum(1)

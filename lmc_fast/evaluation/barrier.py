@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from ..checkpoints import Weights
 from ..engine.evaluate import line_scores
 from ..engine.source import Resident
@@ -31,4 +33,18 @@ def curve_between(
     accuracies = None
     if isinstance(tokens, Examples) and a.spec.task == "image":
         accuracies = [score.accuracy for score in scores]
-    return Curve(lambdas, [score.loss for score in scores], name, accuracies)
+    errors = _errors(lambdas, [score.inputs for score in scores])
+    return Curve(lambdas, [score.loss for score in scores], name, accuracies, errors)
+
+
+def _errors(lambdas: list[float], inputs: list[Tensor]) -> list[float] | None:
+    """Standard error of the excess at each place, from how much it differs between inputs; see Score.inputs."""
+    counts = inputs[0][:, 1]
+    if len(counts) < 2:
+        return None
+    found = []
+    for place, scores in zip(lambdas, inputs, strict=True):
+        excess = scores[:, 0] - (1 - place) * inputs[0][:, 0] - place * inputs[-1][:, 0]
+        rest = excess - counts * (excess.sum() / counts.sum())
+        found.append(float((len(counts) / (len(counts) - 1) * rest.square().sum()).sqrt() / counts.sum()))
+    return found

@@ -23,6 +23,7 @@ class Curve:
     losses: list[float]
     name: str = "line"
     accuracies: list[float] | None = None  # top-1, of image classifiers
+    errors: list[float] | None = None  # standard errors of `excess`, from how much it differs between inputs
 
     def __post_init__(self) -> None:
         if not self.losses or len(self.losses) != len(self.lambdas):
@@ -45,8 +46,32 @@ class Curve:
         """The lambda of the barrier."""
         return self.lambdas[self.excess.index(self.barrier)]
 
+    @property
+    def middle(self) -> float:
+        """The excess nearest to the middle of the line."""
+        return self.excess[len(self.excess) // 2]
+
+    @property
+    def lowest(self) -> tuple[float, float]:
+        """(the least excess, its lambda): how far the best model of the line is below it."""
+        least = min(self.excess)
+        return least, self.lambdas[self.excess.index(least)]
+
+    @property
+    def words(self) -> str:
+        """Barrier, middle and lowest point in one line."""
+        error = f" ± {self.errors[self.excess.index(self.barrier)]:.4f}" if self.errors else ""
+        middle = f" ± {self.errors[len(self.errors) // 2]:.4f}" if self.errors else ""
+        least, place = self.lowest
+        return (
+            f"{self.barrier:.4f}{error} nats at lambda {self.at:.2g}; middle {self.middle:+.4f}{middle}, "
+            f"lowest {least:+.4f} at {place:.2g}"
+        )
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"barrier": self.barrier, "at": self.at}
+        least, place = self.lowest
+        more = {"middle": self.middle, "lowest": least, "lowest_at": place, "words": self.words}
+        return asdict(self) | {"barrier": self.barrier, "at": self.at} | more
 
     def save(self, file: str | Path) -> None:
         """Writes a JSON file, whole or not at all. Raises LmcError where the disk does not take it."""

@@ -3,8 +3,9 @@
 Only the relative transform g_A⁻¹ g_B enters the forward pass, on B's side, because every g preserves the function for
 every weight setting: f((1-λ) g_A θ_A + λ g_B θ_B) = f((1-λ) θ_A + λ g_A⁻¹ g_B θ_B).
 
-The default objective is the divergence from the endpoints' own predictions, (1-λ) p_A + λ p_B, and not the cross
-entropy with the text: it has less noise, and does not ask for what the endpoints merely memorised (docs/facts.md).
+Two objectives: the divergence from the endpoints' own predictions, (1-λ) p_A + λ p_B, which has less noise and does not
+ask for what the endpoints merely memorised (docs/facts.md), and the cross entropy with the text, which is better where
+an average already beats both endpoints. `steering` chooses by held-out text.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from ..symmetry.charts import Chart
 from . import parallel
 from .muon import muon_step
 from .schedule import Schedule
+from .steering import Turn, best_of, decide, share_of_text
 from .step import learn
 
 _log = logging.getLogger("lmc_fast")
@@ -44,13 +46,32 @@ class NonFiniteLoss(ArithmeticError):
 
 @dataclass
 class History:
-    """What happened: one loss per step, and validation excesses (mean over VALIDATION_POINTS) at some steps."""
+    """What happened: one loss per step, validation excesses (mean over VALIDATION_POINTS) at some steps, and what was
+    decided then."""
 
     loss: list[float] = field(default_factory=list)
     excess: dict[int, float] = field(default_factory=dict)
+    turns: list[Turn] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.excess = {int(step): value for step, value in self.excess.items()}  # JSON has no integer keys
+        """JSON has no integer keys and no classes."""
+        self.excess = {int(step): value for step, value in self.excess.items()}
+        self.turns = [turn if isinstance(turn, Turn) else Turn(**turn) for turn in self.turns]
+
+    @property
+    def exported(self) -> int:
+        """The step whose state is the result."""
+        return best_of(self.excess) if self.excess else len(self.loss)
+
+    @property
+    def since(self) -> int:
+        """The step at which the run last went back to an earlier state."""
+        return max((turn.step for turn in self.turns if turn.returns), default=0)
+
+    @property
+    def factor(self) -> float:
+        """Of the schedule's rates."""
+        return self.turns[-1].factor if self.turns else 1.0
 
 
 def _like(t: Tensor, found: Tensor) -> Tensor:
@@ -157,7 +178,7 @@ class Learner:
         with uninterrupted():
             self._whole = False
             with _overflow(i):
-                self._update(gradients, self.schedule.rate(i))
+                self._update(gradients, self._rate(i))
             self.history.loss.append(loss.item())
             self._whole = True
         return self.history.loss[-1]
@@ -169,14 +190,13 @@ class Learner:
 
     def gradients(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of the coming step, and its gradients by the chart's tensors."""
-        divergence = self.schedule.objective == "endpoints"
         items = self._items(self.done)
         chunking = self.chunking
         loss, found = learn(
             self.source,
             items,
             self.chart,
-            divergence=divergence,
+            divergence=not self.text,
             keep=chunking.keep,
             route=self.route,
             logits=chunking.logits,
@@ -184,6 +204,15 @@ class Learner:
         )
         count = sum(item.count for item in items)
         return parallel.mean(loss, found, count)
+
+    @property
+    def text(self) -> float:
+        """The text's share of the objective now."""
+        return share_of_text(self.schedule, self.history.turns, self.done)
+
+    def _rate(self, step: int) -> float:
+        rate = self.schedule.rate(step, self.schedule.batch * self.tokens.shape[1], self.history.since)
+        return rate * self.history.factor
 
     def _items(self, step: int) -> list[Item]:
         """This process's share of a step, in micro-batches."""
@@ -196,7 +225,8 @@ class Learner:
             gradient = gradients[name]
             if name == "rotation":  # only the skew part of the leaf acts
                 gradient = (gradient - gradient.mT) / 2
-            muon_step(self.chart.tensors[name], gradient, momentum, rate * self.schedule.matrix_lr)
+            matrix_rate = rate * self.schedule.matrix_rate(self.source.spec.width)
+            muon_step(self.chart.tensors[name], gradient, momentum, matrix_rate)
         if self._adam:
             for name, gradient in gradients.items():
                 self.chart.tensors[name].grad = None if name in _MATRICES else gradient
@@ -211,17 +241,38 @@ class Learner:
         return [score.loss for score in scores]
 
     def validate(self, tokens: Data, ends: Sequence[float]) -> float:
-        """Mean excess over the same averages of the members' losses `ends`; remembers the best chart."""
+        """Mean excess over the same averages of the members' losses `ends`.
+
+        Remembers the best chart, and decides how to go on; see steering.
+        """
         places = validation_places(self.members)
         with _overflow(self.done):
             losses = self.losses(tokens, places, self.chart)
         line = [sum(s * end for s, end in zip(shares_of(p), ends, strict=True)) for p in places]
-        excess = sum(x - y for x, y in zip(losses, line, strict=True)) / len(line)
+        excess = parallel.first(sum(x - y for x, y in zip(losses, line, strict=True)) / len(line))
         with uninterrupted():
             if excess < min(self.history.excess.values(), default=math.inf):
                 self.best = {name: t.detach().clone() for name, t in self.chart.tensors.items()}
             self.history.excess[self.done] = excess
+            turn = decide(self.schedule, self.history.excess, self.history.turns)
+            if turn:
+                self._take(turn)
         return excess
+
+    def _take(self, turn: Turn) -> None:
+        """Goes on as was decided; from an earlier state with the optimiser as at the start."""
+        if turn.returns:
+            for name, t in self.chart.tensors.items():
+                if turn.origin and self.best:  # the best state so far
+                    t.data.copy_(self.best[name])
+                else:
+                    t.data.zero_()
+            for momentum in self._momentum.values():
+                momentum.zero_()
+            if self._adam:
+                self._adam.state.clear()
+        self.history.turns.append(turn)
+        _log.info("step %d: %s; on from step %d at %.2g of the rate", turn.step, turn.why, turn.origin, turn.factor)
 
     def final_chart(self) -> Chart:
         """The best validated coordinates where there was validation, else the last ones; in float64."""
@@ -251,7 +302,7 @@ class Learner:
                 self._momentum[name].copy_(_like(t, state[f"momentum.{name}"]))
             if self._adam and f"adam.exp_avg.{name}" in state:
                 moments = {key: _like(t, state[f"adam.{key}.{name}"]).to(t.device, copy=True) for key in _MOMENTS}
-                self._adam.state[t] = {"step": torch.tensor(float(self.done)), **moments}
+                self._adam.state[t] = {"step": torch.tensor(float(self.done - history.since)), **moments}
         best = {
             name: _like(t, state[f"best.{name}"]).to(t.device)
             for name, t in self.chart.tensors.items()

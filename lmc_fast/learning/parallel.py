@@ -66,6 +66,17 @@ def mean(loss: Tensor, gradients: dict[str, Tensor], count: int) -> tuple[Tensor
     return scalars[0] / scalars[1], gradients
 
 
+def first(value: float) -> float:
+    """The first process's value: what all decide by, so that they decide alike."""
+    if place()[1] == 1:
+        return value
+    shared = torch.tensor(value, dtype=torch.float64)
+    if dist.get_backend() == "nccl":
+        shared = shared.cuda()
+    dist.broadcast(shared, 0)
+    return shared.item()
+
+
 def wait() -> None:
     """Until every process is here."""
     if place()[1] > 1:

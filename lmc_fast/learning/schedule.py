@@ -15,9 +15,11 @@ from ..places import Place, inside
 if TYPE_CHECKING:
     from torch import Tensor
 
-OBJECTIVES = ("endpoints", "text")
+OBJECTIVES = ("auto", "endpoints", "text")
 METHODS = {"dual": 2, "one-sided": 1}  # that learn, and how many endpoints they move
 CLOSED_FORMS = ("activation", "weight")  # methods without gradients
+WIDTH = 128  # of the models that matrix_lr is meant for; it falls as 1 / width
+WARMUP_TOKENS = 2048
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _SEEDS = 1 << 32
 _FASTEST = 100.0  # radians, or e-folds, in one step: more is a slip of the pen, and overflows
@@ -35,10 +37,10 @@ class Schedule:
     sides: int | None = None  # 2: both endpoints move, 1: B alone; None: as the method says
     low: float = 0.35  # lambda is drawn from [low, high]
     high: float = 0.65
-    objective: str = "endpoints"  # or "text"
-    matrix_lr: float = 0.035  # of rotations and head maps: radians per step, see muon
+    objective: str = "auto"  # "endpoints", "text", or what a trial of both finds better; see steering
+    matrix_lr: float = 0.035  # of rotations and head maps: radians per step (see muon) up to WIDTH, less beyond
     scale_lr: float = 1e-2  # of scales and RoPE angles (Adam)
-    warmup: int = 10  # steps
+    warmup: int = 10  # steps of WARMUP_TOKENS each: with fewer tokens a step, more steps
     final: float = 0.02  # the last learning rate, as a share of the first
     seed: int = 0
 
@@ -117,12 +119,28 @@ class Schedule:
         """How many endpoints move."""
         return self.sides or METHODS["dual"]
 
-    def rate(self, step: int) -> float:
-        """Share of the learning rate at a step: linear warm-up, then cosine."""
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2
+    @property
+    def teachers(self) -> int:
+        """How many endpoints predict beside the line's model, at most."""
+        return 0 if self.objective == "text" else 2
+
+    def warmup_steps(self, tokens: int = WARMUP_TOKENS) -> int:
+        """Steps of `tokens` each until the rate is full, at most a quarter of all."""
+        return min(math.ceil(self.warmup * WARMUP_TOKENS / tokens), max(1, self.steps // 4))
+
+    def rate(self, step: int, tokens: int = WARMUP_TOKENS, since: int = 0) -> float:
+        """Share of the learning rate at a step of `tokens`: cosine, after linear warm-up at the start and at `since`.
+
+        since: the step at which the run last went back to an earlier state.
+        """
+        warmup = self.warmup_steps(tokens)
+        warm = min(1.0, (step - since + 1) / warmup) if warmup else 1.0
+        progress = max(0, step - warmup) / max(1, self.steps - warmup)
+        return warm * (self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2)
+
+    def matrix_rate(self, width: int) -> float:
+        """Radians per step for models of this width."""
+        return self.matrix_lr * min(1.0, WIDTH / width)
 
     def lam(self, step: int) -> float:
         """Lambda of a step: a golden-ratio sequence, which covers [low, high] evenly at every length."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,7 +21,7 @@ from ..budget.devices import device_errors, here, require_device
 from ..budget.meter import Meter, return_freed_memory
 from ..budget.planner import Strategy
 from ..checkpoints import LazyBlocks, Slots, Weights
-from ..data import Given, as_data
+from ..data import Given, as_data, split_validation
 from ..engine.source import Resident, paired
 from ..errors import Cancelled, LmcError
 from ..examples import Data, inputs_of
@@ -29,6 +30,7 @@ from ..learning import parallel
 from ..learning.learner import History, Learner, NonFiniteLoss
 from ..learning.schedule import CLOSED_FORMS, Schedule
 from ..learning.schedule import METHODS as LEARNING
+from ..learning.steering import is_due, share_of_text
 from ..matching.activations import STATISTICS_NAMES, gather_statistics
 from ..matching.balance import balanced
 from ..matching.closed_form import MAX_ROUNDS, Evidence, match
@@ -42,17 +44,17 @@ from ..symmetry.legality import check_legal
 from ..symmetry.storage import as_stored, load_tensors, pack, save_tensors, unpack
 from ..symmetry.transform import Transform
 from .budgeted import chunking_of, disk_bytes, on_disk, plan_learning, route_of, tokens_to_gather
+from .held_out import evenly, memorised, useless_endpoints
 from .placing import placed
 from .progress import Cancel, MatchingWatch, Progress, Watch
 from .resume import made_from, require_same_run
 from .room import require_room
 from .run_directory import STATISTICS
 
+_log = logging.getLogger("lmc_fast")
 METHODS = (*LEARNING, *CLOSED_FORMS)
 STATISTICS_TOKENS = 32_768  # enough for cross-covariances; more changes the matching little
 MOST_ACTIVATIONS = 1e6  # times the evidence of the weights
-VALIDATION_SEQUENCES = 64
-VALIDATIONS = 10
 SAVE_SECONDS = 20.0  # between two saves, or SAVE_SHARE times what one takes, if that is longer
 SAVE_SHARE = 20
 
@@ -79,7 +81,8 @@ def align(
     tokens: calibration data, see data.read_data: text (n, T) of integers, also numpy's, or examples.
     method: one of METHODS; the last two use no gradients. schedule, or its fields as `options` (steps, batch, ...): how
     to learn; `sides` follows from the method.
-    validation (m, T): picks the best of VALIDATIONS states.
+    validation (m, T): what the run is steered by, see learning.steering: no state is returned that is worse on it than
+    what matching found. By default a part of `tokens` is held out for it.
     activations: how much activation evidence counts beside the weights in the matching that learning starts from.
     memory: bytes that this process (on a GPU: its memory there) may take; the pair is then prepared on disk, beside the
     state file, and streams through. None: whole models are held.
@@ -97,8 +100,13 @@ def align(
     schedule = Schedule.of(method, schedule, options)
     device = require_device(device)
     meter = meter or Meter(device)
-    tokens = as_data(tokens, pair.a).to(device)
+    tokens = as_data(tokens, pair.a)
     validation = None if validation is None else as_data(validation, pair.a)
+    given = made_from(pair, tokens, validation)
+    known = validation is None  # whether the validation data is a part of the calibration data
+    if validation is None and method in LEARNING:
+        tokens, validation = split_validation(tokens)
+    tokens = tokens.to(device)
     learns, watch = method in LEARNING, Watch(progress, cancel)
     if learns and schedule.batch > max(len(tokens), Schedule.batch):
         raise LmcError(
@@ -107,7 +115,7 @@ def align(
     run: dict[str, Any] = {
         "method": method,
         "activations": float(activations),
-        "inputs": made_from(pair, tokens, validation),
+        "inputs": given,
     }
     if learns:
         run |= {"schedule": asdict(schedule), "calibration_shape": list(tokens.shape)}
@@ -180,12 +188,15 @@ def align(
                 learner.restore(saved, History(**before["history"]))
         with meter.stage("learning"):
             expected = within.step_seconds if within else None
-            _learn(learner, validation, watch, expected, partial(_save, state, learner, base, run))
+            notes = _learn(learner, validation, known, watch, expected, partial(_save, state, learner, base, run))
         if isinstance(source, Streamed):
             meter.facts["traffic"] = source.traffic.to_json()
     moved = learner.final_chart().elements()
     moved = [t.map(Tensor.detach) for t in ([Transform.identity(pair.spec), *moved] if len(moved) == 1 else moved)]
-    info = run | {"history": asdict(learner.history)}
+    history = learner.history
+    info = run | {"history": asdict(history), "exported_step": history.exported, "notes": notes}
+    if history.exported:
+        info["objective"] = ("endpoints", "text")[int(share_of_text(schedule, history.turns, history.exported - 1))]
     return Alignment(moved[0].compose(base[0]), moved[1].compose(base[1]), base, info)
 
 
@@ -263,14 +274,22 @@ def _overflow(ends: str) -> Iterator[None]:
 
 
 def _learn(
-    learner: Learner, validation: Data | None, watch: Watch, step_seconds: float | None, save: Callable[[], None]
-) -> None:
-    """Runs the learner to its end, validating and saving on the way. step_seconds: as the plan expects."""
+    learner: Learner,
+    validation: Data | None,
+    known: bool,
+    watch: Watch,
+    step_seconds: float | None,
+    save: Callable[[], None],
+) -> list[str]:
+    """Runs the learner to its end, validating and saving on the way; returns what there is to say of the endpoints.
+
+    validation: None: the calibration data is too little to hold any out, and judges itself. known: it is a part of the
+    calibration data. step_seconds: as the plan expects.
+    """
     steps = learner.schedule.steps
-    ends = [0.0, 0.0]
+    notes: list[str] = []
     excess: float | None = None
     per_step = learner.schedule.batch * learner.tokens.shape[1]
-    every = max(1, steps // VALIDATIONS)
     save_at = time.monotonic() + SAVE_SECONDS
 
     def save_if_due() -> None:
@@ -283,15 +302,21 @@ def _learn(
     learner.before_update = save_if_due  # of a state whose next step is known to be possible
     try:
         watch.begin("learning", steps, learner.done, step_seconds)
-        if validation is not None:
-            picked = validation[:: max(1, len(validation) // VALIDATION_SEQUENCES)][:VALIDATION_SEQUENCES]
-            validation = picked.to(learner.tokens.device)
-            ends = learner.losses(validation, (0.0, 1.0))
+        judge = evenly(learner.tokens if validation is None else validation.to(learner.tokens.device))
+        first, last = learner.losses(judge, (0.0, 1.0))
+        notes += useless_endpoints(learner.source.spec, (first, last))
+        for note in notes:
+            _log.warning(note)
+        more = [] if known else memorised(learner, (first, last))
+        if validation is None:
+            more = ["there is too little data to hold any out: the best state is picked on the calibration data"]
+        for note in more:
+            _log.info("note: %s", note)
+        notes += more
         while True:
             done = learner.done
-            due = done % every == 0 or done == steps
-            if validation is not None and due and done not in learner.history.excess:
-                excess = learner.validate(validation, ends)
+            if is_due(learner.schedule, done) and done not in learner.history.excess:
+                excess = learner.validate(judge, (first, last))
             loss = learner.history.loss[-1] if done else None
             watch.at(done, steps, loss=loss, excess=excess, tokens=per_step if done else 0)
             if done >= steps:
@@ -306,6 +331,7 @@ def _learn(
             save()
         raise
     save()
+    return notes
 
 
 def _save(state: Path | None, learner: Learner, base: tuple[Transform, Transform], run: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ def plan_learning(
 ) -> Plan:
     """How to learn within a budget on the device at hand. Raises TooSmall, which names the smallest that works."""
     sequences = -(-schedule.batch // parallel.place()[1])
-    job = Job(sequences * length, length, schedule.moving, 2 if schedule.objective == "endpoints" else 0)
+    job = Job(sequences * length, length, schedule.moving, schedule.teachers)
     found = plan(spec, job, here(device), budget, strategy)
     _log.info("a plan for %s of memory, expected to take %s:", show_bytes(budget), show_bytes(found.total))
     for line in found.summary():

@@ -105,6 +105,5 @@ def plan(
     pair = open_pair(a, b, headers_only=True)
     schedule = schedule or Schedule()
     length = pair.spec.position_rows if pair.spec.image else sequence_length(pair.a, length)
-    teachers = 2 if schedule.objective == "endpoints" else 0
-    job = Job(tokens or schedule.batch * length, length, schedule.moving, teachers)
+    job = Job(tokens or schedule.batch * length, length, schedule.moving, schedule.teachers)
     return plan_within(pair.spec, job, profile_of(profile, device), budget)

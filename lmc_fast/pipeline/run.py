@@ -66,7 +66,7 @@ def run(
     """Aligns a pair as `lmc-fast align` does: `out` appears complete and proven, or not at all. Returns the report.
 
     tokens, method, schedule, activations, memory, options: as in `align`. validation picks the best state of learning;
-    by default it is the end of `tokens`, held out from learning. test: what curves are measured on, by default the
+    by default a part of `tokens`, drawn evenly, is held out for it. test: what curves are measured on, by default the
     validation data. dtype: of the written weights, by default each endpoint's own. resume: go on with the unfinished
     run that out.partial holds. progress, cancel: as in `align`, in all stages.
 

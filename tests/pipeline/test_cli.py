@@ -101,7 +101,7 @@ def test_python_interface_gives_the_same(pair, text, tmp_path):
 
     p = open_pair(*pair)
     blocks = read_tokens(text, p.a, 16)
-    alignment = align(p, blocks, steps=6, batch=2)
+    alignment = align(p, blocks, validation=blocks, steps=6, batch=2)
     main(["align", *pair, "--data", text, "--val", text, "--out", str(tmp_path / "cli"), *FAST, "--quiet"])
     saved = Alignment.load(tmp_path / "cli" / "alignment.safetensors", p.spec)
     assert saved.info["history"]["loss"] == alignment.info["history"]["loss"]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .data import read_data, read_tokens
     from .errors import Cancelled, LmcError
     from .evaluation import Curve, Difference, Simplex
+    from .evaluation.diagnosis import Diagnosis
     from .examples import Examples
     from .images import read_images
     from .implementations import Backends, backends
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .pair import Models, Pair, open_models, open_pair
     from .pipeline.align import align
     from .pipeline.carry import carry
+    from .pipeline.diagnose import diagnose
     from .pipeline.evaluate import barrier, verify
     from .pipeline.export import export
     from .pipeline.growing import grow
@@ -43,6 +45,7 @@ _HOMES = {
     "Backends": "implementations",
     "Cancelled": "errors",
     "Curve": "evaluation",
+    "Diagnosis": "evaluation.diagnosis",
     "Difference": "evaluation",
     "Examples": "examples",
     "Group": "symmetry",
@@ -65,6 +68,7 @@ _HOMES = {
     "barrier": "pipeline.evaluate",
     "carry": "pipeline.carry",
     "cayley": "solvers",
+    "diagnose": "pipeline.diagnose",
     "expm": "solvers",
     "export": "pipeline.export",
     "grow": "pipeline.growing",
@@ -87,6 +91,7 @@ __all__ = [
     "Backends",
     "Cancelled",
     "Curve",
+    "Diagnosis",
     "Difference",
     "Examples",
     "Group",
@@ -109,6 +114,7 @@ __all__ = [
     "barrier",
     "carry",
     "cayley",
+    "diagnose",
     "expm",
     "export",
     "grow",

@@ -171,6 +171,14 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--length", "--block", type=positive_integer, help="tokens per sequence (default: 128)")
     sub.add_argument("--dtype", choices=DTYPES, help="dtype of the written weights (default: the model's own)")
 
+    text = "say where and why the middle of the line between two checkpoints is worse than its ends, block by block"
+    sub = command("diagnose", text, "a", "b", module="diagnose")
+    sub.add_argument("--data", required=True, type=user_path, help="held-out text or images, as for align")
+    sub.add_argument("--alignment", type=user_path, help="alignment.safetensors of the pair, to be applied first")
+    sub.add_argument("--sequences", type=positive_integer, default=16, help="inputs to look at (default: 16)")
+    sub.add_argument("--length", "--block", type=positive_integer, help="tokens per sequence (default: 128)")
+    sub.add_argument("--out", type=user_path, nargs="+", help="files to write: diagnosis.json, diagnosis.png")
+
     sub = command("verify", "check whether two checkpoints compute the same function", "a", "b")
     sub.add_argument("--data", type=user_path, help="text or images to compare on (default: random tokens or images)")
     sub.add_argument("--memory", help=limit)

@@ -33,6 +33,20 @@ def new_figure() -> tuple[Any, Any]:
     return figure, axes
 
 
+def new_page(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
+    """(figure, its panels, row by row)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(rows, columns, figsize=size, layout="constrained")
+    for panel in panels.flat:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25)
+    return figure, list(panels.flat)
+
+
 def save_figure(figure: Any, file: Path) -> None:
     """Writes the picture, whole or not at all, and closes the figure. Raises LmcError."""
     from matplotlib import pyplot, rc_context

@@ -1,0 +1,49 @@
+"""Why the line of a pair is not flat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from ..alignment import Alignment
+from ..budget.devices import require_device
+from ..engine.model import require_task
+from ..evaluation.advice import advise
+from ..evaluation.diagnosis import Diagnosis, diagnose_weights
+from ..examples import Data
+from ..pair import Pair
+from ..symmetry import Transform, canonicalize
+from .held_out import evenly
+from .progress import Cancel, Progress, Watch
+
+SEQUENCES = 16
+
+
+def diagnose(
+    pair: Pair,
+    tokens: Data,
+    alignment: Alignment | None = None,
+    *,
+    sequences: int = SEQUENCES,
+    device: torch.device | str = "cpu",
+    progress: Callable[[Progress], None] | None = None,
+    cancel: Cancel | None = None,
+) -> Diagnosis:
+    """Looks at the middle of the line between both checkpoints, aligned first if told how: block by block.
+
+    tokens: held-out data, of which at most `sequences` inputs are taken, spread evenly. Four models are held in
+    float32, and their streams of the sample behind every block. progress, cancel: as in `align`. Raises LmcError.
+    """
+    require_task(pair.spec)
+    device = require_device(device)
+    watch = Watch(progress, cancel)
+    watch.begin("diagnosing", pair.spec.layers)
+    a, raw = (canonicalize(model.load(torch.float32, device)) for model in (pair.a, pair.b))
+    b, relative = raw, Transform.identity(pair.spec)
+    if alignment is not None:
+        relative = alignment.a.inverse().compose(alignment.b)
+        b = relative.apply(raw)
+    found = diagnose_weights(a, b, raw, relative, evenly(tokens, sequences).to(device), watch.at)
+    return replace(found, advice=advise(found, pair.spec, alignment is not None))

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
 import zoo
+from sizes import enlarge
 
 from lmc_fast import LmcError
 from lmc_fast.architectures.resize import sizes_of
@@ -13,17 +13,6 @@ from lmc_fast.checkpoints import Model, export
 from lmc_fast.symmetry import canonicalize
 from lmc_fast.symmetry.grown import GrownModel, alike
 
-KEYS = {
-    "width": ("hidden_size", "n_embd", "word_embed_proj_dim"),
-    "heads": ("num_attention_heads", "n_head"),
-    "groups": ("num_key_value_heads", "num_kv_heads"),
-    "ffn": ("intermediate_size", "ffn_dim", "ffn_hidden_size", "moe_intermediate_size", "n_inner"),
-    "shared": ("shared_expert_intermediate_size",),
-    "depth": ("num_hidden_layers", "n_layer"),
-    "experts": ("num_experts", "num_local_experts"),
-    "head_dim": ("head_dim",),
-    "rotary": ("rotary_dim",),
-}
 EVERYTHING = {"width": 48, "heads": 2.0, "groups": 2.0, "ffn": 52, "shared": 36, "depth": 4}
 SOME = {  # where not everything can grow
     "bert": {"ffn": 52},
@@ -51,29 +40,14 @@ ALONE = [
 ]
 
 
-def enlarge(small, out, changes):
-    """Random parameters in the shape of `small` with other sizes: numbers, or factors where they are no integers."""
-    config = transformers.AutoConfig.from_pretrained(small)
-    values, own = config.to_dict(), type(config).__dataclass_fields__
-    for what, size in changes.items():
-        for key in KEYS[what]:
-            if key in own and values.get(key) is not None:
-                values[key] = int(values[key] * size) if isinstance(size, float) else size
-    if values.get("layer_types"):
-        values["layer_types"] = (values["layer_types"] * 4)[: values["num_hidden_layers"]]
-    large = getattr(transformers, config.architectures[0])(type(config).from_dict(values))
-    zoo.randomize(large, 2)
-    large.save_pretrained(out)
-    return Model(out)
-
-
 @pytest.mark.parametrize(
     ("name", "changes"), [*((name, SOME.get(name, EVERYTHING)) for name in zoo.ZOO), *ALONE], ids=str
 )
 def test_a_larger_model_computes_the_same(name, changes, tmp_path):
     zoo.write(name, tmp_path / "small")
-    small, large = Model(tmp_path / "small"), enlarge(tmp_path / "small", tmp_path / "large", changes)
-    grown, other = alike([small, large])
+    enlarge(tmp_path / "small", tmp_path / "large", changes)
+    small = Model(tmp_path / "small")
+    grown, other = alike([small, Model(tmp_path / "large")])
     assert isinstance(grown, GrownModel) and sizes_of(grown.spec) == sizes_of(other.spec) != sizes_of(small.spec)
     weights = grown.open_weights(torch.float64)
     weights = replace(weights, spec=replace(weights.spec, tied=grown.spec.tied))
@@ -91,8 +65,9 @@ def test_a_larger_model_computes_the_same(name, changes, tmp_path):
 @pytest.mark.parametrize("name", ["llama-tied-biased", "qwen3", "olmo2", "gemma3", "qwen2-moe", "neox", "vit"])
 def test_and_shrinks_back(name, tmp_path):
     zoo.write(name, tmp_path / "small")
+    enlarge(tmp_path / "small", tmp_path / "large", EVERYTHING)
     small = Model(tmp_path / "small")
-    grown, _ = alike([small, enlarge(small.path, tmp_path / "large", EVERYTHING)])
+    grown, _ = alike([small, Model(tmp_path / "large")])
     back = grown.growth.shrink(grown.open_weights(torch.float64))
     before = small.load(torch.float64)
     if grown.growth.centred:
@@ -120,7 +95,8 @@ def test_and_shrinks_back(name, tmp_path):
 )
 def test_what_cannot_grow_is_refused(name, changes, reason, tmp_path):
     zoo.write(name, tmp_path / "small")
-    models = [Model(tmp_path / "small"), enlarge(tmp_path / "small", tmp_path / "large", changes)]
+    enlarge(tmp_path / "small", tmp_path / "large", changes)
+    models = [Model(tmp_path / "small"), Model(tmp_path / "large")]
     with pytest.raises(LmcError, match=reason) as caught:
         alike(models)
     assert str(models[0].path) in str(caught.value)

@@ -45,8 +45,6 @@ def inspect_command(args: argparse.Namespace, console: Console) -> int:
         for note in notes:
             console.say(f"note on {name}: {note}")
     if found.other:
-        for line in found.grown:
-            console.say(line)
         verdict = f"cannot be aligned: {found.problem}" if found.problem else "can be aligned"
         console.say(f"{args.a} and {args.b} {verdict}")
     console.result(found.to_json())

@@ -16,6 +16,7 @@ from ..examples import Data
 from ..pair import Pair
 from ..symmetry import Transform, canonicalize
 from .held_out import evenly
+from .placing import placed
 from .progress import Cancel, Progress, Watch
 
 SEQUENCES = 16
@@ -39,6 +40,7 @@ def diagnose(
     require_task(pair.spec)
     device = require_device(device)
     watch = Watch(progress, cancel)
+    pair = placed(pair, tokens, device, alignment.info.get("grown") if alignment else None)
     watch.begin("diagnosing", pair.spec.layers)
     a, raw = (canonicalize(model.load(torch.float32, device)) for model in (pair.a, pair.b))
     b, relative = raw, Transform.identity(pair.spec)

@@ -10,9 +10,10 @@ import torch
 from ..budget.devices import require_device
 from ..checkpoints import Model, checkpoint_names
 from ..checkpoints import export as export_weights
+from ..data import Given, as_data
 from ..errors import LmcError
 from ..examples import Data
-from ..output import atomic_directory, check_target, partial_of, require_apart, user_path
+from ..output import atomic_directory, check_target, disk_errors, partial_of, require_apart, user_path
 from ..pair import open_pair
 from ..symmetry.grown import GrownModel
 from .evaluate import compare
@@ -27,7 +28,7 @@ def grow(
     like: str | Path,
     out: str | Path | None = None,
     *,
-    tokens: Data | None = None,
+    tokens: Given | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Model:
@@ -42,6 +43,7 @@ def grow(
     device = require_device(device)
     pair = open_pair(model, like)
     if tokens is not None:
+        tokens = as_data(tokens, pair.a)
         pair = placed(pair, tokens, device)
     grown = pair.a
     if not isinstance(grown, GrownModel):
@@ -49,12 +51,13 @@ def grow(
     if out is None:
         return grown
     target = user_path(out)
-    require_apart((target, partial_of(target)), (pair.a.path, pair.b.path))
+    require_apart((target, partial_of(target)), pair.homes)
     check_target(target)
     require_room(partial_of(target), endpoint_bytes(grown, dtype), largest_file(grown, dtype))
-    with atomic_directory(target, checkpoint_names(grown.path)) as work:
+    with atomic_directory(target, checkpoint_names(grown.home)) as work:
         weights = grown.open_weights(torch.float64, device)
-        export_weights(replace(weights, spec=replace(weights.spec, tied=grown.spec.tied)), grown, work, dtype)
+        with disk_errors(work):
+            export_weights(replace(weights, spec=replace(weights.spec, tied=grown.spec.tied)), grown, work, dtype)
         require_same_function(grown, Model(work), tokens, device)
         grown.checkpoint.identity.require_unchanged()
     return Model(target)

@@ -26,7 +26,13 @@ class GrownModel(Model):
     """
 
     def __init__(
-        self, model: Model, spec: Spec, places: Places, config: Any, stored: dict[str, Any], chosen: str = "evenly, without data"
+        self,
+        model: Model,
+        spec: Spec,
+        places: Places,
+        config: Any,
+        stored: dict[str, Any],
+        chosen: str = "evenly, without data",
     ):
         self.source, self.checkpoint, self.family, self.coverage = (
             model.source,

@@ -64,6 +64,8 @@ def _align(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             dtype=args.dtype and getattr(torch, args.dtype),
             resume=args.resume,
             progress=shown,
+            points=args.points,
+            curves=not args.no_curves,
         )
 
 

@@ -110,6 +110,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", choices=DTYPES, help="dtype of the written weights (default: each checkpoint's own)")
     limit = "use at most this much memory, e.g. 8GiB (on a GPU: of its own), and read weights from disk when needed"
     sub.add_argument("--memory", help=limit)
+    text = "points of each curve (default: 11 of what was learned, 3 of the naive and the matched one)"
+    sub.add_argument("--points", type=positive_integer, help=text)
+    sub.add_argument("--no-curves", action="store_true", help="do not measure the line")
     sub.add_argument("--resume", action="store_true", help="continue an interrupted run")
 
     sub = command(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..checkpoints import Weights
-from ..engine.evaluate import line_scores
+from ..engine.evaluate import Score, line_scores
 from ..engine.source import Resident
 from ..examples import Data, Examples
 from .curve import Curve
@@ -21,15 +21,21 @@ def curve_between(
     points: int = 11,
     name: str = "line",
     visited: Callable[[int, int], None] | None = None,
+    known: dict[float, Score] | None = None,
     **portions: Any,
 ) -> Curve:
     """Losses at `points` evenly spaced lambdas between two models of one spec; tokens (n, T), or examples.
 
     A pass over the blocks of both models serves all points; of lazy models it holds one block. visited, portions
-    (batch, rows and logits): see line_scores.
+    (batch, rows and logits): see line_scores. known: scores of the endpoints on these tokens by lambda, 0 and 1, which
+    are not measured again; those that are missing are added.
     """
     lambdas = [i / (points - 1) for i in range(points)]
-    scores = line_scores(Resident(a, b), tokens, lambdas, visited=visited, **portions)
+    known = {} if known is None else known
+    missing = [place for place in lambdas if place not in known]
+    found = dict(zip(missing, line_scores(Resident(a, b), tokens, missing, visited=visited, **portions), strict=True))
+    known |= {end: found[end] for end in (0.0, 1.0) if end in found}
+    scores = [(known | found)[place] for place in lambdas]
     accuracies = None
     if isinstance(tokens, Examples) and a.spec.task == "image":
         accuracies = [score.accuracy for score in scores]

@@ -16,6 +16,7 @@ from ..budget.meter import UNCERTAIN, counted_bytes, return_freed_memory
 from ..budget.stages import POINTS, Stages, TooSmall
 from ..checkpoints import Model, Place
 from ..data import Given, as_data
+from ..engine.evaluate import Score
 from ..errors import LmcError
 from ..evaluation import Curve, Difference, Simplex, curve_between, difference, simplex_between
 from ..evaluation.function import OURS, tolerance
@@ -102,10 +103,11 @@ def measure_line(
     device: Device,
     memory: int | None,
     visited: Callable[[int, int], None] | None = None,
+    known: dict[float, Score] | None = None,
 ) -> Curve | Simplex:
     """As `barrier`; where `memory` is too little, the smallest portions are taken: a run has planned with them.
 
-    visited: see engine.evaluate.line_scores.
+    visited: see engine.evaluate.line_scores; known: see evaluation.curve_between.
     """
     portions = {}
     if memory is not None:
@@ -116,7 +118,7 @@ def measure_line(
         members = list(alignment.apply(*map(canonicalize, members)))
     if len(members) > 2:
         return simplex_between(members, tokens.to(device), points, name, visited, **portions)
-    return curve_between(members[0], members[1], tokens.to(device), points, name, visited, **portions)
+    return curve_between(members[0], members[1], tokens.to(device), points, name, visited, known, **portions)
 
 
 def _count(models: Models, points: int) -> int:

@@ -15,7 +15,7 @@ from ..checkpoints import export as export_weights
 from ..data import Given, as_data
 from ..errors import LmcError
 from ..evaluation import Difference
-from ..examples import Data
+from ..examples import Data, inputs_of
 from ..output import atomic_directory, disk_errors, partial_of, require_apart, user_path
 from ..pair import Models
 from ..symmetry import Transform, canonicalize, check_legal
@@ -25,7 +25,7 @@ from .progress import Watch
 from .room import alignment_bytes, endpoint_bytes, largest_file, require_room
 from .run_directory import export_names
 
-PROOF_SEQUENCES = 16
+PROOF_SEQUENCES, PROOF_TOKENS = 16, 512  # a function that is another one differs at every token
 
 
 @overload
@@ -103,10 +103,13 @@ def prove(
 ) -> dict[str, Difference]:
     """How far what was written of each endpoint, as it is read back, is from the pair's.
 
-    tokens: compared on at most PROOF_SEQUENCES of these, by default on random ones. memory: bytes that this may take;
-    a run has planned with them. Raises LmcError where an endpoint does not keep its function.
+    tokens: compared on at most PROOF_SEQUENCES of these, or PROOF_TOKENS tokens, by default on random ones. memory:
+    bytes that this may take; a run has planned with them. Raises LmcError where an endpoint does not keep its function.
     """
-    sample = None if tokens is None else tokens[:PROOF_SEQUENCES]
+    sample = None
+    if tokens is not None:
+        count = max(1, min(PROOF_SEQUENCES, PROOF_TOKENS // pair.spec.length(inputs_of(tokens).shape)))
+        sample = tokens[:: max(1, len(tokens) // count)][:count]
     proof: dict[str, Difference] = {}
     watch = watch or Watch()
     watch.begin("verifying", len(pair.members))

@@ -18,12 +18,13 @@ from ..budget.meter import Meter
 from ..budget.stages import POINTS
 from ..checkpoints import notes_on
 from ..data import Given, as_data, split_validation
+from ..engine.evaluate import Score
 from ..errors import Cancelled
 from ..evaluation import Curve, Simplex
 from ..evaluation.curve import DEFINITION, plot_curves
 from ..evaluation.plots import plot_learning
 from ..evaluation.simplex import SIMPLEX_DEFINITION
-from ..examples import Data
+from ..examples import Data, inputs_of
 from ..files import read_object, to_json
 from ..interrupts import Interrupted, number_of, uninterrupted
 from ..learning import parallel
@@ -33,13 +34,15 @@ from ..output import write_whole
 from ..pair import Models
 from ..version import __version__
 from .align import align
-from .evaluate import measure_line
+from .evaluate import measure_line, require_points
 from .export import export_into, prove, require_unchanged
 from .placing import placed
 from .progress import Cancel, Progress, Watch
 from .room import alignment_bytes, endpoint_bytes, largest_file, require_room, state_bytes
 from .run_directory import RunDirectory, export_names, state_file_of
 
+FEW = 3  # points of a curve that shows what alignment starts from
+MEASURED = 16_384  # tokens that curves are measured on at most, drawn evenly
 _log = logging.getLogger("lmc_fast")
 
 
@@ -61,6 +64,8 @@ def run(
     progress: Callable[[Progress], None] | None = None,
     cancel: Cancel | None = None,
     meter: Meter | None = None,
+    points: int | None = None,
+    curves: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
     """Aligns a pair as `lmc-fast align` does: `out` appears complete and proven, or not at all. Returns the report.
@@ -68,7 +73,8 @@ def run(
     tokens, method, schedule, activations, memory, options: as in `align`. validation picks the best state of learning;
     by default a part of `tokens`, drawn evenly, is held out for it. test: what curves are measured on, by default the
     validation data. dtype: of the written weights, by default each endpoint's own. resume: go on with the unfinished
-    run that out.partial holds. progress, cancel: as in `align`, in all stages.
+    run that out.partial holds. progress, cancel: as in `align`, in all stages. points: of each curve, by default as
+    `measure` says; curves: False for none.
 
     `out` gets a/ and b/ (stock checkpoints), alignment.safetensors, curve.png, learning.png and report.json. The report
     has the method and schedule, the naive, matched and learned curves, how far each written endpoint is from its
@@ -82,6 +88,8 @@ def run(
     if validation is None:
         tokens, validation = split_validation(tokens)
     test = validation if test is None else test
+    if points is not None:
+        require_points(points)
     if pair.spec.task == "features":
         validation = test = None  # features have no loss
     meter, watch = meter or Meter(device), Watch(progress, cancel)
@@ -124,11 +132,11 @@ def run(
             named = zip(pair.names, pair.members, strict=True)
             members = [{"name": name, "source": model.source} for name, model in named]
             report: dict[str, Any] = {"members": members, "version": __version__, **alignment.info}
-            if test is not None:
+            if test is not None and curves:
                 with meter.stage("measuring"):
-                    curves = measure(pair, test, alignment, device, memory, watch)
-                report |= {"curves": [curve.to_json() for curve in curves]}
-                report["definition"] = _plotted(curves, directory.result / "curve.png")
+                    found = measure(pair, test, alignment, device, memory, watch, points)
+                report |= {"curves": [curve.to_json() for curve in found]}
+                report["definition"] = _plotted(found, directory.result / "curve.png")
             if "history" in alignment.info:
                 plot_learning(History(**alignment.info["history"]), directory.result / "learning.png")
             _log.info("writing the aligned endpoints")
@@ -197,15 +205,23 @@ def measure(
     device: torch.device | str = "cpu",
     memory: int | None = None,
     watch: Watch | None = None,
+    points: int | None = None,
 ) -> list[Curve | Simplex]:
-    """Curves of the pair as it is, as matching left it and, where something was learned, as learning left it."""
+    """Curves of the pair as it is, as matching left it and, where something was learned, as learning left it.
+
+    All on the same part of `tokens`: about MEASURED of them. points: of each curve, by default POINTS of what was
+    learned, FEW of the others. Aligned endpoints compute what the endpoints do: their losses are measured once.
+    """
     stages: list[tuple[str, Alignment | None]] = [
         ("naive", None),
         ("matched", Alignment(*alignment.matched, alignment.matched)),
     ]
     if alignment.info.get("method") in METHODS:
         stages.append(("learned", alignment))
+    length = pair.spec.length(inputs_of(tokens).shape)
+    tokens = tokens[:: max(1, len(tokens) * length // MEASURED)]
     curves: list[Curve | Simplex] = []
+    known: dict[float, Score] = {}
     watch = watch or Watch()
     watch.begin("measuring", len(stages))
 
@@ -213,5 +229,6 @@ def measure(
         watch.at(len(curves) * of + done, len(stages) * of)
 
     for name, stage in stages:
-        curves.append(measure_line(pair, tokens, stage, POINTS, name, device, memory, visited))
+        count = points or (POINTS if name == "learned" else FEW)
+        curves.append(measure_line(pair, tokens, stage, count, name, device, memory, visited, known))
     return curves

@@ -60,7 +60,7 @@ def test_align_writes_stock_endpoints_and_a_report(method, pair, text, tmp_path,
     assert {f.name for f in out.iterdir()} == expected
     assert [f.name for f in tmp_path.iterdir() if "out" in f.name] == ["out"]
     report = json.loads((out / "report.json").read_text())
-    assert [len(c["losses"]) for c in report["curves"]] == [11] * (3 if learned else 2)
+    assert [len(c["losses"]) for c in report["curves"]] == [3, 3] + [11] * learned
     assert report["proof"]["a"]["kl"] < 1e-8
     ids = torch.arange(16)[None]
     for name, original in zip("ab", pair, strict=True):

@@ -1,0 +1,48 @@
+"""The curves of a run: how many points, on which part of the data, and nothing measured twice."""
+
+import pytest
+import torch
+
+import lmc_fast as lmc
+from lmc_fast.engine import evaluate
+from lmc_fast.pipeline import run
+
+
+@pytest.fixture
+def case(make_checkpoint):
+    pair = lmc.open_pair(make_checkpoint("neox", 1), make_checkpoint("neox", 2))
+    tokens = torch.randint(40, (24, 16), generator=torch.Generator().manual_seed(1))
+    return pair, tokens, lmc.align(pair, tokens, method="weight")
+
+
+def test_curves_of_a_run_are_those_of_barrier(case, monkeypatch):
+    pair, tokens, alignment = case
+    alignment.info["method"] = "dual"  # so that there is a third curve, of the same elements
+    items, real = [], evaluate.evaluate
+    monkeypatch.setattr(
+        evaluate, "evaluate", lambda s, some, *rest, **more: items.extend(some) or real(s, some, *rest, **more)
+    )
+    found = run.measure(pair, tokens, alignment)
+    assert [curve.name for curve in found] == ["naive", "matched", "learned"]
+    assert [len(curve.lambdas) for curve in found] == [3, 3, 11]
+    assert len(items) == 3 + 1 + 9  # endpoints once
+    for curve, moved in zip(found, (None, alignment, alignment), strict=True):
+        exact = lmc.barrier(pair, tokens, moved, len(curve.lambdas))
+        assert curve.losses == pytest.approx(exact.losses, abs=2e-6)
+    assert [len(curve.losses) for curve in run.measure(pair, tokens, alignment, points=5)] == [5, 5, 5]
+
+
+def test_a_long_test_text_is_sampled_evenly(case, monkeypatch):
+    pair, tokens, alignment = case
+    monkeypatch.setattr(run, "MEASURED", 8 * 16)
+    found, exact = run.measure(pair, tokens, alignment)[1], lmc.barrier(pair, tokens[::3], alignment, 3)
+    assert found.losses == pytest.approx(exact.losses, abs=2e-6)
+
+
+def test_no_curves(case, tmp_path):
+    pair, tokens, _ = case
+    report = lmc.run(pair, tokens, tmp_path / "out", method="weight", curves=False)
+    assert "curves" not in report and not (tmp_path / "out" / "curve.png").exists()
+    with pytest.raises(lmc.LmcError, match="2 points make no curve"):
+        lmc.run(pair, tokens, tmp_path / "more", method="weight", points=2)
+    assert not list(tmp_path.glob("more*"))

@@ -55,6 +55,8 @@ _KNOWN = {
 _SLOW = re.compile(r"\)[*+{]")  # in a pattern of modules
 _START_ONLY = (True, False, None, "gaussian", "orthogonal", "eva")  # ways to begin that leave the base as it is
 
+Place = tuple[Entry, int | None, str]  # of a weight: its row of the family's table, its block, its name there
+
 
 @dataclass(frozen=True)
 class Module:
@@ -180,9 +182,11 @@ class Adapter:
 
     def _read(self, file: TensorFile) -> list[Module]:
         found: dict[str, dict[str, Tensor]] = {}
-        embeddings = set()
+        embeddings, table = set(), _table(self.model.family, self.model)
         for name in file.names:
             ending = next((end for end in _PARTS if name.endswith(end)), None)
+            if ending is None and self._is_of_base(file, name, table):
+                continue
             if ending is None:
                 raise LmcError(f"{file.file}: {name} is no factor of a low-rank change; {_MERGE}")
             part, embedding = _PARTS[ending]
@@ -193,7 +197,6 @@ class Adapter:
             embeddings |= {path} if embedding else set()
         if not found:
             raise LmcError(f"{file.file} holds nothing; save the adapter again")
-        table = _table(self.model.family, self.model)
         modules = []
         for path, parts in found.items():
             if path not in table:
@@ -207,12 +210,31 @@ class Adapter:
             if parts["up"].dim() != 2 or parts["down"].dim() != 2:
                 raise LmcError(f"{file.file}: a factor of {path} is no matrix; save the adapter again")
             scaling = self._scaling(path, len(parts["down"]))
-            entry, block = table[path]
+            entry, block, _ = table[path]
             down, up, bias = parts["down"], parts["up"], parts.get("bias")
             if bias is not None and bias.shape == up.shape[:1] and not bias.any():
                 bias = None  # as peft saves it for layers that need none
             modules.append(Module(path, entry, block, down, up, scaling, bias, path in embeddings))
         return modules
+
+    def _is_of_base(self, file: TensorFile, name: str, table: Mapping[str, Place]) -> bool:
+        """Whether it is the base's own weight, which peft saves beside the changes of an embedding or a head: it is not
+        needed, and would take the place of the aligned one. Raises LmcError where it is another.
+        """
+        path = name.removeprefix(_PREFIX).removesuffix(".weight").removesuffix(".base_layer")
+        if path not in table or not name.endswith(".weight"):
+            return False
+        stored, disk = self.model.checkpoint, self.model.coverage.names[table[path][2]]
+        same = file.shape(name) == stored.shape(disk)
+        if same:
+            wide = torch.promote_types(file.dtype(name), stored.dtype(disk))
+            runs, start = stored.read_runs(disk), 0
+            for run in runs:
+                same = same and torch.equal(file.read_rows(name, start, start + len(run)).to(wide), run.to(wide))
+                start += len(run)
+        if not same:
+            raise LmcError(f"{file.file}: {name} is another than that of {self.model.source}; {_MERGE}")
+        return True
 
     def _scaling(self, path: str, rank: int) -> float:
         """As peft finds it: a pattern that the whole path ends with wins over what holds for all."""
@@ -262,14 +284,14 @@ class Adapter:
 _LOOKED_UP = ("embed", "positions", "types")
 
 
-def _table(family: Family, model: Model) -> dict[str, tuple[Entry, int | None]]:
-    """Path of a module in transformers' model -> the row of the table that its weight is, and the block's index."""
-    found: dict[str, tuple[Entry, int | None]] = {}
+def _table(family: Family, model: Model) -> dict[str, Place]:
+    """Path of a module in transformers' model -> its weight."""
+    found: dict[str, Place] = {}
     for name, entry, index in family.entries(replace(model.spec, tied=False)):
         whole = not isinstance(entry.layout, (OfExpert, PatchConvolution, Shaped, LessOne))
         if whole and name.endswith(".weight") and len(model.spec.shapes[entry.slots[0]]) == 2:
             for spelt in spellings(name, family):
-                found.setdefault(spelt.removesuffix(".weight"), (entry, index))
+                found.setdefault(spelt.removesuffix(".weight"), (entry, index, name))
     return found
 
 

@@ -54,17 +54,20 @@ def aligned(checkpoint_of, tmp_path):
     return make
 
 
-def outcome(name, directory, adapter):
-    """What transformers computes in float64, with an adapter in the weights."""
-    x, argument = zoo.inputs(name), "input_ids"
-    model = merge_into(zoo.stock(directory, torch.float64), adapter)
+def computed(model, name):
+    """Logits of a stock model in float64, transformers' casts to float32 taken out."""
     patch = pytest.MonkeyPatch()
     patch.setattr(torch, "float", torch.float64)
     with torch.no_grad(), true_float64():
-        out = model(**{argument: x})
+        out = model(input_ids=zoo.inputs(name))
     patch.undo()
     logits = getattr(out, "logits", None)
-    return zoo.outcome(name, out.prediction_logits if logits is None else logits)
+    return out.prediction_logits if logits is None else logits
+
+
+def outcome(name, directory, adapter):
+    """What transformers computes with an adapter in the weights."""
+    return zoo.outcome(name, computed(merge_into(zoo.stock(directory, torch.float64), adapter), name))
 
 
 @pytest.mark.parametrize("name", [*PLAIN, *BIASED])
@@ -82,3 +85,33 @@ def test_the_carried_adapter_does_to_the_aligned_model_what_it_did_to_the_origin
     plain = zoo.outcome(name, zoo.reference(b, zoo.inputs(name)))
     assert (expected - plain).abs().max() > 1e-2
     assert (found - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("llama", ["q_proj", "v_proj", "o_proj", "down_proj", "lm_head", "embed_tokens"]),
+        ("neox", "all-linear"),
+        ("gpt2-tied", ["c_attn", "c_proj", "c_fc"]),
+        ("gemma3", ["q_proj", "k_proj", "gate_proj", "embed_tokens"]),
+        ("phi3-partial", ["qkv_proj", "gate_up_proj"]),
+        ("qwen2-moe", ["q_proj", "shared_expert.up_proj", "shared_expert_gate"]),
+    ],
+)
+def test_peft_makes_and_loads_them(name, targets, aligned, tmp_path):
+    peft = pytest.importorskip("peft")
+    b, moved, alignment = aligned(name)
+    config = peft.LoraConfig(target_modules=targets, r=4, rank_pattern={"q_proj": 2}, use_rslora=True)
+    model = peft.get_peft_model(zoo.stock(b, torch.float64), config, autocast_adapter_dtype=False)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if "lora_" in key:
+                p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.2)
+    model.save_pretrained(tmp_path / "adapter")
+    lmc.carry(alignment, tmp_path / "adapter", tmp_path / "out", member="b")
+    stock = zoo.stock(moved, torch.float64)
+    loaded = peft.PeftModel.from_pretrained(stock, tmp_path / "out", autocast_adapter_dtype=False)
+    before, after = (zoo.outcome(name, computed(m.eval(), name)) for m in (model, loaded))
+    assert (before - zoo.outcome(name, zoo.reference(b, zoo.inputs(name)))).abs().max() > 1e-2
+    assert (after - before).abs().max() <= 1e-10 * before.abs().max()

@@ -24,6 +24,7 @@ from ..examples import Data
 from ..output import Names, atomic_directory, check_target, partial_of, remove_own, require_apart, user_path
 from ..pair import in_common, pair_of, unlike
 from ..symmetry import canonicalize, check_legal
+from ..symmetry.grown import GrownModel
 from .carry_adapters import carry_adapters
 from .endpoints import Endpoint, Known
 from .evaluate import compare
@@ -48,8 +49,10 @@ class Child:
 
     @property
     def weights(self) -> Weights:
-        weights = self.model.open_weights(torch.float64)
-        return weights if self.adapter is None else self.adapter.changed(weights)
+        if self.adapter is None:
+            return self.model.open_weights(torch.float64)
+        weights = self.adapter.changed(self.model.original.open_weights(torch.float64))
+        return self.model.growth.grow(weights) if isinstance(self.model, GrownModel) else weights
 
 
 def carry(
@@ -101,11 +104,11 @@ def carry(
             return carry_adapters(known, member, base, place, target, onto=onto, weight=weight, dtype=dtype)
         if adapter_directories(place) != [place]:
             raise LmcError(f"{child} holds several adapters; carry them one by one with --full")
-        source, found = Child(str(child), base.model, Adapter(place, base.model)), base
+        source, found = Child(str(child), base.model, Adapter(place, base.model.original)), base
     else:
         if full:
             raise LmcError(f"{child} is a checkpoint, which is carried whole anyway; --full is for adapters")
-        source, found = Child(str(child), Model(child)), known.endpoint(member, endpoint)
+        source, found = Child(str(child), known.fitted(Model(child), member)), known.endpoint(member, endpoint)
     if weight != 1 and onto is None:
         raise LmcError("a weight is one of what is added; give --onto, too")
     return _carry_checkpoint(known, member, source, found, target, onto, weight, dtype, tokens, device, memory)
@@ -114,12 +117,12 @@ def carry(
 def _base_of_adapter(known: Known, member: str, given: str | Path | None) -> Endpoint:
     """An adapter's factors read what the original's norms yield: the aligned endpoint has none of their gains left."""
     found = known.original(member, given)
-    if found is None or found.element is None:
-        raise LmcError(
-            f"an adapter can only be carried with the checkpoint it was trained on, and {member} of {known.file} is "
-            "not where it was; name it with --endpoint"
-        )
-    return found
+    if found is not None and found.element is not None:
+        return found
+    raise LmcError(
+        f"an adapter can only be carried with the checkpoint it was trained on, and {member} of {known.file} is not "
+        "where it was; name it with --endpoint"
+    )
 
 
 def _carry_checkpoint(

@@ -49,6 +49,11 @@ def carry_adapters(
     if basis.element is not None:
         raise LmcError(f"{onto} is not aligned; give what align wrote ({known.beside(known.names[0])})")
     assert base.element is not None
+    if base.model.original is not base.model:
+        raise LmcError(
+            f"{base.model.source} was grown to the size of the other endpoint, and an adapter is one for its own size; "
+            f"{_REMEDY}"
+        )
     check_legal(base.element, base.model.spec)
     places = adapter_directories(source)
     adapters = [Adapter(place, base.model) for place in places]

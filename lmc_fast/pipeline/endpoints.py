@@ -14,6 +14,7 @@ from ..checkpoints import Model, Weights
 from ..errors import LmcError
 from ..members import member_names
 from ..symmetry import Transform, canonicalize
+from ..symmetry.grown import alike, as_recorded
 
 _CANONICAL = 2e-3  # of itself that a block in canonical form moves at most when that is made again: 16-bit rounding
 _log = logging.getLogger("lmc_fast")
@@ -79,6 +80,22 @@ class Known:
         """Whether a checkpoint is an endpoint, told by digests."""
         return model.checkpoint.identity.digests() == self.digests(name)
 
+    def fitted(self, model: Model, name: str) -> Model:
+        """A model of a member's size as one of the size that all members were grown to, as that member was."""
+        record = self.alignment.info.get("grown")
+        how = (
+            record[MEMBER_NAMES.index(name)] if isinstance(record, list) and len(record) == len(MEMBER_NAMES) else None
+        )
+        if how is None:
+            return model
+        grown = next((place for n in MEMBER_NAMES if (place := self.beside(n) / "config.json").exists()), None)
+        if grown is None:
+            raise LmcError(
+                f"{name} of {self.file} was grown, and how large cannot be told without {self.beside(name)}; put the "
+                "aligned endpoints back beside it"
+            )
+        return as_recorded([alike([model, Model(grown.parent)])[0]], [how])[0]
+
     def beside(self, name: str) -> Path:
         """Where `align` writes the aligned endpoint."""
         return self.file.absolute().parent / name
@@ -91,13 +108,13 @@ class Known:
         if given is not None:
             model = Model(given)
             if self.digests(name) is None:
-                return Endpoint(model, None if _is_canonical(model) else self.element(name))
+                return Endpoint(self.fitted(model, name), None if _is_canonical(model) else self.element(name))
             if not self.is_member(model, name):
                 raise LmcError(
                     f"{given} is not the checkpoint that {self.file} was made for as {name}: its files differ; give "
                     f"that one (or leave --endpoint out, and {self.beside(name)} is used)"
                 )
-            return Endpoint(model, self.element(name))
+            return Endpoint(self.fitted(model, name), self.element(name))
         where = self._of("sources", name)
         if not isinstance(where, str) or not Path(where).is_dir():
             return None
@@ -105,7 +122,7 @@ class Known:
             model = Model(where)
         except LmcError:
             return None
-        return Endpoint(model, self.element(name)) if self.is_member(model, name) else None
+        return Endpoint(self.fitted(model, name), self.element(name)) if self.is_member(model, name) else None
 
     def endpoint(self, name: str, given: str | Path | None = None) -> Endpoint:
         """The endpoint itself, or the aligned one beside the alignment. Raises LmcError where neither is there."""
@@ -131,7 +148,7 @@ class Known:
                 f"{path} is not in the aligned basis: its norms have gains or its stream a mean; give what align wrote "
                 f"({self.beside(self.names[0])})"
             )
-        return Endpoint(model, None if name is None else self.element(name))
+        return Endpoint(model, None) if name is None else Endpoint(self.fitted(model, name), self.element(name))
 
 
 def _is_canonical(model: Model) -> bool:

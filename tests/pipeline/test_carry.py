@@ -15,6 +15,7 @@ import lmc_fast as lmc
 from lmc_fast import Alignment, LmcError
 from lmc_fast.cli import main
 from lmc_fast.pipeline.resume import made_from
+from lmc_fast.symmetry.grown import record_of
 
 CPU32 = {"dtype": torch.float32}
 
@@ -168,6 +169,31 @@ def _same():
     return lmc.Difference(0.0, 0.0, 1.0, 1.0), True
 
 
+def test_a_child_of_an_endpoint_that_was_grown(make_checkpoint, child_of, adapter_for, tokens, tmp_path):
+    small = AutoModelForCausalLM.from_pretrained(make_checkpoint("llama", 2), **CPU32)
+    del small.model.layers[1]
+    small.config.num_hidden_layers = 1
+    b = shutil.copytree(make_checkpoint("llama", 2), tmp_path / "b")
+    small.save_pretrained(b)
+    pair = lmc.open_pair(make_checkpoint("llama", 1), b)
+    both = random_element(pair.spec, 3), random_element(pair.spec, 4)
+    inputs = made_from(pair, tokens, None) | {"sources": [None, str(b)]}
+    info = {"inputs": inputs} | record_of((pair.a, pair.b))
+    aligned = tmp_path / "aligned"
+    lmc.export(pair, Alignment(*both, both, info), aligned)
+    child, adapter, file = child_of(b), adapter_for(b), aligned / "alignment.safetensors"
+    lmc.carry(file, child, tmp_path / "out", member="b")
+    expected = log_probabilities(child, tokens)
+    assert (log_probabilities(tmp_path / "out", tokens) - expected).abs().max() < 2e-5 * expected.abs().max()
+    with pytest.raises(LmcError, match="was grown to the size of the other endpoint"):
+        lmc.carry(file, adapter, tmp_path / "adapter-out", member="b")
+    lmc.carry(file, adapter, tmp_path / "full", member="b", full=True, onto=aligned / "b")
+    expected = merge_into(AutoModelForCausalLM.from_pretrained(b, dtype=torch.float64), adapter)
+    with torch.no_grad():
+        expected = expected.eval()(input_ids=tokens).logits.log_softmax(-1)
+    assert (log_probabilities(tmp_path / "full", tokens) - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
 # Adapters
 
 
@@ -234,6 +260,10 @@ def _with(name):
     return lambda tensors: tensors | {f"{PREFIX}model.layers.0.self_attn.q_proj.{name}": torch.ones(32)}
 
 
+def _other_head(tensors):
+    return tensors | {f"{PREFIX}lm_head.base_layer.weight": torch.ones(40, 24)}
+
+
 @pytest.mark.parametrize(
     ("change", "config", "words"),
     [
@@ -253,6 +283,7 @@ def _with(name):
         (_nan, {}, "NaN or infinity"),
         (_with("lora_magnitude_vector"), {}, "lora_magnitude_vector is no factor"),
         (_with("lora_B.bias"), {}, "adds a bias where"),
+        (_other_head, {}, "lm_head.base_layer.weight is another than that of"),
         (lambda tensors: {"x": torch.ones(1)}, {}, "x is no factor"),
         (lambda tensors: {}, {}, "holds nothing"),
     ],

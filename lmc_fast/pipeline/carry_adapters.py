@@ -43,6 +43,8 @@ def carry_adapters(
     if onto is None:
         others = [name for name in known.names if name != member]
         onto = known.beside(others[0])
+        if len(others) > 1:
+            raise LmcError(f"{known.file} has {len(known.names)} members; name the aligned one to carry to with --onto")
         if not (onto / "config.json").exists():
             raise LmcError(f"there is no {onto} to carry the adapter to; name the aligned checkpoint with --onto")
     basis = known.target(onto)

@@ -83,12 +83,12 @@ class Known:
     def fitted(self, model: Model, name: str) -> Model:
         """A model of a member's size as one of the size that all members were grown to, as that member was."""
         record = self.alignment.info.get("grown")
-        how = (
-            record[MEMBER_NAMES.index(name)] if isinstance(record, list) and len(record) == len(MEMBER_NAMES) else None
-        )
+        if not isinstance(record, list) or len(record) != len(self.names):
+            return model
+        how = record[self.names.index(name)]
         if how is None:
             return model
-        grown = next((place for n in MEMBER_NAMES if (place := self.beside(n) / "config.json").exists()), None)
+        grown = next((place for n in self.names if (place := self.beside(n) / "config.json").exists()), None)
         if grown is None:
             raise LmcError(
                 f"{name} of {self.file} was grown, and how large cannot be told without {self.beside(name)}; put the "

@@ -11,13 +11,11 @@ on code a receives, and what it costs a on documentation.
 """
 
 import argparse
-import ast
 import math
 import random
 import subprocess
 import sys
 import sysconfig
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -31,18 +29,6 @@ SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_d
 LENGTH = 128  # tokens in a sequence
 
 
-def code(source: bytes) -> str:
-    """A module's statements, without comments and docstrings: those the pair has read as documentation."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in old modules
-        tree = ast.parse(source)
-    for node in ast.walk(tree):
-        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        if isinstance(node, kinds) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree)
-
-
 def python_code(model: Path, train: int = 400_000, test: int = 40_000) -> tuple[Tensor, Tensor]:
     """Token ids of the standard library's code: (n, LENGTH) to train on, and (m, LENGTH) of other modules to test."""
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -52,7 +38,8 @@ def python_code(model: Path, train: int = 400_000, test: int = 40_000) -> tuple[
     for size in (test, train):
         ids: list[int] = []
         while files and len(ids) < size:
-            ids += [*tokenizer(code(files.pop().read_bytes()), verbose=False)["input_ids"][: size // 10], 0]
+            text = files.pop().read_text(encoding="utf-8", errors="ignore")
+            ids += [*tokenizer(text, verbose=False)["input_ids"][: size // 10], 0]
         found.append(torch.tensor(ids[: min(size, len(ids)) // LENGTH * LENGTH]).view(-1, LENGTH))
     return found[1], found[0]
 

@@ -97,7 +97,6 @@ def carry(
     known, place = Known.load(file), user_path(child)
     if member not in known.names:
         raise LmcError(f"the endpoint is {member!r}; give one of {', '.join(known.names)}")
-    known.require_size(member)
     if is_adapter(place):
         base = _base_of_adapter(known, member, endpoint)
         if not full:

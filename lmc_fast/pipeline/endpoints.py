@@ -52,16 +52,6 @@ class Known:
         """Of the endpoints."""
         return member_names(len(self.alignment.members))
 
-    def require_size(self, name: str) -> None:
-        """Raises LmcError where an endpoint was grown: what was trained on it is smaller than what was aligned."""
-        grown = self.alignment.info.get("grown")
-        if isinstance(grown, list) and len(grown) == len(self.names) and grown[self.names.index(name)]:
-            raise LmcError(
-                f"{name} of {self.file} was grown when it was aligned, so that what was trained on it does not fit: "
-                "write both it and that in the larger size with lmc-fast grow (without --data, so that both get their "
-                "blocks in the same places), align the larger one and carry then"
-            )
-
     def element(self, name: str) -> Transform:
         return self.alignment.members[self.names.index(name)]
 

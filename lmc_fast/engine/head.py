@@ -9,7 +9,9 @@ in their place.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -85,7 +87,8 @@ class HeadLoss:
     """Sum over rows of a loss, and its gradients with respect to the student's inputs.
 
     target (n,) int64: cross-entropy with it. teachers: divergence KL(Σ share · softmax(teacher) ‖ softmax(student)).
-    Exactly one of both. gradients: one tensor like each of the student's inputs, if `learn`.
+    Exactly one of both. starts: the first of the student's rows that each teacher has rows for, by default 0 for all;
+    shares of those that have a row add up to 1. gradients: one tensor like each of the student's inputs, if `learn`.
     """
 
     def __init__(
@@ -94,11 +97,14 @@ class HeadLoss:
         target: Tensor | None = None,
         teachers: list[tuple[float, HeadInputs]] | None = None,
         *,
+        starts: Sequence[int] | None = None,
         softcap: float = 0.0,
         learn: bool = False,
         elements: int = CHUNK_ELEMENTS,
     ):
         self.student, self.target, self.teachers = student, target, teachers or []
+        sizes = [len(teacher.inputs[0]) for _, teacher in self.teachers]
+        self._spans = [(at, at + n) for at, n in zip(starts or [0] * len(sizes), sizes, strict=True)]
         self.softcap, self.elements = softcap, elements
         like = student.normaliser
         self._loss = like.new_zeros((), dtype=torch.float64)
@@ -109,8 +115,18 @@ class HeadLoss:
         self.guess = torch.zeros(len(like), dtype=torch.int64, device=like.device)
 
     def _row_slices(self, chunk: VocabChunk) -> list[slice]:
+        """Of as many logits as are held at a time, and the same teachers each."""
         n, step = len(self.student.inputs[0]), max(1, self.elements // len(chunk.weights[0]))
-        return [slice(i, min(n, i + step)) for i in range(0, n, step)]
+        edges = sorted({0, n, *(edge for span in self._spans for edge in span)})
+        return [slice(i, min(b, i + step)) for a, b in pairwise(edges) for i in range(a, b, step)]
+
+    def _taught(self, rows: slice) -> list[tuple[int, float, HeadInputs, slice]]:
+        """(its number, share, teacher, its rows) of every teacher that has some rows of `_row_slices`."""
+        found = []
+        for i, ((share, teacher), (start, stop)) in enumerate(zip(self.teachers, self._spans, strict=True)):
+            if start <= rows.start and rows.stop <= stop:
+                found.append((i, share, teacher, slice(rows.start - start, rows.stop - start)))
+        return found
 
     def whole(self, chunk: VocabChunk, teachers: list[VocabChunk]) -> None:
         """The only chunk."""
@@ -134,13 +150,14 @@ class HeadLoss:
         if self.target is not None and not self.gradients:
             return
         add = self._add_by_kernel if self._fused(chunk) else self._add
-        seen = torch.stack([r.normaliser for r in (self.student, *(t for _, t in self.teachers))])
         for rows in self._row_slices(chunk):
-            add(chunk, teachers, rows, seen[:, rows])
+            taught = [teacher.normaliser[own] for _, _, teacher, own in self._taught(rows)]
+            add(chunk, teachers, rows, torch.stack([self.student.normaliser[rows], *taught]))
 
     def _fused(self, chunk: VocabChunk) -> bool:
         """Whether the operations of kernels.softmax_loss take this chunk."""
-        return len(self.teachers) <= 2 and engaged("softmax_loss", self.student.inputs[0], chunk.weights[0])
+        most = max((len(self._taught(rows)) for rows in self._row_slices(chunk)), default=0)
+        return most <= 2 and engaged("softmax_loss", self.student.inputs[0], chunk.weights[0])
 
     def _add_by_kernel(self, chunk: VocabChunk, teachers: list[VocabChunk], rows: slice, seen: Tensor | None) -> None:
         """Loss and gradients of some rows. seen: the normalisers of student and teachers, where chunks add up."""
@@ -152,8 +169,8 @@ class HeadLoss:
             loss = cross_entropy_(logits, self.target[rows], 1.0, chunk.start, known, self.softcap)
         else:
             taught = [
-                (t.products(p.weights, p.bias, rows), share)
-                for (share, t), p in zip(self.teachers, teachers, strict=True)
+                (t.products(teachers[i].weights, teachers[i].bias, own), share)
+                for i, share, t, own in self._taught(rows)
             ]
             loss = divergence_(logits, taught, 1.0, seen, self.softcap)
         self._loss += loss.sum(dtype=torch.float64)
@@ -171,9 +188,9 @@ class HeadLoss:
             self.picked[rows] += picked
         if target is not None and not self.gradients:
             self._guess(logits, chunk, rows)  # a cap keeps the order
-        for (_, teacher), p in zip(self.teachers, teachers, strict=True):
-            taught = teacher.products(p.weights, p.bias, rows)
-            teacher.see(row_statistics(taught, softcap=self.softcap)[0], rows)
+        for i, _, teacher, own in self._taught(rows):
+            taught = teacher.products(teachers[i].weights, teachers[i].bias, own)
+            teacher.see(row_statistics(taught, softcap=self.softcap)[0], own)
 
     def _scan(self, chunk: VocabChunk, teachers: list[VocabChunk], rows: slice) -> None:
         logits = self.student.logits(chunk.weights, chunk.bias, rows, self.softcap)
@@ -182,9 +199,9 @@ class HeadLoss:
             if not self.gradients:
                 self._guess(logits, chunk, rows)
         self.student.see(softmax_(logits, scaled=False), rows)
-        for (_, teacher), p in zip(self.teachers, teachers, strict=True):
-            taught = teacher.logits(p.weights, p.bias, rows, self.softcap)
-            teacher.see(softmax_(taught, scaled=False), rows)
+        for i, _, teacher, own in self._taught(rows):
+            taught = teacher.logits(teachers[i].weights, teachers[i].bias, own, self.softcap)
+            teacher.see(softmax_(taught, scaled=False), own)
 
     def _pick(self, logits: Tensor, chunk: VocabChunk, rows: slice) -> None:
         """Takes the targets' logits off the loss."""
@@ -225,12 +242,12 @@ class HeadLoss:
     def _aim(self, chunks: list[VocabChunk], rows: slice, seen: Tensor | None) -> Tensor:
         """Σ share · softmax(teacher) of some rows."""
         aim = None
-        for i, ((share, teacher), p) in enumerate(zip(self.teachers, chunks, strict=True)):
-            taught = teacher.logits(p.weights, p.bias, rows, self.softcap)
+        for number, (i, share, teacher, own) in enumerate(self._taught(rows)):
+            taught = teacher.logits(chunks[i].weights, chunks[i].bias, own, self.softcap)
             if seen is None:
                 softmax_(taught)
             else:
-                taught.sub_(seen[1 + i, :, None]).exp_()
+                taught.sub_(seen[1 + number, :, None]).exp_()
             aim = taught.mul_(share) if aim is None else aim.add_(taught, alpha=share)
         assert aim is not None
         return aim

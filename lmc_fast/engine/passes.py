@@ -30,10 +30,14 @@ WHOLE_HEAD = {True: 2.0, False: 1.0}  # tokens per width from which the head is 
 
 @dataclass(frozen=True)
 class Item:
-    """One micro-batch at one place: lambda of the line, or a share of each member."""
+    """One micro-batch at one place: lambda of the line, or a share of each member.
+
+    taught: how many of the inputs each member teaches, in order; None: all teach all, by their shares.
+    """
 
     data: Data
     lam: Place
+    taught: tuple[int, ...] | None = None
 
     @property
     def shares(self) -> tuple[float, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ CLOSED_FORMS = ("activation", "weight")  # methods without gradients
 WIDTH = 128  # of the models that matrix_lr is meant for; it falls as 1 / width
 WARMUP_TOKENS = 2048
 _GOLDEN = (math.sqrt(5) - 1) / 2
+_PLASTIC = 0.7548776662466927  # apart from the golden ratio, which lambda follows
 _SEEDS = 1 << 32
 _FASTEST = 100.0  # radians, or e-folds, in one step: more is a slip of the pen, and overflows
 
@@ -121,8 +122,21 @@ class Schedule:
 
     @property
     def teachers(self) -> int:
-        """How many endpoints predict beside the line's model, at most."""
-        return 0 if self.objective == "text" else 2
+        """How many models predict each sequence beside the line's, at most."""
+        return 0 if self.objective == "text" else 1
+
+    def teachers_of(self, step: int, shares: Sequence[float]) -> Tensor:
+        """Which member predicts each sequence of a step (batch,) int64, ascending: as many as its share says.
+
+        The divergence from a mixture is, up to a constant, the mixture of the divergences from its parts. What is left
+        of a share after whole sequences falls to chance, evenly over the steps. Sequences are in no order, see `rows`.
+        """
+        import torch
+
+        chance = (step + self.seed) * _PLASTIC % 1
+        places = (torch.arange(self.batch, dtype=torch.float64) + chance) / self.batch
+        edges = torch.tensor(list(shares), dtype=torch.float64).cumsum(0)[:-1]
+        return torch.bucketize(places, edges, right=True)
 
     def warmup_steps(self, tokens: int = WARMUP_TOKENS) -> int:
         """Steps of `tokens` each until the rate is full, at most a quarter of all."""

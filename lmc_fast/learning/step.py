@@ -7,6 +7,8 @@ taken within one visit, so that no graph holds a weight that is not there any mo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -49,7 +51,12 @@ class Learning(Pass):
         ends = [self.ends(item) for item in self.items]
         for item, (_, outside, rows) in zip(self.items, ends, strict=True):
             if self.divergence:
-                self.teachers.append([embed(spec, w, model_inputs(item.data), rows) for w in outside])
+                self.teachers.append(
+                    [
+                        embed(spec, w, model_inputs(item.data[own]), rows if rows is None else rows[own])
+                        for w, own in zip(outside, lessons(item), strict=True)
+                    ]
+                )
         streams = [
             embed(spec, line, model_inputs(item.data), rows)
             for item, (line, _, rows) in zip(self.items, ends, strict=True)
@@ -79,7 +86,8 @@ class Learning(Pass):
     def _teach(self, i: int, members: Sequence[Slots]) -> None:
         for streams in self.teachers:
             for k, w in enumerate(members):
-                streams[k] = block(self.spec, w, streams[k], self.positions(streams[k]), i)
+                if len(streams[k]):
+                    streams[k] = block(self.spec, w, streams[k], self.positions(streams[k]), i)
 
     def _forward(self, i: int, members: Sequence[Slots], streams: list[Tensor]) -> list[Tensor]:
         if self.keep:
@@ -102,18 +110,21 @@ class Learning(Pass):
         total = sum(item.count for item in self.items)
         for m, (item, (line, members, _)) in enumerate(zip(self.items, ends, strict=True)):
             rows = target_rows(head_input(spec, line, streams[m], model_inputs(item.data)), item.data)
-            teachers = None
+            teachers, starts = None, None
             if self.divergence:
+                own = [item.data[some] for some in lessons(item)]
                 taught = [
-                    target_rows(head_input(spec, w, x, model_inputs(item.data)), item.data)
-                    for w, x in zip(members, self.teachers[m], strict=True)
+                    target_rows(head_input(spec, w, x, model_inputs(data)), data)
+                    for w, x, data in zip(members, self.teachers[m], own, strict=True)
                 ]
-                teachers = [(s, HeadInputs([t], [1.0])) for s, t in zip(item.shares, taught, strict=True)]
+                shares = item.shares if item.taught is None else [1.0] * len(taught)
+                teachers = [(s, HeadInputs([t], [1.0])) for s, t in zip(shares, taught, strict=True)]
+                if item.taught is not None:
+                    starts = [0, *accumulate(len(t) for t in taught)][:-1]
             target = None if self.divergence else labels(item.data)
             student = self.head_inputs(rows, item.shares)
-            losses.append(
-                HeadLoss(student, target, teachers, softcap=spec.head_softcap, learn=True, elements=self.logits)
-            )
+            loss = partial(HeadLoss, softcap=spec.head_softcap, learn=True, elements=self.logits)
+            losses.append(loss(student, target, teachers, starts=starts))
         self.teachers = []
         self._over_head(losses, total)
         slopes = []
@@ -180,6 +191,14 @@ class Learning(Pass):
             moving.add(found)
         moving.finish()
         return out
+
+
+def lessons(item: Item) -> list[slice]:
+    """Which inputs each member teaches."""
+    if item.taught is None:
+        return [slice(0, len(item.data))] * len(item.shares)
+    edges = [0, *accumulate(item.taught)]
+    return [slice(a, b) for a, b in pairwise(edges)]
 
 
 class KeptBlock:

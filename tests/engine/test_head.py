@@ -67,6 +67,28 @@ def test_loss_and_gradients(softcap, elements, sizes, objective):
         assert (got - wanted).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("elements", [1, 3 * VOCAB, 10**6])
+@pytest.mark.parametrize("sizes", [[VOCAB], [6, 7]])
+@pytest.mark.parametrize("first", [0, 4, ROWS])
+def test_every_row_may_have_a_teacher_of_its_own(elements, sizes, first):
+    """The first rows are taught by one member, the others by the other; each member predicts its rows alone."""
+    xs, ws, bias, taught, _, _ = case(0.0)
+    leaves = [x.clone().requires_grad_() for x in xs]
+    logits = sum(s * x @ w.mT for s, x, w in zip(SHARES, leaves, ws, strict=True)) + bias
+    aims = [(t @ w.mT + bias).softmax(1) for t, w in zip(taught, ws, strict=True)]
+    expected = F.kl_div(logits.log_softmax(1), torch.cat([aims[0][:first], aims[1][first:]]), reduction="sum")
+    gradients = torch.autograd.grad(expected, leaves)
+    teachers = [(1.0, HeadInputs([t], [1.0])) for t in (taught[0][:first], taught[1][first:])]
+    h = HeadLoss(HeadInputs(xs, SHARES), None, teachers, starts=[0, first], learn=True, elements=elements)
+    for apply in [HeadLoss.whole] if len(sizes) == 1 else [HeadLoss.scan, HeadLoss.add]:
+        for some in runs(sizes):
+            own = [VocabChunk([w[some]], bias[some], some.start) for w in ws]
+            apply(h, VocabChunk([w[some] for w in ws], bias[some], some.start), own)
+    assert abs(h.loss - expected.detach()) < 1e-10
+    for got, wanted in zip(h.gradients, gradients, strict=True):
+        assert (got - wanted).abs().max() < 1e-10
+
+
 def test_divergence_from_itself_is_zero():
     xs, ws, bias, *_ = case(0.0)
     h = HeadLoss(HeadInputs(xs[:1], [1.0]), None, [(1.0, HeadInputs(xs[:1], [1.0]))], learn=True)

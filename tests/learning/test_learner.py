@@ -108,6 +108,34 @@ def test_gradient_of_the_divergence_by_differences(make_checkpoint, tokens):
         assert abs((up - down) / (2 * h) - slope) < 1e-6 * max(1, abs(slope)), name
 
 
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("taught", [(2, 1), (0, 3)])
+def test_a_step_whose_sequences_have_one_teacher_each_is_the_sum_of_steps_with_one_teacher(
+    taught, keep, make_checkpoint, tokens
+):
+    a, b = (canonical(make_checkpoint("llama", seed)) for seed in (1, 2))
+    chart = random_chart(a.spec)
+    loss, found = learn(Resident(a, b), [Item(tokens, 0.4, taught)], chart, keep=keep)
+    parts = [
+        (len(rows), *learn(Resident(a, b), [Item(rows, 0.4, (len(rows), 0)[:: 1 if k == 0 else -1])], chart))
+        for k, rows in enumerate(tokens.split(taught))
+        if len(rows)
+    ]
+    assert abs(loss - sum(n * x for n, x, _ in parts) / 3) < 1e-12
+    for name, gradient in found.items():
+        assert torch.allclose(gradient, sum(n * g[name] for n, _, g in parts) / 3, rtol=1e-9, atol=1e-12)
+
+
+def test_teachers_of_all_steps_together_have_the_members_shares():
+    """So that the mean of the gradients is that of the divergence from the mixture, up to what is not learned."""
+    schedule = Schedule(batch=4, seed=3)
+    for shares in ((0.65, 0.35), (0.5, 0.5), (0.2, 0.5, 0.3), (1.0, 0.0)):
+        counts = torch.stack([schedule.teachers_of(i, shares).bincount(minlength=len(shares)) for i in range(2000)])
+        assert torch.allclose(counts.double().mean(0) / 4, torch.tensor(shares).double(), atol=2e-3)
+        assert all((counts[:, k] - 4 * share).abs().max() < 1.001 for k, share in enumerate(shares))
+        assert torch.equal(schedule.teachers_of(7, shares), schedule.teachers_of(7, shares).sort()[0])
+
+
 def test_gradients_of_both_sides_are_opposite_at_the_identity(make_checkpoint, tokens):
     a, b = (canonical(make_checkpoint("gpt2", seed)) for seed in (1, 2))
     _, gradients = learn(Resident(a, b), [Item(tokens, 0.5)], Chart(a.spec, 2, torch.float64))

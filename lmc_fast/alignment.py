@@ -29,10 +29,27 @@ _FIRST_NAMES = (  # of a block's tensors in version 1
 )
 
 
-def _listed(count: int) -> list[dict[str, str]]:
-    """What a file says of its members: their names, and where the tensors of each are."""
-    names = enumerate(member_names(count))
-    return [{"name": name, "element": f"members.{i}", "matched": f"matched.{i}"} for i, name in names]
+def _listed(count: int, learned: Sequence[bool]) -> list[dict[str, str]]:
+    """What a file says of its members: their names, and where the tensors of each are; an element that was not
+    learned is where matching left it, and written once.
+    """
+    return [
+        {"name": name, "element": f"members.{i}", "matched": f"{'matched' if more else 'members'}.{i}"}
+        for i, (name, more) in enumerate(zip(member_names(count), learned, strict=True))
+    ]
+
+
+def _read_list(listed: Any, file: str | Path) -> list[dict[str, str]]:
+    """Raises LmcError unless it is a list that `_listed` made."""
+    if isinstance(listed, list) and 2 <= len(listed) <= MOST_MEMBERS and all(isinstance(m, dict) for m in listed):
+        learned = [member.get("matched") != f"members.{i}" for i, member in enumerate(listed)]
+        if listed == _listed(len(listed), learned):
+            return listed
+    raise LmcError(f"{file} does not say its members as an alignment does; make it again")
+
+
+def _same(x: dict[str, Tensor], y: dict[str, Tensor]) -> bool:
+    return x.keys() == y.keys() and all(torch.equal(t, y[name]) for name, t in x.items())
 
 
 class Alignment:
@@ -70,9 +87,11 @@ class Alignment:
         the members and where each one's tensors are.
         """
         tensors: dict[str, Tensor] = {}
-        members = _listed(len(self.members))
-        for member, element, matched in zip(members, self.members, self.matched, strict=True):
-            tensors |= pack(element, member["element"]) | pack(matched, member["matched"])
+        packed = [(pack(g, ""), pack(m, "")) for g, m in zip(self.members, self.matched, strict=True)]
+        members = _listed(len(packed), [not _same(*both) for both in packed])
+        for member, (element, matched) in zip(members, packed, strict=True):
+            tensors |= {member["matched"] + name: t for name, t in matched.items()}
+            tensors |= {member["element"] + name: t for name, t in element.items()}
         metadata = {"version": FORMAT_VERSION, "members": members, "layers": len(self.a.blocks), "info": self.info}
         save_tensors(Path(file), tensors, metadata)
 
@@ -85,9 +104,7 @@ class Alignment:
         layers, info, version = (metadata.get(name) for name in ("layers", "info", "version"))
         if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
             raise LmcError(f"{file} is not an alignment of format version {FORMAT_VERSION} or 1")
-        listed = metadata.get("members") if version == FORMAT_VERSION else _listed(2)
-        if not isinstance(listed, list) or not 2 <= len(listed) <= MOST_MEMBERS or listed != _listed(len(listed)):
-            raise LmcError(f"{file} does not say its members as an alignment does; make it again")
+        listed = _read_list(metadata.get("members"), file) if version == FORMAT_VERSION else _listed(2, [True, True])
         if count not in (None, len(listed)):
             raise LmcError(f"{file} is an alignment of {len(listed)} models, not of {count}; give that of these models")
         if not isinstance(layers, int) or isinstance(layers, bool) or not isinstance(info, dict):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from lmc_fast import Alignment, LmcError, align, open_pair
 from lmc_fast.checkpoints import Model
 from lmc_fast.symmetry import canonicalize
-from lmc_fast.symmetry.storage import load_tensors, save_tensors
+from lmc_fast.symmetry.storage import load_tensors, pack, save_tensors
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +23,23 @@ def spec(make_checkpoint):
 @pytest.fixture
 def saved(spec, tmp_path):
     file = tmp_path / "alignment.safetensors"
-    a, b = random_element(spec, 1), random_element(spec, 2)
-    Alignment(a, b, (a, b), {"method": "dual"}).save(file)
+    a, b, *matched = (random_element(spec, seed) for seed in (1, 2, 3, 4))
+    Alignment(a, b, tuple(matched), {"method": "dual"}).save(file)
     Alignment.load(file, spec)
     return file
+
+
+def test_what_was_not_learned_is_written_once(saved, spec, tmp_path):
+    once = tmp_path / "once.safetensors"
+    a, b, c = (random_element(spec, seed) for seed in (1, 2, 3))
+    Alignment(a, b, (random_element(spec, 1), c)).save(once)  # A stayed where matching left it
+    names = load_tensors(once)[0].keys()
+    assert {name.split(".blocks")[0].split(".stream")[0] for name in names} == {"members.0", "members.1", "matched.1"}
+    found = Alignment.load(once, spec)
+    for element, expected in zip((*found.members, *found.matched), (a, b, a, c), strict=True):
+        left, right = pack(element, ""), pack(expected, "")
+        assert left.keys() == right.keys() and all(torch.equal(t, right[name]) for name, t in left.items())
+    assert once.stat().st_size < 0.8 * saved.stat().st_size
 
 
 def refused(file, spec):

@@ -4,8 +4,8 @@
     python -m benchmarks.waiting --models DIR --check     also the real model that benchmarks.real_models wrote to DIR
 
 CPU time counts (user and system), start-up and all stages included, since others may use the machine meanwhile; of
-`--version` and `inspect` the median of five. Memory is the process's own peak. The old commit is checked out beside this
-one and thrown away afterwards.
+`--version` and `inspect` the median of five. Memory is the process's own peak. The old commit is checked out in a
+temporary directory.
 """
 
 from __future__ import annotations

@@ -126,9 +126,6 @@ def align(
             recorded = before["run"].get("grown")
             pair = placed(pair, tokens, device, recorded) if recorded else pair
             require_same_run(before["run"], run | record_of(pair.members))
-    else:
-        pair = placed(pair, tokens, device, meter=meter, watch=watch)
-    run |= record_of(pair.members)
     in_memory = None in pair.homes
     if in_memory and memory is not None:
         raise LmcError("memory= prepares a pair on disk, and these models are in memory: save them, or leave it out")
@@ -143,6 +140,9 @@ def align(
         if not before:
             at_hand = within.device if within else here(device)
             gathered = tokens_to_gather(pair.spec, length, at_hand, memory, STATISTICS_TOKENS)
+    if not before:
+        pair = placed(pair, tokens, device, meter=meter, watch=watch)
+    run |= record_of(pair.members)
 
     # without learning, or within a budget, one block at a time is enough
     whole = learns and within is None

@@ -4,7 +4,7 @@ VENV ?= .venv$(addprefix -,$(notdir $(filter-out python3,$(PYTHON))))
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: venv demo test lint format bench bench-solvers gpu clean
+.PHONY: venv demo test lint format bench bench-solvers bridges gpu clean
 
 venv: $(STAMP)
 
@@ -50,6 +50,13 @@ bench: bench-solvers
 
 bench-solvers: venv
 	$(BIN)/python -m benchmarks.solvers
+
+# Merge tools on what this library writes, in an environment of their own (docs/mergekit.md): some ten minutes.
+BRIDGES ?= .venv-bridges
+bridges:
+	$(PYTHON) -m venv $(BRIDGES)
+	$(BRIDGES)/bin/python -m pip install --quiet --constraint constraints.txt --requirement bridges/requirements.txt --editable .
+	$(BRIDGES)/bin/python -m pytest bridges
 
 # One NVIDIA GPU; torch, triton and transformers must be there: nothing is installed. docs/gpu.md says more.
 gpu:

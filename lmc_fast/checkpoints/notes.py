@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..architectures.rope import changing_rope
 from .weights import Model
 
-_STRANGERS = {"gemma": "Gemma", "gemma2": "Gemma", "gemma3_text": "Gemma", "roberta": "RoBERTa"}
+_STRANGERS = {"gemma": "Gemma", "roberta": "RoBERTa"}  # docs/mergekit.md
 
 
 def notes_on(model: Model) -> list[str]:

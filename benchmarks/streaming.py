@@ -47,7 +47,7 @@ from lmc_fast.engine.passes import Item
 from lmc_fast.engine.source import Resident, paired
 from lmc_fast.learning.step import learn
 from lmc_fast.matching.closed_form import Evidence
-from lmc_fast.pipeline.align import match_endpoints
+from lmc_fast.pipeline.matched import match_endpoints
 from lmc_fast.sizes import parse_bytes
 from lmc_fast.streaming.packing import Piece, pieces
 from lmc_fast.streaming.ring import Streamed

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from .errors import LmcError
 
+SCHEMES = ("joint", "hierarchical", "universe", "mergemany")  # how more than two models are brought together
+CLOSED_SCHEMES = {"universe": "matching", "mergemany": "weight"}  # without learning, and by which method
+STARTS = ("universe", "hierarchical")  # of joint learning
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 MOST_MEMBERS = len(_LETTERS)
 

@@ -24,7 +24,7 @@ _HEAD_MAPS = ("vo", "qk")
 @dataclass(frozen=True)
 class Job:
     """A learning step: `tokens` in sequences of `length`; sides: members that move (all, or all but the first);
-    teachers: every member or, for text, 0.
+    teachers: of each sequence, or, for text, 0.
     """
 
     tokens: int
@@ -127,10 +127,11 @@ class Demand:
 
     @cached_property
     def statistics_bytes(self) -> int:
-        """Statistics of activations on disk, as long as the pair is matched."""
+        """Statistics of activations on disk, of every two members, as long as these are matched."""
         spec, att = self.spec, self.spec.attention
         pairs = 2 * att.query_width**2 + 2 * att.kv_width**2 + spec.ffn.width**2
-        return spec.layers * pairs * work_dtype(spec).itemsize
+        count = self.job.members
+        return count * (count - 1) // 2 * spec.layers * pairs * work_dtype(spec).itemsize
 
     @cached_property
     def boundary_bytes(self) -> int:

@@ -12,7 +12,8 @@ from ..data import read_data, sequence_length
 from ..learning import parallel
 from ..learning.learner import History
 from ..learning.schedule import METHODS, Schedule
-from ..pair import open_pair
+from ..members import CLOSED_SCHEMES
+from ..pair import open_models
 from ..pipeline.align import require_settings
 from ..pipeline.run import run
 from ..pipeline.run_directory import RunDirectory
@@ -34,20 +35,22 @@ def align_command(args: argparse.Namespace, console: Console) -> int:
 
 def _align(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if parallel.place()[0] == 0:  # before anything is read
-        RunDirectory(args.out, args.resume, (args.a, args.b, args.data, args.val, args.test))
+        RunDirectory(args.out, args.resume, (args.a, args.b, *args.more, args.data, args.val, args.test))
     given = {"steps": args.steps, "batch": args.batch, "objective": args.objective, "seed": args.seed}
     given |= {"matrix_lr": args.matrix_lr, "scale_lr": args.scale_lr}
     given |= {"low": args.range and args.range[0], "high": args.range and args.range[1]}
     options = {name: value for name, value in given.items() if value is not None}
     schedule = Schedule.of(args.method, None, options)
     require_settings(args.method, args.activations)
-    pair = open_pair(args.a, args.b)
+    pair = open_models([args.a, args.b, *args.more])
     length = sequence_length(pair.a, args.length)
     tokens = read_data(args.data, pair.a, length)
     validation, test = (None if file is None else read_data(file, pair.a, length) for file in (args.val, args.test))
-    steps = schedule.steps if args.method in METHODS else 0
+    learns = args.method in METHODS and args.scheme not in CLOSED_SCHEMES
+    each = " for each alignment of a level" if args.scheme == "hierarchical" and len(pair.members) > 2 else ""
     console.say(
-        f"matching on {tokens.numel():,} calibration {unit_of(pair)}, then {steps} steps of {args.method} learning"
+        f"matching on {tokens.numel():,} calibration {unit_of(pair)}, then {schedule.steps if learns else 0} steps of "
+        f"{args.method} learning{each}"
     )
     with console.progress() as shown:
         return run(
@@ -55,6 +58,8 @@ def _align(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             tokens,
             args.out,
             method=args.method,
+            scheme=args.scheme,
+            start=args.start,
             schedule=schedule,
             validation=validation,
             test=test,
@@ -79,13 +84,14 @@ def _show(args: argparse.Namespace, console: Console, report: dict[str, Any]) ->
     _show_costs(console, report["costs"], args.memory)
     curves = report.get("curves", [])
     for curve in curves:
-        lowest = f", lowest accuracy {min(curve['accuracies']):.2%}" if curve["accuracies"] else ""
+        lowest = f", lowest accuracy {min(curve['accuracies']):.2%}" if curve.get("accuracies") else ""
         console.say(f"barrier {curve['name']:>8}: {curve['words']}{lowest}")
     if curves:
         which = args.test or args.val or f"a part of {args.data}, held out from learning"
         console.say(f"  ({report['definition']}; ±: standard error over inputs; on {which})")
-    console.say(f"wrote {args.out}/a, {args.out}/b, alignment.safetensors, report.json")
-    console.say(f"next: lmc-fast merge {args.out}/a {args.out}/b --weight 0.5 --out {args.out}/merged")
+    written = [f"{args.out}/{name}" for name in report["proof"]]
+    console.say(f"wrote {', '.join(written)}, alignment.safetensors, report.json")
+    console.say(f"next: lmc-fast merge {' '.join(written)} --out {args.out}/merged")
     console.result(report)
 
 

@@ -6,6 +6,7 @@ import argparse
 
 from ..budget.profiles import SHEETS
 from ..learning.schedule import CLOSED_FORMS, METHODS, OBJECTIVES, Schedule
+from ..members import SCHEMES, STARTS
 from ..output import user_path
 from ..version import __version__
 
@@ -58,11 +59,19 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command(
         "align",
-        "align two checkpoints; write both with changed weights that compute the same",
+        "align two checkpoints, or more; write them with changed weights that compute the same",
         "a",
         "b",
         module="align",
     )
+    sub.add_argument("more", nargs="*", metavar="MORE", help="any number of further checkpoints")
+    text = (
+        "how more than two are brought together: all learned at once (joint), pairs and then averages of pairs "
+        "(hierarchical, with --steps for each), closed-form matching of all (universe), by weights alone (mergemany)"
+    )
+    sub.add_argument("--scheme", choices=SCHEMES, default=SCHEMES[0], help=f"{text}; default: {SCHEMES[0]}")
+    text = f"what joint learning starts from (default: {STARTS[0]})"
+    sub.add_argument("--start", choices=STARTS, default=STARTS[0], help=text)
     sub.add_argument(
         "--data",
         required=True,
@@ -117,10 +126,11 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command(
         "plan",
-        "show how a pair would be learned within a memory budget and how long a step takes; no weights are read",
+        "show how models would be learned within a memory budget and how long a step takes; no weights are read",
         "a",
         "b",
     )
+    sub.add_argument("more", nargs="*", metavar="MORE", help="any number of further checkpoints")
     sub.add_argument("--memory", required=True, help="the budget: 8GiB, 3GB, 512MiB or a number of bytes")
     names = ", ".join(SHEETS)
     sub.add_argument(

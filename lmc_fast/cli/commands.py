@@ -128,7 +128,7 @@ def _show_simplex(console: Console, found: Simplex, sources: list[str], measured
 
 def plan_command(args: argparse.Namespace, console: Console) -> int:
     how = {"device": args.device, "profile": args.device_profile, "tokens": args.tokens, "length": args.length}
-    found = plan(args.a, args.b, memory=args.memory, **how)
+    found = plan(args.a, args.b, *args.more, memory=args.memory, **how)
     budget, device = found.budget, found.device
     warning = budget_warning(budget, args.device) if args.device_profile == "here" else None
     if budget > device.memory and not warning:
@@ -137,7 +137,7 @@ def plan_command(args: argparse.Namespace, console: Console) -> int:
         console.say(line)
     if warning:
         print(f"lmc-fast: warning: {warning}", file=sys.stderr)
-    console.result(found.to_json() | {"a": args.a, "b": args.b, "warning": warning})
+    console.result(found.to_json() | {"a": args.a, "b": args.b, "more": args.more, "warning": warning})
     return 0
 
 

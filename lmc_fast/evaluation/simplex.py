@@ -25,7 +25,6 @@ SIMPLEX_DEFINITION = (
     "barrier = max over places s of L(sum of s_i theta_i) - sum of s_i L(theta_i), L in nats per token; ensemble = "
     "loss of the equal mixture of all models' predictions"
 )
-INSIDE = 66  # places inside, where there are more than three models; of three, a grid has as many with 11 on an edge
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,15 @@ class Simplex:
             found.append(Curve(list(lambdas), list(losses), f"{self.names[i]}-{self.names[j]}"))
         return found
 
+    @property
+    def words(self) -> str:
+        """The result in a line."""
+        limit = self.ensemble - sum(self.corners) / len(self.names)
+        return (
+            f"{self.barrier:.4f} nats; the average of all {self.centroid:+.4f} over the mean of their losses, their "
+            f"ensemble {limit:+.4f}"
+        )
+
     def to_json(self) -> dict[str, Any]:
         return {
             "names": self.names,
@@ -98,6 +106,7 @@ class Simplex:
             "centroid": self.centroid,
             "barrier": self.barrier,
             "at": list(self.at),
+            "words": self.words,
         }
 
     def save(self, file: str | Path) -> None:
@@ -113,7 +122,7 @@ class Simplex:
 
 
 def simplex_places(count: int, points: int = 11) -> list[tuple[float, ...]]:
-    """Where to measure: `points` on every edge, the centroid and, inside, of three a grid, of more INSIDE places."""
+    """Where to measure: `points` on every edge, the centroid, and inside: of three a grid, of more as many places."""
     steps = points - 1
     found = [shares_of(corner(k, count)) for k in range(count)]
     for i, j in combinations(range(count), 2):
@@ -125,7 +134,7 @@ def simplex_places(count: int, points: int = 11) -> list[tuple[float, ...]]:
         for i in range(1, steps - 1):
             found += [(1 - (i + j) / steps, i / steps, j / steps) for j in range(1, steps - i)]
     else:
-        found += [inside(k, count) for k in range(INSIDE)]
+        found += [inside(k, count) for k in range(points * (points + 1) // 2)]
     middle = shares_of(centroid(count))
     return found if middle in found else [*found, middle]
 

@@ -28,7 +28,7 @@ from ..engine.source import Source
 from ..errors import LmcError
 from ..examples import Data
 from ..interrupts import uninterrupted
-from ..places import Place, centroid, shares_of
+from ..places import Place, centroid, corner, shares_of
 from ..symmetry.charts import Chart
 from . import parallel
 from .muon import muon_step
@@ -243,6 +243,13 @@ class Learner:
         batch, rows, logits = self.chunking.micro_batch, self.chunking.rows, self.chunking.logits
         scores = line_scores(self.source, tokens, points, chart, batch, rows=rows, logits=logits)
         return [score.loss for score in scores]
+
+    def corner_losses(self, tokens: Data) -> list[float]:
+        """Of every member itself, in their order."""
+        corners = [corner(k, self.members) for k in range(self.members)]
+        ascending = sorted(corners, key=lambda place: shares_of(place)[1:])
+        found = dict(zip(ascending, self.losses(tokens, ascending), strict=True))
+        return [found[place] for place in corners]
 
     def validate(self, tokens: Data, ends: Sequence[float]) -> float:
         """Mean excess over the same averages of the members' losses `ends`.

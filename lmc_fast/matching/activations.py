@@ -100,12 +100,14 @@ def gather_statistics(
     batch: int | None = None,
     keep: Path | None = None,
     visited: Callable[[int], None] | None = None,
+    name: str = "",
 ) -> Statistics:
     """Tokens (n, T), or examples, through both endpoints; a and b canonical and balanced, on one device.
 
     Of lazy weights one block is in memory at a time, beside the residual streams of all data. keep: a directory for
     what is found out about each block, which may be larger than the block; by default it stays in memory. batch:
     sequences at a time, by default as many as have GATHERED tokens. visited: told the number of each block before it.
+    name: of this pair, in the names of files.
     """
     spec, dtype = a.spec, work_dtype(a.spec)
     batch = batch or max(1, GATHERED // spec.length(inputs_of(data).shape))
@@ -133,7 +135,7 @@ def gather_statistics(
     if keep is None:
         blocks = [_held(visit(i), dtype) for i in range(spec.layers)]
     else:
-        blocks = [_written(visit(i), dtype, keep / f"statistics-{i}.safetensors") for i in range(spec.layers)]
+        blocks = [_written(visit(i), dtype, keep / f"statistics-{name}{i}.safetensors") for i in range(spec.layers)]
     return Statistics(stream.covariance, blocks)
 
 

@@ -168,7 +168,7 @@ class _Universe:
         for j in others:
             for name, c in self._between(j, k, i).items():
                 part = _rows_moved(self.spec, name, self.found[j].blocks[i], c)
-                total[name] = part if name not in total else total[name].add_(part)
+                total[name] = total[name] + part if name in total else part  # which may be the statistics themselves
         return {name: Table.of(c) for name, c in total.items()}
 
     def _between(self, j: int, k: int, i: int) -> dict[str, Tensor]:

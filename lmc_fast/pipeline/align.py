@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -19,8 +19,8 @@ from torch import Tensor
 from ..alignment import Alignment
 from ..budget.devices import device_errors, here, require_device
 from ..budget.meter import Meter, return_freed_memory
-from ..budget.planner import Strategy
-from ..checkpoints import LazyBlocks, Slots, Weights
+from ..budget.planner import Plan, Strategy
+from ..checkpoints import Weights
 from ..data import Given, as_data, split_validation
 from ..engine.source import Resident, paired
 from ..errors import Cancelled, LmcError
@@ -31,29 +31,30 @@ from ..learning.learner import History, Learner, NonFiniteLoss
 from ..learning.schedule import CLOSED_FORMS, Schedule
 from ..learning.schedule import METHODS as LEARNING
 from ..learning.steering import is_due, share_of_text
-from ..matching.activations import STATISTICS_NAMES, gather_statistics
-from ..matching.balance import balanced
-from ..matching.closed_form import MAX_ROUNDS, Evidence, match
+from ..matching.activations import STATISTICS_NAMES
+from ..matching.closed_form import Evidence
+from ..members import CLOSED_SCHEMES, SCHEMES, STARTS
 from ..output import Workspace
-from ..pair import Models
+from ..pair import Models, Pair
 from ..streaming.ring import Streamed
 from ..symmetry import canonicalize
 from ..symmetry.checksum import understood
 from ..symmetry.grown import record_of
 from ..symmetry.legality import check_legal
-from ..symmetry.storage import as_stored, load_tensors, pack, save_tensors, unpack
+from ..symmetry.storage import load_tensors, pack, save_tensors, unpack
 from ..symmetry.transform import Transform
 from .budgeted import chunking_of, disk_bytes, on_disk, plan_learning, route_of, tokens_to_gather
 from .held_out import evenly, memorised, useless_endpoints
+from .matched import STATISTICS_TOKENS, match_members
 from .placing import placed
-from .progress import Cancel, MatchingWatch, Progress, Watch
+from .progress import Cancel, Progress, Watch
 from .resume import made_from, require_same_run
 from .room import require_room
 from .run_directory import STATISTICS
+from .schemes import by_levels
 
 _log = logging.getLogger("lmc_fast")
 METHODS = (*LEARNING, *CLOSED_FORMS)
-STATISTICS_TOKENS = 32_768  # enough for cross-covariances; more changes the matching little
 MOST_ACTIVATIONS = 1e6  # times the evidence of the weights
 SAVE_SECONDS = 20.0  # between two saves, or SAVE_SHARE times what one takes, if that is longer
 SAVE_SHARE = 20
@@ -65,6 +66,8 @@ def align(
     tokens: Given,
     *,
     method: str = "dual",
+    scheme: str = SCHEMES[0],
+    start: str = STARTS[0],
     schedule: Schedule | None = None,
     validation: Given | None = None,
     activations: float = 0.3,
@@ -76,8 +79,11 @@ def align(
     meter: Meter | None = None,
     **options: Any,
 ) -> Alignment:
-    """Finds g_A and g_B such that the line between g_A A and g_B B is flat.
+    """Finds g_A and g_B such that the line between g_A A and g_B B is flat; or one element for each of more models.
 
+    scheme, of more than two: "joint": all are learned together, on all that lies between them; "hierarchical": pairs,
+    then the averages of pairs, and so on, with so many steps for each; "universe": closed-form matching of all alone;
+    "mergemany": the same by weights alone. start: of joint learning, "universe", or "hierarchical" with as many steps.
     tokens: calibration data, see data.read_data: text (n, T) of integers, also numpy's, or examples.
     method: one of METHODS; the last two use no gradients. schedule, or its fields as `options` (steps, batch, ...): how
     to learn; `sides` follows from the method.
@@ -95,11 +101,14 @@ def align(
     becomes NaN or infinite, and Cancelled, an LmcError, where `cancel` says so (the state is kept).
     """
     require_settings(method, activations)
-    if pair.spec.task == "features" and method not in ("weight", "activation"):
+    require_scheme(scheme, start)
+    count = len(pair.members)
+    method = CLOSED_SCHEMES.get(scheme, method)
+    if pair.spec.task == "features" and method in LEARNING:
         raise LmcError(f"{pair.spec.family} computes features and has no loss to learn from; use --method weight")
     schedule = Schedule.of(method, schedule, options)
     device = require_device(device)
-    meter = meter or Meter(device)
+    meter, watch = meter or Meter(device), Watch(progress, cancel)
     tokens = as_data(tokens, pair.a)
     validation = None if validation is None else as_data(validation, pair.a)
     given = made_from(pair, tokens, validation)
@@ -107,97 +116,165 @@ def align(
     if validation is None and method in LEARNING:
         tokens, validation = split_validation(tokens)
     tokens = tokens.to(device)
-    learns, watch = method in LEARNING, Watch(progress, cancel)
-    if learns and schedule.batch > max(len(tokens), Schedule.batch):
+    if method in LEARNING and schedule.batch > max(len(tokens), Schedule.batch):
         raise LmcError(
             f"a batch of {schedule.batch} is more than all {len(tokens)} calibration blocks; give a smaller --batch"
         )
-    run: dict[str, Any] = {
-        "method": method,
-        "activations": float(activations),
-        "inputs": given,
-    }
-    if learns:
-        run |= {"schedule": asdict(schedule), "calibration_shape": list(tokens.shape)}
-    state = Path(state_file) if state_file else None
-    saved, before = load_tensors(state) if state and state.exists() else ({}, {})
-    if before:
-        with understood(state or Path("the state"), "the state of this run"):
-            recorded = before["run"].get("grown")
-            pair = placed(pair, tokens, device, recorded) if recorded else pair
-            require_same_run(before["run"], run | record_of(pair.members))
-    in_memory = None in pair.homes
-    if in_memory and memory is not None:
+    if None in pair.homes and memory is not None:
         raise LmcError("memory= prepares a pair on disk, and these models are in memory: save them, or leave it out")
-    within, gathered, length = None, STATISTICS_TOKENS, pair.spec.length(inputs_of(tokens).shape)
-    if memory is not None:
-        return_freed_memory()
-        if learns:
-            strategy = before["run"].get("strategy") if before else None
-            within = plan_learning(pair.spec, schedule, length, device, memory, strategy and Strategy(*strategy))
-            run["strategy"] = list(within.strategy)
-            meter.facts["plan"] = within.to_json()
-        if not before:
-            at_hand = within.device if within else here(device)
-            gathered = tokens_to_gather(pair.spec, length, at_hand, memory, STATISTICS_TOKENS)
-    if not before:
-        pair = placed(pair, tokens, device, meter=meter, watch=watch)
-    run |= record_of(pair.members)
+    job = _Job(tokens, validation, known, method, schedule, activations, device, memory, meter, watch)
+    state, run = Path(state_file) if state_file else None, dict[str, Any](inputs=given)
+    if count == 2:
+        return job.align(pair, state, run)
+    run |= {"scheme": scheme, "start": start}
+    if not (method in LEARNING and "hierarchical" in (scheme, start)) or job.is_begun(state, run):
+        return job.align(pair, state, run)
+    if state and parallel.place()[0] == 0:
+        save_tensors(state, {}, {"run": job.facts(run)})
+    pair = placed(pair, tokens, device, meter=meter, watch=watch)
 
-    # without learning, or within a budget, one block at a time is enough
-    whole = learns and within is None
-    opened = ((m.load if whole else m.open_weights)(torch.float32, device) for m in pair.members)
-    a, b = (canonicalize(weights) for weights in opened)
-    place = state.parent if state else None
-    with ExitStack() as stack:
-        if not before and parallel.place()[0] == 0:
-            evidence = {"weight": Evidence(1, 0), "activation": Evidence(0, 1)}.get(method, Evidence(1, activations))
-            to_disk = not whole and not in_memory
-            with meter.stage("matching"), _scratch(place, to_disk) as keep:
-                if keep is not None:
-                    require_room(keep, disk_bytes(pair.spec, evidence, within))
-                base = match_endpoints(a, b, tokens, evidence, keep=keep, statistics_tokens=gathered, watch=watch)
-            if not learns:
-                return Alignment(*base, matched=base, info=run)
-            saved = _packed(base)
-            if state:
-                save_tensors(state, saved, {"run": run})
-        parallel.wait()
-        if not saved and state:
-            saved, _ = load_tensors(state)  # the first process wrote it
-        with understood(state or Path("the state"), "the state of this run"):
-            base = unpack(saved, "members.0", pair.spec.layers), unpack(saved, "members.1", pair.spec.layers)
-            for part in base if before else ():
-                check_legal(part, pair.spec)
-        with meter.stage("preparing"):
-            watch.begin("preparing", pair.spec.layers)
-            source: Resident | Streamed
-            if within is None:
-                source = Resident(*paired(base[0].apply(a), base[1].apply(b)))
-            else:
-                place = place or Path(stack.enter_context(TemporaryDirectory()))
-                source = stack.enter_context(on_disk((a, b), base, within, place, device, watch))
-        del a, b
-        route = before["run"].get("route") if before else None
-        if route is None and within is not None:
-            route = route_of(within, pair.spec, device)
-        learner = Learner(source, tokens, schedule, chunking_of(within) if within else None, route)
-        run["route"] = learner.route
-        if "history" in before:
+    def align_two(two: Pair, at: Path | None) -> Alignment:
+        return job.align(two, at, {"inputs": made_from(two, tokens, validation)}, place=False)
+
+    found = by_levels(pair, align_two, state)
+    if scheme == "hierarchical":
+        return Alignment(*found.members, found.matched, found.info | run | record_of(pair.members))
+    return job.align(pair, state, run, base=found.members)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """How to align, whatever is aligned; see `align`. known: the validation data is a part of the calibration data."""
+
+    tokens: Data
+    validation: Data | None
+    known: bool
+    method: str
+    schedule: Schedule
+    activations: float
+    device: torch.device
+    memory: int | None
+    meter: Meter
+    watch: Watch
+
+    def facts(self, run: dict[str, Any]) -> dict[str, Any]:
+        """What a run that goes on must have in common with the one that began, beside what is aligned."""
+        facts = {"method": self.method, "activations": float(self.activations)} | run
+        if self.method in LEARNING:
+            facts |= {"schedule": asdict(self.schedule), "calibration_shape": list(self.tokens.shape)}
+        return facts
+
+    def is_begun(self, state: Path | None, run: dict[str, Any]) -> bool:
+        """Whether all levels are done and what they found is learned from. Raises LmcError for another run's state."""
+        if state is None or not state.exists():
+            return False
+        saved, before = load_tensors(state)
+        with understood(state, "the state of this run"):
+            require_same_run({key: before["run"][key] for key in self.facts(run)}, self.facts(run))
+        return bool(saved)
+
+    def align(
+        self,
+        pair: Models,
+        state: Path | None,
+        run: dict[str, Any],
+        *,
+        base: Sequence[Transform] | None = None,
+        place: bool = True,
+    ) -> Alignment:
+        """run: facts beside those of the job. base: elements to start from, instead of what matching finds. place:
+        empty blocks of grown models are still to be placed.
+        """
+        method, schedule, tokens, device, memory = self.method, self.schedule, self.tokens, self.device, self.memory
+        meter, watch, learns, count = self.meter, self.watch, method in LEARNING, len(pair.members)
+        run = self.facts(run)
+        saved, before = load_tensors(state) if state and state.exists() else ({}, {})
+        before = before if saved else {}  # else its levels are done now
+        if before:
             with understood(state or Path("the state"), "the state of this run"):
-                learner.restore(saved, History(**before["history"]))
-        with meter.stage("learning"):
-            expected = within.step_seconds if within else None
-            notes = _learn(learner, validation, known, watch, expected, partial(_save, state, learner, base, run))
-        if isinstance(source, Streamed):
-            meter.facts["traffic"] = source.traffic.to_json()
-    moved = learner.final_chart().elements()
-    moved = [t.map(Tensor.detach) for t in ([Transform.identity(pair.spec), *moved] if len(moved) == 1 else moved)]
-    history = learner.history
-    info = run | {"history": asdict(history), "exported_step": history.exported, "notes": notes}
-    if history.exported:
-        info["objective"] = ("endpoints", "text")[int(share_of_text(schedule, history.turns, history.exported - 1))]
-    return Alignment(moved[0].compose(base[0]), moved[1].compose(base[1]), base, info)
+                recorded = before["run"].get("grown")
+                pair = placed(pair, tokens, device, recorded) if recorded and place else pair
+                require_same_run(before["run"], run | record_of(pair.members))
+        spec, length = pair.spec, pair.spec.length(inputs_of(tokens).shape)
+        within, gathered = None, STATISTICS_TOKENS
+        if memory is not None:
+            return_freed_memory()
+            if learns:
+                strategy = before["run"].get("strategy") if before else None
+                chosen = strategy and Strategy(*strategy)
+                within = plan_learning(spec, schedule, length, device, memory, chosen, members=count)
+                run["strategy"] = list(within.strategy)
+                meter.facts["plan"] = within.to_json()
+            if not before and base is None:
+                at_hand = within.device if within else here(device)
+                gathered = tokens_to_gather(spec, length, at_hand, memory, STATISTICS_TOKENS, count)
+        if place and not before:
+            pair = placed(pair, tokens, device, meter=meter, watch=watch)
+        run |= record_of(pair.members)
+
+        # without learning, or within a budget, one block at a time is enough
+        whole = learns and within is None
+        opened = ((m.load if whole else m.open_weights)(torch.float32, device) for m in pair.members)
+        members = [canonicalize(weights) for weights in opened]
+        at = state.parent if state else None
+        with ExitStack() as stack:
+            if not before and parallel.place()[0] == 0:
+                if base is None:
+                    base = self._match(members, at, within, gathered, to_disk=not whole and None not in pair.homes)
+                if not learns:
+                    return Alignment(*base, matched=base, info=run)
+                saved = _packed(base)
+                if state:
+                    save_tensors(state, saved, {"run": run})
+            parallel.wait()
+            if not saved and state:
+                saved, _ = load_tensors(state)  # the first process wrote it
+            with understood(state or Path("the state"), "the state of this run"):
+                base = [unpack(saved, f"members.{k}", spec.layers) for k in range(count)]
+                for part in base if before else ():
+                    check_legal(part, spec)
+            with meter.stage("preparing"):
+                watch.begin("preparing", spec.layers)
+                source: Resident | Streamed
+                if within is None:
+                    source = Resident(*paired(*(g.apply(w) for g, w in zip(base, members, strict=True))))
+                else:
+                    at = at or Path(stack.enter_context(TemporaryDirectory()))
+                    source = stack.enter_context(on_disk(members, base, within, at, device, watch))
+            del members
+            route = before["run"].get("route") if before else None
+            if route is None and within is not None:
+                route = route_of(within, spec, device)
+            learner = Learner(source, tokens, schedule, chunking_of(within) if within else None, route)
+            run["route"] = learner.route
+            if "history" in before:
+                with understood(state or Path("the state"), "the state of this run"):
+                    learner.restore(saved, History(**before["history"]))
+            with meter.stage("learning"):
+                expected = within.step_seconds if within else None
+                save = partial(_save, state, learner, base, run)
+                notes = _learn(learner, self.validation, self.known, watch, expected, save)
+            if isinstance(source, Streamed):
+                meter.facts["traffic"] = source.traffic.to_json()
+        moved = [t.map(Tensor.detach) for t in learner.final_chart().elements()]
+        moved = [*[Transform.identity(spec)] * (count - len(moved)), *moved]
+        history = learner.history
+        info = run | {"history": asdict(history), "exported_step": history.exported, "notes": notes}
+        if history.exported:
+            info["objective"] = ("endpoints", "text")[int(share_of_text(schedule, history.turns, history.exported - 1))]
+        found = [g.compose(first) for g, first in zip(moved, base, strict=True)]
+        return Alignment(*found, matched=base, info=info)
+
+    def _match(
+        self, members: Sequence[Weights], at: Path | None, within: Plan | None, gathered: int, *, to_disk: bool
+    ) -> tuple[Transform, ...]:
+        weighed = Evidence(1, self.activations)
+        evidence = {"weight": Evidence(1, 0), "activation": Evidence(0, 1)}.get(self.method, weighed)
+        with self.meter.stage("matching"), _scratch(at, to_disk) as keep:
+            if keep is not None:
+                require_room(keep, disk_bytes(members[0].spec, evidence, within, len(members)))
+            tokens, watch = self.tokens, self.watch
+            return match_members(members, tokens, evidence, keep=keep, statistics_tokens=gathered, watch=watch)
 
 
 def require_settings(method: str, activations: float) -> None:
@@ -208,6 +285,13 @@ def require_settings(method: str, activations: float) -> None:
         raise LmcError(
             f"activations must be a number from 0 (only weights count) to {MOST_ACTIVATIONS:g}, not {activations!r}"
         )
+
+
+def require_scheme(scheme: str, start: str) -> None:
+    """Raises LmcError for names that mean nothing."""
+    for name, value, known in (("scheme", scheme, SCHEMES), ("start", start, STARTS)):
+        if value not in known:
+            raise LmcError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
 
 
 @contextmanager
@@ -221,56 +305,6 @@ def _scratch(place: Path | None, needed: bool) -> Iterator[Path | None]:
     else:
         with Workspace(place / STATISTICS, STATISTICS_NAMES) as work:
             yield work.result
-
-
-def match_endpoints(
-    a: Weights,
-    b: Weights,
-    tokens: Data,
-    evidence: Evidence,
-    *,
-    keep: Path | None = None,
-    statistics_tokens: int = STATISTICS_TOKENS,
-    rounds: int = MAX_ROUNDS,
-    watch: Watch | None = None,
-) -> tuple[Transform, Transform]:
-    """(g_A, g_B) that balance both canonical endpoints and match B to A; one block of lazy endpoints at a time.
-
-    keep: a directory for statistics of activations, by default in memory; statistics_tokens: how many tokens these are
-    taken from at most; rounds: see match. watch: told how far it is.
-    """
-    told = MatchingWatch(watch or Watch(), a.spec.layers, bool(evidence.activations), rounds)
-    (even_a, a), (even_b, b) = (_balanced(w, ends) for w, ends in ((a, "A"), (b, "B")))
-    statistics = None
-    if evidence.activations:
-        length = a.spec.length(inputs_of(tokens).shape)
-        count = max(1, min(len(tokens), statistics_tokens // length))
-        statistics = gather_statistics(a, b, tokens[:: len(tokens) // count][:count], keep=keep, visited=told.gathered)
-    with _overflow("A and B"):
-        found = match(a, b, evidence, statistics, rounds, told.visited).compose(even_b)
-    return as_stored(even_a), as_stored(found)
-
-
-def _balanced(w: Weights, ends: str) -> tuple[Transform, Weights]:
-    """As matching.balance.balanced, with the endpoint's name in errors."""
-    even, moved = balanced(w)
-
-    def block(i: int) -> Slots:
-        with _overflow(ends):
-            return moved.blocks[i]
-
-    return even, replace(moved, blocks=LazyBlocks(w.spec.layers, block))
-
-
-@contextmanager
-def _overflow(ends: str) -> Iterator[None]:
-    """What solvers say of NaN and infinity, as one sentence."""
-    try:
-        yield
-    except (torch.linalg.LinAlgError, ValueError) as error:
-        if isinstance(error, ValueError) and "finite" not in str(error):
-            raise
-        raise LmcError(f"{ends} cannot be matched: products of weights overflow; look for huge weights") from error
 
 
 def _learn(
@@ -303,11 +337,11 @@ def _learn(
     try:
         watch.begin("learning", steps, learner.done, step_seconds)
         judge = evenly(learner.tokens if validation is None else validation.to(learner.tokens.device))
-        first, last = learner.losses(judge, (0.0, 1.0))
-        notes += useless_endpoints(learner.source.spec, (first, last))
+        ends = learner.corner_losses(judge)
+        notes += useless_endpoints(learner.source.spec, ends)
         for note in notes:
             _log.warning(note)
-        more = [] if known else memorised(learner, (first, last))
+        more = [] if known else memorised(learner, ends)
         if validation is None:
             more = ["there is too little data to hold any out: the best state is picked on the calibration data"]
         for note in more:
@@ -316,7 +350,7 @@ def _learn(
         while True:
             done = learner.done
             if is_due(learner.schedule, done) and done not in learner.history.excess:
-                excess = learner.validate(judge, (first, last))
+                excess = learner.validate(judge, ends)
             loss = learner.history.loss[-1] if done else None
             watch.at(done, steps, loss=loss, excess=excess, tokens=per_step if done else 0)
             if done >= steps:
@@ -334,11 +368,11 @@ def _learn(
     return notes
 
 
-def _save(state: Path | None, learner: Learner, base: tuple[Transform, Transform], run: dict[str, Any]) -> None:
+def _save(state: Path | None, learner: Learner, base: Sequence[Transform], run: dict[str, Any]) -> None:
     if state and parallel.place()[0] == 0 and learner.sound:
         save_tensors(state, learner.state() | _packed(base), {"run": run, "history": asdict(learner.history)})
 
 
-def _packed(base: tuple[Transform, Transform]) -> dict[str, Tensor]:
+def _packed(base: Sequence[Transform]) -> dict[str, Tensor]:
     """What matching found for each member."""
-    return pack(base[0], "members.0") | pack(base[1], "members.1")
+    return {name: t for k, part in enumerate(base) for name, t in pack(part, f"members.{k}").items()}

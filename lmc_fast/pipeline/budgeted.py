@@ -43,11 +43,18 @@ Base = Sequence[Transform]  # of every member
 
 
 def plan_learning(
-    spec: Spec, schedule: Schedule, length: int, device: torch.device, budget: int, strategy: Strategy | None = None
+    spec: Spec,
+    schedule: Schedule,
+    length: int,
+    device: torch.device,
+    budget: int,
+    strategy: Strategy | None = None,
+    *,
+    members: int = 2,
 ) -> Plan:
     """How to learn within a budget on the device at hand. Raises TooSmall, which names the smallest that works."""
     sequences = -(-schedule.batch // parallel.place()[1])
-    job = Job(sequences * length, length, schedule.moving, schedule.teachers)
+    job = schedule_job(schedule, sequences * length, length, members)
     found = plan(spec, job, here(device), budget, strategy)
     _log.info("a plan for %s of memory, expected to take %s:", show_bytes(budget), show_bytes(found.total))
     for line in found.summary():
@@ -55,12 +62,17 @@ def plan_learning(
     return found
 
 
-def tokens_to_gather(spec: Spec, length: int, device: Device, budget: int, most: int) -> int:
+def schedule_job(schedule: Schedule, tokens: int, length: int, members: int) -> Job:
+    """A step of `tokens` on so many models."""
+    return Job(tokens, length, schedule.elements(members), schedule.teachers, members)
+
+
+def tokens_to_gather(spec: Spec, length: int, device: Device, budget: int, most: int, members: int = 2) -> int:
     """How many tokens statistics of activations can be taken from within a budget, by halving.
 
     Raises TooSmall, also where another stage needs more.
     """
-    stages = Stages(spec, length, device.base)
+    stages = Stages(spec, length, device.base, members)
     least = max(stages.all(device.kind).values())
     if least > budget:
         raise TooSmall(budget, least, device.uncertain)
@@ -69,9 +81,10 @@ def tokens_to_gather(spec: Spec, length: int, device: Device, budget: int, most:
     return most
 
 
-def disk_bytes(spec: Spec, evidence: Evidence, plan: Plan | None) -> int:
+def disk_bytes(spec: Spec, evidence: Evidence, plan: Plan | None, members: int = 2) -> int:
     """Most that matching, and then learning, keep on disk at once."""
-    statistics = Demand(spec, Job(1, 1), FP32).statistics_bytes if evidence.activations else 0
+    job = Job(1, 1, members, members=members)
+    statistics = Demand(spec, job, FP32).statistics_bytes if evidence.activations else 0
     return max(statistics, plan.store_bytes if plan else 0)
 
 

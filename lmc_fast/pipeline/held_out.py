@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from ..architectures import Spec
 from ..examples import Data
 from ..learning.learner import Learner
+from ..members import member_names
 
 SEQUENCES = 64  # of the held-out data that learning is validated on, and of the calibration data beside them
 UNIFORM = 0.9  # of log(vocabulary): an endpoint with such a loss predicts next to nothing
@@ -18,20 +20,20 @@ def evenly(data: Data, count: int = SEQUENCES) -> Data:
     return data[:: max(1, len(data) // count)][:count]
 
 
-def useless_endpoints(spec: Spec, losses: tuple[float, float]) -> list[str]:
+def useless_endpoints(spec: Spec, losses: Sequence[float]) -> list[str]:
     """A sentence on each endpoint whose held-out loss is near that of guessing. losses: nats per prediction."""
     guessing = math.log(spec.vocab)
     return [
         f"endpoint {name} predicts next to nothing of the held-out data (loss {loss:.2f} nats, guessing among "
         f"{spec.vocab} gives {guessing:.2f}): look whether its weights, tokenizer and data belong together"
-        for name, loss in zip("AB", losses, strict=True)
+        for name, loss in zip(map(str.upper, member_names(len(losses))), losses, strict=True)
         if loss > UNIFORM * guessing
     ]
 
 
-def memorised(learner: Learner, losses: tuple[float, float]) -> list[str]:
+def memorised(learner: Learner, losses: Sequence[float]) -> list[str]:
     """A sentence where the endpoints know the calibration data far better than held-out data with these `losses`."""
-    known = learner.losses(evenly(learner.tokens), (0.0, 1.0))
+    known = learner.corner_losses(evenly(learner.tokens))
     gap = min(loss - seen for loss, seen in zip(losses, known, strict=True))
     if gap < MEMORISED:
         return []

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ..budget.demand import Job
 from ..budget.devices import profile as profile_of
 from ..budget.planner import Plan
 from ..budget.planner import plan as plan_within
@@ -16,10 +15,11 @@ from ..checkpoints import Model, notes_on
 from ..data import read_data, sequence_length
 from ..errors import LmcError
 from ..learning.schedule import Schedule
-from ..pair import open_pair, pair_of
+from ..pair import open_models, pair_of
 from ..sizes import parse_bytes
 from ..symmetry import Group, legal_groups
 from ..symmetry.grown import GrownModel
+from .budgeted import schedule_job
 from .placing import placed
 
 
@@ -82,7 +82,7 @@ def inspect(path: str | Path, other: str | Path | None = None, data: str | Path 
 def plan(
     a: str | Path,
     b: str | Path,
-    *,
+    *more: str | Path,
     memory: int | str,
     device: torch.device | str = "cpu",
     profile: str = "here",
@@ -90,7 +90,7 @@ def plan(
     length: int | None = None,
     schedule: Schedule | None = None,
 ) -> Plan:
-    """How `align(..., memory=...)` would learn the pair, and what to expect. Only headers are read.
+    """How `align(..., memory=...)` would learn the pair, or more models, and what to expect. Only headers are read.
 
     memory: bytes, or a text such as "8GiB". profile: a device of budget.devices.PROFILES to plan for, or "here": what
     `device` is. tokens: in a step, by default the schedule's batch of sequences; length: tokens in a sequence, by
@@ -102,8 +102,8 @@ def plan(
         if value is not None and value < 1:
             raise LmcError(f"{name} must be at least 1, not {value}")
     budget = parse_bytes(memory)
-    pair = open_pair(a, b, headers_only=True)
+    pair = open_models([a, b, *more], headers_only=True)
     schedule = schedule or Schedule()
     length = pair.spec.position_rows if pair.spec.image else sequence_length(pair.a, length)
-    job = Job(tokens or schedule.batch * length, length, schedule.moving, schedule.teachers)
+    job = schedule_job(schedule, tokens or schedule.batch * length, length, len(pair.members))
     return plan_within(pair.spec, job, profile_of(profile, device), budget)

@@ -30,6 +30,7 @@ from ..interrupts import Interrupted, number_of, uninterrupted
 from ..learning import parallel
 from ..learning.learner import History
 from ..learning.schedule import METHODS, Schedule
+from ..members import CLOSED_SCHEMES, SCHEMES, STARTS
 from ..output import write_whole
 from ..pair import Models
 from ..version import __version__
@@ -53,6 +54,8 @@ def run(
     out: str | Path,
     *,
     method: str = "dual",
+    scheme: str = SCHEMES[0],
+    start: str = STARTS[0],
     schedule: Schedule | None = None,
     validation: Given | None = None,
     test: Given | None = None,
@@ -70,11 +73,11 @@ def run(
 ) -> dict[str, Any]:
     """Aligns a pair as `lmc-fast align` does: `out` appears complete and proven, or not at all. Returns the report.
 
-    tokens, method, schedule, activations, memory, options: as in `align`. validation picks the best state of learning;
-    by default a part of `tokens`, drawn evenly, is held out for it. test: what curves are measured on, by default the
-    validation data. dtype: of the written weights, by default each endpoint's own. resume: go on with the unfinished
-    run that out.partial holds. progress, cancel: as in `align`, in all stages. points: of each curve, by default as
-    `measure` says; curves: False for none.
+    tokens, method, scheme, start, schedule, activations, memory, options: as in `align`. validation picks the best
+    state of learning; by default a part of `tokens`, drawn evenly, is held out for it. test: what curves are measured
+    on, by default the validation data. dtype: of the written weights, by default each endpoint's own. resume: go on
+    with the unfinished run that out.partial holds. progress, cancel: as in `align`, in all stages. points: of each
+    curve, by default as `measure` says; curves: False for none.
 
     `out` gets a/ and b/ (stock checkpoints), alignment.safetensors, curve.png, learning.png and report.json. The report
     has the method and schedule, the naive, matched and learned curves, how far each written endpoint is from its
@@ -100,6 +103,8 @@ def run(
         pair,
         tokens,
         method=method,
+        scheme=scheme,
+        start=start,
         schedule=schedule,
         validation=validation,
         activations=activations,
@@ -118,7 +123,8 @@ def run(
         directory = RunDirectory(out, resume, pair.homes)
         directory.expect(export_names(pair))
         if not directory.finished:
-            learns = Schedule.of(method, schedule, options) if method in METHODS else None
+            by_gradients = method in METHODS and scheme not in CLOSED_SCHEMES
+            learns = Schedule.of(method, schedule, options) if by_gradients else None
             _require_room(pair, directory, learns, torch.device(device), memory, dtype)
         with directory, _telling_what_is_kept(directory):
             if directory.finished:
@@ -144,7 +150,7 @@ def run(
                 export_into(pair, alignment, directory.result, dtype, watch)
             alignment.save(directory.result / "alignment.safetensors")
             with meter.stage("verifying"):
-                proof = prove(pair, (directory.result / "a", directory.result / "b"), test, device, memory, watch)
+                proof = prove(pair, [directory.result / name for name in pair.names], test, device, memory, watch)
             report |= {"proof": {name: found.to_json() for name, found in proof.items()}, "costs": meter.to_json()}
             write_whole(directory.result / "report.json", to_json(report, indent=2) + "\n")
             require_unchanged(pair)

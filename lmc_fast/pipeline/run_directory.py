@@ -8,6 +8,7 @@ from pathlib import Path
 from ..checkpoints import checkpoint_names
 from ..errors import LmcError
 from ..matching.activations import STATISTICS_NAMES
+from ..members import MOST_MEMBERS
 from ..output import (
     Names,
     Workspace,
@@ -59,9 +60,10 @@ class RunDirectory(Workspace):
         self.state_file = state_file_of(target)
         self.finished = resume and was_published(target)  # all but the removal of leftovers was done
         require_apart((target, partial_of(target)), inputs)
-        more = _files(_STATE) | {STORE: STORE_NAMES} | workspace_names(STORE, STORE_NAMES)
+        levels = [f"state-{k}.safetensors" for k in range(MOST_MEMBERS)]  # of alignments of averages
+        more = _files(_STATE, *levels) | {STORE: STORE_NAMES} | workspace_names(STORE, STORE_NAMES)
         more |= workspace_names(STATISTICS, STATISTICS_NAMES)
-        super().__init__(target, _files(*_REPORT), more, () if self.finished else (_STATE, STORE), resume)
+        super().__init__(target, _files(*_REPORT), more, () if self.finished else (_STATE, STORE, *levels), resume)
         if self.finished:
             return
         self.require_free()

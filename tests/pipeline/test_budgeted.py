@@ -31,9 +31,10 @@ from lmc_fast.learning.schedule import Schedule
 from lmc_fast.matching import activations
 from lmc_fast.matching.closed_form import Evidence
 from lmc_fast.pipeline import budgeted, room
-from lmc_fast.pipeline.align import align, match_endpoints
+from lmc_fast.pipeline.align import align
 from lmc_fast.pipeline.evaluate import compare, measure_line
 from lmc_fast.pipeline.export import export_into
+from lmc_fast.pipeline.matched import match_endpoints
 from lmc_fast.pipeline.prepare import prepare
 from lmc_fast.streaming.store import Store
 from lmc_fast.symmetry import canonicalize

@@ -15,8 +15,8 @@ from lmc_fast.evaluation import difference
 from lmc_fast.matching.activations import gather_statistics
 from lmc_fast.matching.balance import balance
 from lmc_fast.matching.closed_form import Evidence, match
-from lmc_fast.pipeline.align import match_endpoints
 from lmc_fast.pipeline.export import export_endpoint
+from lmc_fast.pipeline.matched import match_endpoints
 from lmc_fast.pipeline.prepare import prepare
 from lmc_fast.streaming.store import Store
 from lmc_fast.symmetry import Transform, canonicalize

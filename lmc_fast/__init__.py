@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .pipeline.evaluate import barrier, verify
     from .pipeline.export import export
     from .pipeline.growing import grow
+    from .pipeline.heal import heal
     from .pipeline.inspection import Inspection, inspect, plan
     from .pipeline.merge import merge
     from .pipeline.progress import Progress
@@ -72,6 +73,7 @@ _HOMES = {
     "expm": "solvers",
     "export": "pipeline.export",
     "grow": "pipeline.growing",
+    "heal": "pipeline.heal",
     "inspect": "pipeline.inspection",
     "interp_linear": "kernels.interp_linear",
     "merge": "pipeline.merge",
@@ -118,6 +120,7 @@ __all__ = [
     "expm",
     "export",
     "grow",
+    "heal",
     "inspect",
     "interp_linear",
     "merge",

@@ -192,6 +192,25 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--length", "--block", type=positive_integer, help="tokens per sequence (default: 128)")
     sub.add_argument("--out", type=user_path, nargs="+", help="files to write: diagnosis.json, diagnosis.png")
 
+    text = (
+        "distil a merged model from its endpoints (ordinary training of all weights), or an endpoint if that is better"
+    )
+    sub = command("heal", text, "merged", module="heal")
+    text = "the checkpoints that were merged: a, b, ..."
+    sub.add_argument("--from", dest="endpoints", required=True, nargs="+", metavar="MODEL", help=text)
+    text = "text or images on which all of them teach together, or NAME=FILE for each: a=code.txt b=prose.txt"
+    sub.add_argument("--data", required=True, nargs="+", metavar="FILE", help=text)
+    sub.add_argument("--out", required=True, type=user_path, help="directory to create")
+    sub.add_argument("--steps", type=positive_integer, help="steps of training (default: 200)")
+    sub.add_argument("--batch", type=positive_integer, help="sequences per step (default: 16)")
+    text = "what to begin with: average (the merged model), a, b, ... or auto, which tries all (default: auto)"
+    sub.add_argument("--start", default="auto", help=text)
+    sub.add_argument("--rate", type=float, help="learning rate of AdamW up to width 128, less beyond (default: 1e-3)")
+    sub.add_argument("--seed", type=int, help="seed of the order in which data is read (default: 0)")
+    sub.add_argument("--length", "--block", type=positive_integer, help="tokens per sequence (default: 128)")
+    sub.add_argument("--dtype", choices=DTYPES, help="dtype of the written weights (default: the model's own)")
+    sub.add_argument("--resume", action="store_true", help="continue an interrupted run")
+
     sub = command("verify", "check whether two checkpoints compute the same function", "a", "b")
     sub.add_argument("--data", type=user_path, help="text or images to compare on (default: random tokens or images)")
     sub.add_argument("--memory", help=limit)

@@ -18,6 +18,7 @@ from ..errors import LmcError
 from ..evaluation import Curve, Simplex
 from ..evaluation.curve import DEFINITION, is_own
 from ..evaluation.simplex import SIMPLEX_DEFINITION
+from ..learning.healing import healing_bytes
 from ..output import Workspace, partial_of, require_apart
 from ..pair import open_models
 from ..pipeline.evaluate import barrier, require_points, verify
@@ -135,9 +136,13 @@ def plan_command(args: argparse.Namespace, console: Console) -> int:
         warning = f"{device.name} has {show_bytes(device.memory)}, less than the budget of {show_bytes(budget)}"
     for line in found.table():
         console.say(line)
+    members = found.job.members
+    healing = healing_bytes(found.store_bytes // found.device.dtype.itemsize // members, members)
+    console.say(f"heal, which trains all weights of a merge of them, would hold about {show_bytes(healing)}")
     if warning:
         print(f"lmc-fast: warning: {warning}", file=sys.stderr)
-    console.result(found.to_json() | {"a": args.a, "b": args.b, "more": args.more, "warning": warning})
+    facts = {"a": args.a, "b": args.b, "more": args.more, "heal_bytes": healing, "warning": warning}
+    console.result(found.to_json() | facts)
     return 0
 
 

@@ -1,0 +1,263 @@
+"""Distillation of a merged model from its endpoints, beside what the same steps make of an endpoint itself."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..budget.devices import device_errors, require_device
+from ..checkpoints import Model, Weights, checkpoint_names
+from ..checkpoints import export as export_weights
+from ..data import Given, as_data, split_validation
+from ..errors import Cancelled, LmcError
+from ..examples import Data, digest, inputs_of
+from ..files import to_json
+from ..interrupts import uninterrupted
+from ..learning.healing import RATE, Healer, healing_bytes, loss_of, with_tensors
+from ..learning.schedule import Schedule
+from ..learning.steering import best_of
+from ..output import Workspace, partial_of, require_apart, user_path, workspace_names, write_whole
+from ..pair import Models, open_models
+from ..sizes import show_bytes
+from ..symmetry.checksum import understood
+from ..symmetry.storage import load_tensors, save_tensors
+from .held_out import evenly
+from .progress import Cancel, Progress, Watch
+from .room import endpoint_bytes, largest_file, require_room
+
+AVERAGE = "average"  # the name of the merged model among the starts
+TRIALS = 10  # a trial takes the steps divided by this
+VALIDATIONS = 10
+SAVE_SECONDS, SAVE_SHARE = 30.0, 20
+_STATE, _REPORT = "state.safetensors", "report.json"
+_TOKENS = 512  # through the models at a time
+_log = logging.getLogger("lmc_fast")
+
+
+def heal(
+    merged: str | Path,
+    endpoints: Sequence[str | Path],
+    data: Given | Mapping[str, Given],
+    out: str | Path,
+    *,
+    steps: int = 200,
+    batch: int = 16,
+    start: str = "auto",
+    rate: float = RATE,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    resume: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    cancel: Cancel | None = None,
+) -> dict[str, Any]:
+    """Trains all weights of one model towards what the endpoints predict, and writes it to `out`. Returns the report.
+
+    data: what all endpoints predict together (the mean of their probabilities), or {"a": ..., "b": ...}: what each
+    predicts of its own. A part is held out. start: "average" is `merged`, "a", "b", ... the endpoints; "auto" tries all
+    of them for a tenth of the steps each and takes the one with the least held-out loss: an endpoint is often as good
+    a start, and sometimes better. The best validated state is written, the one before the first step included.
+
+    Everything is held in float32: the model five times, and each endpoint. A run that was stopped goes on with
+    `resume`, to the same bits. Raises LmcError.
+    """
+    names = [AVERAGE, *(chr(ord("a") + k) for k in range(len(endpoints)))]
+    if len(endpoints) < 2 or len(endpoints) > 26:
+        raise LmcError(f"{len(endpoints)} endpoints make no mixture; give those that were merged")
+    if start not in (*names, "auto"):
+        raise LmcError(f"start {start!r} is unknown; choose one of {', '.join(names)} or auto")
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:
+        raise LmcError(f"rate must be a number above 0 and at most 1, not {rate!r}")
+    schedule = Schedule(steps=steps, batch=batch, seed=seed)
+    device, target = require_device(device), user_path(out)
+    require_apart((target, partial_of(target)), (merged, *endpoints))
+    models = open_models([merged, *endpoints])
+    given = data if isinstance(data, Mapping) else {"": data}
+    wrong = [name for name in given if name and name not in names[1:]]
+    if wrong or not given:
+        raise LmcError(f"data of {wrong[0] if wrong else 'nothing'!r}; the endpoints are {', '.join(names[1:])}")
+    sources = {name: as_data(x, models.a) for name, x in given.items()}
+    job = _Job(models, names, sources, schedule, rate, device, Watch(progress, cancel))
+    run = {"steps": steps, "batch": batch, "seed": seed, "rate": rate, "start": start, "inputs": job.digests}
+    held = healing_bytes(endpoint_bytes(models.a, torch.float32) // 4, len(endpoints))
+    _log.info("healing holds about %s of weights, beside the work itself", show_bytes(held))
+    work = _Directory(target, models, run, resume)
+    with device_errors(), work:
+        saved, before = work.saved()
+        trials: dict[str, float] = dict(before.get("trials", {}))
+        chosen = start
+        if start == "auto":
+            for name in (name for name in names if name not in trials):
+                trials[name] = job.trial(name)
+                work.save({}, {"trials": trials})
+            chosen = min(trials, key=lambda name: trials[name])
+            _log.info("held-out loss after the trials: %s", ", ".join(f"{n} {x:.4f}" for n, x in trials.items()))
+        history, weights = job.learn(chosen, saved, before, partial(work.save_learned, trials))
+        best = best_of(history)
+        report: dict[str, Any] = {**run, "started_from": chosen, "trials": trials, "written_step": best}
+        report |= {"losses": history, "loss_after": history[best], "controls": job.controls()}
+        model = models.members[names.index(chosen)]
+        require_room(work.path, endpoint_bytes(model, dtype), largest_file(model, dtype))
+        export_weights(weights, model, work.result, dtype)
+        read = loss_of(Model(work.result).load(torch.float32, device), job.held_out)
+        _require_same(read, history[best], dtype or model.dtype)
+        write_whole(work.result / _REPORT, to_json(report, indent=2) + "\n")
+        with uninterrupted():
+            work.publish()
+    return report
+
+
+def _require_same(read: float, expected: float, dtype: torch.dtype) -> None:
+    """The file says what was learned. Raises LmcError."""
+    if abs(read - expected) > (1e-3 if dtype.itemsize >= 4 else 0.1):
+        raise LmcError(
+            f"the healed model, read back, has a held-out loss of {read:.4f} and not {expected:.4f}; nothing is "
+            "published; write it in float32 (--dtype float32)"
+        )
+
+
+class _Job:
+    """Models in memory, data, and the steps on them."""
+
+    def __init__(
+        self,
+        models: Models,
+        names: list[str],
+        sources: dict[str, Data],
+        schedule: Schedule,
+        rate: float,
+        device: torch.device,
+        watch: Watch,
+    ):
+        self._models, self._names, self._schedule, self._rate = models, names, schedule, rate
+        self._device, self._watch = device, watch
+        self.digests = {
+            "models": [model.checkpoint.identity.digests() for model in models.members],
+            "data": {name: digest(data) for name, data in sources.items()},
+        }
+        self._data, self.held_out = [], []
+        for name, data in sources.items():
+            part, held = split_validation(data.to(device))
+            who = (names.index(name) - 1,) if name else tuple(range(len(names) - 1))
+            self._data.append((part, who))
+            self.held_out.append(evenly(part if held is None else held))
+        length = max(1, inputs_of(self._data[0][0])[0].numel())
+        self._micro = max(1, min(4, _TOKENS // length))
+        self._teachers = [model.load(torch.float32, device) for model in models.members[1:]]
+
+    def controls(self) -> dict[str, float]:
+        """Held-out losses of the merged model and of the endpoints, as they are."""
+        weights = [self._start(AVERAGE), *self._teachers]
+        return {name: loss_of(w, self.held_out) for name, w in zip(self._names, weights, strict=True)}
+
+    def trial(self, name: str) -> float:
+        """Held-out loss after some steps from a start."""
+        schedule = replace(self._schedule, steps=max(1, self._schedule.steps // TRIALS))
+        healer = self._healer(name, schedule)
+        self._watch.begin("trying", schedule.steps, note=f"from {name}")
+        for step in range(schedule.steps):
+            self._watch.at(step, schedule.steps, note=f"from {name}")
+            _step(healer)
+        return loss_of(healer.student, self.held_out)
+
+    def learn(
+        self,
+        name: str,
+        saved: dict[str, Tensor],
+        before: dict[str, Any],
+        save: Callable[[dict[str, Tensor], dict[int, float], int], None],
+    ) -> tuple[dict[int, float], Weights]:
+        """(held-out loss at some steps, the best weights)."""
+        schedule, healer = self._schedule, self._healer(name, self._schedule)
+        steps, every = schedule.steps, max(1, schedule.steps // VALIDATIONS)
+        losses: dict[int, float] = {}
+        best = {n: t.detach().clone() for n, t in healer.leaves.items()}
+        if "losses" in before:
+            with understood(Path(_STATE), "the state of this run"):
+                losses = {int(step): value for step, value in before["losses"].items()}
+                healer.restore(saved, before["step"])
+                best = {n: saved[f"best.{n}"].to(self._device) for n in healer.leaves}
+
+        def keep() -> None:
+            save(healer.state() | {f"best.{n}": t for n, t in best.items()}, losses, healer.done)
+
+        save_at = time.monotonic() + SAVE_SECONDS
+        loss = None
+        try:
+            self._watch.begin("healing", steps, healer.done)
+            while True:
+                done = healer.done
+                if (done % every == 0 or done == steps) and done not in losses:
+                    losses[done] = loss_of(healer.student, self.held_out)
+                    if best_of(losses) == done:
+                        best = {n: t.detach().clone() for n, t in healer.leaves.items()}
+                self._watch.at(done, steps, loss=loss)
+                if done == steps:
+                    break
+                if time.monotonic() > save_at:
+                    began = time.monotonic()
+                    keep()
+                    save_at = time.monotonic() + max(SAVE_SECONDS, SAVE_SHARE * (time.monotonic() - began))
+                loss = _step(healer)
+        except (KeyboardInterrupt, Cancelled):
+            with uninterrupted():
+                keep()
+            raise
+        return losses, with_tensors(healer.student, best)
+
+    def _start(self, name: str) -> Weights:
+        if name == AVERAGE:
+            return self._models.a.load(torch.float32, self._device)
+        return self._teachers[self._names.index(name) - 1]
+
+    def _healer(self, name: str, schedule: Schedule) -> Healer:
+        return Healer(self._start(name), self._teachers, self._data, schedule, self._rate, self._micro)
+
+
+def _step(healer: Healer) -> float:
+    try:
+        with uninterrupted():
+            return healer.step()
+    except ArithmeticError as error:
+        raise LmcError(str(error)) from error
+
+
+class _Directory(Workspace):
+    """OUT.partial with the state of an unfinished run."""
+
+    def __init__(self, target: Path, models: Models, run: dict[str, Any], resume: bool):
+        names: dict[str, Any] = {_REPORT: None, **workspace_names(_REPORT, None)}
+        for home in models.homes:
+            names |= checkpoint_names(home)
+        more: dict[str, Any] = {_STATE: None, **workspace_names(_STATE, None)}
+        super().__init__(target, names, more, (_STATE,), resume)
+        self.require_free()
+        self._run, self._file = run, self.path / _STATE
+        if resume and not self.path.exists():
+            raise LmcError(f"nothing to resume: there is no {self.path}; start without --resume")
+
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Raises LmcError where the state is that of another run."""
+        if not self._file.exists():
+            return {}, {}
+        tensors, before = load_tensors(self._file)
+        for key, value in self._run.items():
+            if before.get("run", {}).get(key) != value:
+                raise LmcError(f"cannot resume: {key} is not what the run began with; repeat models, data and options")
+        return tensors, before
+
+    def save(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        save_tensors(self._file, tensors, {"run": self._run, **facts})
+
+    def save_learned(
+        self, trials: dict[str, float], tensors: dict[str, Tensor], losses: dict[int, float], step: int
+    ) -> None:
+        self.save(tensors, {"trials": trials, "losses": losses, "step": step})

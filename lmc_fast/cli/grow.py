@@ -6,6 +6,7 @@ import argparse
 
 import torch
 
+from ..architectures.resize import sizes_of
 from ..checkpoints import Model
 from ..data import read_data, sequence_length
 from ..output import check_target, partial_of, require_apart
@@ -21,7 +22,8 @@ def grow_command(args: argparse.Namespace, console: Console) -> int:
         model = Model(args.model)
         tokens = read_data(args.data, model, sequence_length(model, args.length))
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    grow(args.model, args.like, args.out, tokens=tokens, dtype=dtype, device=args.device)
-    console.say(f"wrote {args.out}: the function of {args.model} in the size of {args.like}")
-    console.result({"out": str(args.out), "model": str(args.model), "like": str(args.like)})
+    written = grow(args.model, args.like, args.out, tokens=tokens, dtype=dtype, device=args.device)
+    console.say(f"wrote {args.out}: the function of {args.model}, in a size that has room for {args.like}")
+    names = {"out": str(args.out), "model": str(args.model), "like": str(args.like)}
+    console.result(names | {"sizes": sizes_of(written.spec)})
     return 0

@@ -6,16 +6,18 @@
 
 The pair was trained on Python's documentation. b is trained on for a while on the source code of the standard library,
 which every Python installation carries (nothing is downloaded, nothing of it is kept). What it learned is then brought
-to a, which never sees any code: `lmc-fast align` once, `lmc-fast carry` for the child. Printed is how much of b's gain
-on code a receives, and what it costs a on documentation.
+to a, which never sees any code: `lmc-fast align --method weight` once, `lmc-fast carry` for the child. Printed is how
+much of b's gain on code a receives, and what it costs a on documentation.
 """
 
 import argparse
+import ast
 import math
 import random
 import subprocess
 import sys
 import sysconfig
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,18 @@ SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_d
 LENGTH = 128  # tokens in a sequence
 
 
+def code(source: bytes) -> str:
+    """A module's statements, without comments and docstrings: those the pair has read as documentation."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in old modules
+        tree = ast.parse(source)
+    for node in ast.walk(tree):
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        if isinstance(node, kinds) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
 def python_code(model: Path, train: int = 400_000, test: int = 40_000) -> tuple[Tensor, Tensor]:
     """Token ids of the standard library's code: (n, LENGTH) to train on, and (m, LENGTH) of other modules to test."""
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -38,8 +52,7 @@ def python_code(model: Path, train: int = 400_000, test: int = 40_000) -> tuple[
     for size in (test, train):
         ids: list[int] = []
         while files and len(ids) < size:
-            text = files.pop().read_text(encoding="utf-8", errors="ignore")
-            ids += [*tokenizer(text, verbose=False)["input_ids"][: size // 10], 0]
+            ids += [*tokenizer(code(files.pop().read_bytes()), verbose=False)["input_ids"][: size // 10], 0]
         found.append(torch.tensor(ids[: min(size, len(ids)) // LENGTH * LENGTH]).view(-1, LENGTH))
     return found[1], found[0]
 
@@ -95,7 +108,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("carry-out"))
     parser.add_argument("--alignment", type=Path, help="of the pair, made before, beside a/ and b/")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--weight", type=float, default=1.0, help="how much of what was learned is added to a")
+    parser.add_argument("--weight", type=float, default=0.75, help="how much of what was learned is added to a")
     args = parser.parse_args()
     disable_progress_bar()
     torch.set_num_threads(1)
@@ -103,7 +116,7 @@ def main() -> None:
     train_ids, test_ids = python_code(PAIR / "b")
     child = fine_tune(PAIR / "b", args.out / "child", train_ids, args.steps)
     if args.alignment is None:
-        data = ["--data", PAIR / "train.npy", "--val", PAIR / "val.npy", "--steps", "250", "--dtype", "float32"]
+        data = ["--data", PAIR / "train.npy", "--val", PAIR / "val.npy", "--method", "weight", "--dtype", "float32"]
         lmc_fast("align", PAIR / "a", PAIR / "b", *data, "--out", args.out / "aligned")
         args.alignment = args.out / "aligned" / "alignment.safetensors"
     aligned_a, carried = args.alignment.parent / "a", args.out / "carried"

@@ -4,9 +4,9 @@
 
 b is trained on for 150 steps on Python code (examples/fine_tune.py: the interpreter's own library, of which nothing is
 kept), all weights once, and once by an adapter of rank 16. `lmc-fast carry` brings both to a, with an alignment from
-weights alone, one from activations on that code, and one learned on documentation. The share that a receives is how much its loss on code falls, in parts of how
-much b's fell. All losses are measured by transformers in float32; the adapter is loaded by peft where that is
-installed, and else by hooks that add what peft would.
+weights alone, one from activations on that code, and one learned on documentation. The share that a receives is how
+much its loss on code falls, in parts of how much b's fell. All losses are measured by transformers in float32; the
+adapter is loaded by peft where that is installed, and else by hooks that add what peft would.
 """
 
 import argparse

@@ -34,15 +34,15 @@ def facts(turns):
 @pytest.mark.parametrize(
     ("excesses", "expected"),
     [
-        ([0.5, 0.3, 0.4], [(20, 0, 1.0, 1.0), (40, 20, 0.0, 1.0)]),  # the endpoints' predictions win: back to them
-        ([0.5, 0.4, 0.3], [(20, 0, 1.0, 1.0), (40, 40, 1.0, 1.0)]),  # the text wins: go on with it
-        ([0.5, 0.7, 0.6], [(20, 0, 1.0, 1.0), (40, 0, 1.0, 0.25)]),  # both are worse than nothing
-        ([-0.1, 0.6, 0.7], [(20, 0, 1.0, 1.0), (40, 0, 0.0, 0.25)]),
+        ([0.5, 0.3, 0.4], [(12, 0, 0.0, 1.0), (24, 12, 1.0, 1.0)]),  # the text wins: back to it
+        ([0.5, 0.4, 0.3], [(12, 0, 0.0, 1.0), (24, 24, 0.0, 1.0)]),  # the endpoints' predictions win: go on with them
+        ([0.5, 0.7, 0.6], [(12, 0, 0.0, 1.0), (24, 0, 0.0, 0.25)]),  # both are worse than nothing
+        ([-0.1, 0.6, 0.7], [(12, 0, 0.0, 1.0), (24, 0, 1.0, 0.25)]),
         (
             [0.5, 0.4, 0.3, 0.2, 0.25, 0.21],
-            [(20, 0, 1.0, 1.0), (40, 40, 1.0, 1.0), (80, 60, 1.0, 0.5), (100, 60, 1.0, 0.25)],
+            [(12, 0, 0.0, 1.0), (24, 24, 0.0, 1.0), (60, 40, 0.0, 0.5), (80, 40, 0.0, 0.25)],
         ),
-        ([0.5, 0.4, 0.3, 0.2, 0.201, 0.2], [(20, 0, 1.0, 1.0), (40, 40, 1.0, 1.0)]),  # noise is no rise
+        ([0.5, 0.4, 0.3, 0.2, 0.201, 0.2], [(12, 0, 0.0, 1.0), (24, 24, 0.0, 1.0)]),  # noise is no rise
     ],
 )  # fmt: skip
 def test_what_validation_decides(excesses, expected):
@@ -51,7 +51,7 @@ def test_what_validation_decides(excesses, expected):
 
 def test_a_chosen_objective_is_not_tried_but_steered():
     schedule = Schedule(steps=200, objective="text")
-    assert trial_steps(schedule) == trial_steps(Schedule(steps=9)) == 0 and trial_steps(AUTO) == 20
+    assert trial_steps(schedule) == trial_steps(Schedule(steps=9)) == 0 and trial_steps(AUTO) == 12
     assert facts(walk([0.5, 0.6, 0.4, 0.3], schedule)) == [(20, 0, 1.0, 0.5)]
     for steps in (1, 2, 7, 20, 55, 1200):
         for objective in ("auto", "text"):

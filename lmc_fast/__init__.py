@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .pipeline.diagnose import diagnose
     from .pipeline.evaluate import barrier, verify
     from .pipeline.export import export
+    from .pipeline.extend import extend
     from .pipeline.growing import grow
     from .pipeline.heal import heal
     from .pipeline.inspection import Inspection, inspect, plan
@@ -72,6 +73,7 @@ _HOMES = {
     "diagnose": "pipeline.diagnose",
     "expm": "solvers",
     "export": "pipeline.export",
+    "extend": "pipeline.extend",
     "grow": "pipeline.growing",
     "heal": "pipeline.heal",
     "inspect": "pipeline.inspection",
@@ -119,6 +121,7 @@ __all__ = [
     "diagnose",
     "expm",
     "export",
+    "extend",
     "grow",
     "heal",
     "inspect",

@@ -1,3 +1,7 @@
+from __future__ import annotations
+
+from typing import Any
+
 _LONGEST = 1000  # characters of a message: names in hostile files may have megabytes
 
 
@@ -12,7 +16,12 @@ class LmcError(Exception):
 
 
 class Cancelled(LmcError):
-    """What was given as `cancel` said that the work is to end. The message says what is kept and how to go on."""
+    """What was given as `cancel` said that the work is to end. The message says what is kept and how to go on.
+
+    alignment: what was learned until then (an Alignment), where learning was cancelled; `align` can start from it.
+    """
+
+    alignment: Any = None
 
 
 def printable(text: object) -> str:

@@ -88,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--out", required=True, type=user_path, help="directory to create")
     sub.add_argument("--method", choices=(*METHODS, *CLOSED_FORMS), default="dual", help="how to align (default: dual)")
-    sub.add_argument("--steps", type=positive_integer, help=f"steps of learning (default: {Schedule.steps})")
+    sub.add_argument("--steps", type=whole_number, help=f"steps of learning (default: {Schedule.steps})")
     sub.add_argument("--batch", type=positive_integer, help=f"sequences per step (default: {Schedule.batch})")
     sub.add_argument("--length", "--block", type=positive_integer, help="tokens per sequence (default: 128)")
     sub.add_argument(
@@ -231,6 +231,13 @@ def merge_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--dtype", choices=DTYPES, help=text)
     sub.add_argument("--shard-size", metavar="SIZE", help="of a file of weights at most, e.g. 2GB (default: 5GB)")
     sub.add_argument("--out", required=True, type=user_path, help="directory to create")
+
+
+def whole_number(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("must be at least 0")
+    return value
 
 
 def positive_integer(text: str) -> int:

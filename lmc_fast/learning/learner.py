@@ -117,7 +117,8 @@ class Learner:
     """Descends in the chart's coordinates; one call of `step` is one λ, one batch, one update.
 
     source: canonical endpoints, b already matched; frozen. tokens (n, T) int64, or examples. chunking: how much is held
-    at a time. route: see engine.step.learn; chosen once, so that a resumed run computes the same bits. Under torchrun
+    at a time. route: see engine.step.learn; chosen once, so that a resumed run computes the same bits. blocks: whose
+    own elements are learned, by default all. Under torchrun
     every process takes its share of each batch, and gradients are averaged over all predictions. Everything random
     follows from schedule.seed and the step's number, so that a restored learner goes on as if it had never stopped.
     """
@@ -129,6 +130,7 @@ class Learner:
         schedule: Schedule,
         chunking: Chunking | None = None,
         route: str | None = None,
+        blocks: Sequence[int] | None = None,
     ):
         self.source, self.tokens, self.schedule = source, tokens, schedule
         self.chunking = chunking or Chunking(schedule.batch)
@@ -140,6 +142,8 @@ class Learner:
         sample = source.sample
         self.chart = self._chart(accurate(sample.dtype), sample.device)
         self.history = History()
+        frozen = [] if blocks is None else [i for i in range(source.spec.layers) if i not in blocks]
+        self._frozen = torch.tensor(frozen, dtype=torch.int64, device=sample.device)
         self.best: dict[str, Tensor] | None = None
         self._whole = True  # no update is half done
         self.before_update: Callable[[], None] | None = None  # called when a step's gradients are known to be finite
@@ -225,6 +229,8 @@ class Learner:
         return [Item(part, place, count) for part, count in zip(batch.split(size), counts, strict=True)]
 
     def _update(self, gradients: dict[str, Tensor], rate: float) -> None:
+        if len(self._frozen):
+            gradients = {n: g if n == "rotation" else g.index_fill(1, self._frozen, 0) for n, g in gradients.items()}
         for name, momentum in self._momentum.items():
             gradient = gradients[name]
             if name == "rotation":  # only the skew part of the leaf acts

@@ -33,7 +33,7 @@ class Schedule:
     Raises LmcError for a field that makes no sense.
     """
 
-    steps: int = 1200
+    steps: int = 1200  # 0: matching alone
     batch: int = 16  # sequences (or images) per step
     sides: int | None = None  # 2: both endpoints move, 1: B alone; None: as the method says
     low: float = 0.35  # lambda is drawn from [low, high]
@@ -46,7 +46,7 @@ class Schedule:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch", 1), ("warmup", 0), ("seed", 0)):
+        for name, least in (("steps", 0), ("batch", 1), ("warmup", 0), ("seed", 0)):
             self._set_integer(name, least)
         for name in ("low", "high", "matrix_lr", "scale_lr", "final"):
             self._set_number(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -41,7 +41,7 @@ from ..symmetry import canonicalize
 from ..symmetry.checksum import understood
 from ..symmetry.grown import record_of
 from ..symmetry.legality import check_legal
-from ..symmetry.storage import load_tensors, pack, save_tensors, unpack
+from ..symmetry.storage import as_stored, digest_of, load_tensors, pack, save_tensors, unpack
 from ..symmetry.transform import Transform
 from .budgeted import chunking_of, disk_bytes, on_disk, plan_learning, route_of, tokens_to_gather
 from .held_out import evenly, memorised, useless_endpoints
@@ -77,6 +77,8 @@ def align(
     cancel: Cancel | None = None,
     state_file: str | Path | None = None,
     meter: Meter | None = None,
+    base: Alignment | None = None,
+    blocks: Iterable[int] | None = None,
     **options: Any,
 ) -> Alignment:
     """Finds g_A and g_B such that the line between g_A A and g_B B is flat; or one element for each of more models.
@@ -96,9 +98,12 @@ def align(
     where it says True, the work ends.
     state_file: written about every SAVE_SECONDS and on interruption; if it exists, the run goes on from there, to the
     same result as if it had not stopped. meter: told what each stage takes.
+    base: an alignment of the same models to learn from, instead of what matching finds. blocks: numbers of those whose
+    heads and units learning may change, by default all; the stream, which all share, may turn in any case.
 
     Raises LmcError for a bad method, schedule, option or state file, a budget that is too small and for a loss that
-    becomes NaN or infinite, and Cancelled, an LmcError, where `cancel` says so (the state is kept).
+    becomes NaN or infinite, and Cancelled, an LmcError, where `cancel` says so: the state is kept, and the error's
+    `alignment` is what was learned until then.
     """
     require_settings(method, activations)
     require_scheme(scheme, start)
@@ -122,8 +127,19 @@ def align(
         )
     if None in pair.homes and memory is not None:
         raise LmcError("memory= prepares a pair on disk, and these models are in memory: save them, or leave it out")
-    job = _Job(tokens, validation, known, method, schedule, activations, device, memory, meter, watch)
+    chosen = None if blocks is None else _chosen(blocks, pair.spec.layers)
+    job = _Job(tokens, validation, known, method, schedule, activations, device, memory, meter, watch, chosen)
     state, run = Path(state_file) if state_file else None, dict[str, Any](inputs=given)
+    run |= {} if chosen is None else {"blocks": list(chosen)}
+    if base is not None:
+        if len(base.members) != count:
+            raise LmcError(f"the alignment to start from is one of {len(base.members)} models, not {count}")
+        for element in base.members:
+            check_legal(element, pair.spec)
+        grown = base.info.get("grown")
+        pair = placed(pair, tokens, device, grown) if grown else pair
+        run |= {"base": digest_of(base.members)}
+        return job.align(pair, state, run, base=[as_stored(g) for g in base.members], place=not grown)
     if count == 2:
         return job.align(pair, state, run)
     run |= {"scheme": scheme, "start": start}
@@ -156,11 +172,16 @@ class _Job:
     memory: int | None
     meter: Meter
     watch: Watch
+    blocks: Sequence[int] | None = None  # that learning may change
+
+    @property
+    def learns(self) -> bool:
+        return self.method in LEARNING and self.schedule.steps > 0
 
     def facts(self, run: dict[str, Any]) -> dict[str, Any]:
         """What a run that goes on must have in common with the one that began, beside what is aligned."""
         facts = {"method": self.method, "activations": float(self.activations)} | run
-        if self.method in LEARNING:
+        if self.learns:
             facts |= {"schedule": asdict(self.schedule), "calibration_shape": list(self.tokens.shape)}
         return facts
 
@@ -185,8 +206,8 @@ class _Job:
         """run: facts beside those of the job. base: elements to start from, instead of what matching finds. place:
         empty blocks of grown models are still to be placed.
         """
-        method, schedule, tokens, device, memory = self.method, self.schedule, self.tokens, self.device, self.memory
-        meter, watch, learns, count = self.meter, self.watch, method in LEARNING, len(pair.members)
+        schedule, tokens, device, memory = self.schedule, self.tokens, self.device, self.memory
+        meter, watch, learns, count = self.meter, self.watch, self.learns, len(pair.members)
         run = self.facts(run)
         saved, before = load_tensors(state) if state and state.exists() else ({}, {})
         before = before if saved else {}  # else its levels are done now
@@ -245,7 +266,8 @@ class _Job:
             route = before["run"].get("route") if before else None
             if route is None and within is not None:
                 route = route_of(within, spec, device)
-            learner = Learner(source, tokens, schedule, chunking_of(within) if within else None, route)
+            chunking = chunking_of(within) if within else None
+            learner = Learner(source, tokens, schedule, chunking, route, self.blocks)
             run["route"] = learner.route
             if "history" in before:
                 with understood(state or Path("the state"), "the state of this run"):
@@ -253,12 +275,19 @@ class _Job:
             with meter.stage("learning"):
                 expected = within.step_seconds if within else None
                 save = partial(_save, state, learner, base, run)
-                notes = _learn(learner, self.validation, self.known, watch, expected, save)
+                try:
+                    notes = _learn(learner, self.validation, self.known, watch, expected, save)
+                except Cancelled as error:
+                    error.alignment = self._result(learner, base, run, [])
+                    raise
             if isinstance(source, Streamed):
                 meter.facts["traffic"] = source.traffic.to_json()
+        return self._result(learner, base, run, notes)
+
+    def _result(self, learner: Learner, base: Sequence[Transform], run: dict[str, Any], notes: list[str]) -> Alignment:
         moved = [t.map(Tensor.detach) for t in learner.final_chart().elements()]
-        moved = [*[Transform.identity(spec)] * (count - len(moved)), *moved]
-        history = learner.history
+        moved = [*[Transform.identity(learner.source.spec)] * (len(base) - len(moved)), *moved]
+        history, schedule = learner.history, self.schedule
         info = run | {"history": asdict(history), "exported_step": history.exported, "notes": notes}
         if history.exported:
             info["objective"] = ("endpoints", "text")[int(share_of_text(schedule, history.turns, history.exported - 1))]
@@ -285,6 +314,15 @@ def require_settings(method: str, activations: float) -> None:
         raise LmcError(
             f"activations must be a number from 0 (only weights count) to {MOST_ACTIVATIONS:g}, not {activations!r}"
         )
+
+
+def _chosen(blocks: Iterable[int], layers: int) -> list[int]:
+    """Numbers of blocks, ascending. Raises LmcError for others."""
+    given = list(blocks)
+    found = sorted({i for i in given if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < layers})
+    if len(found) < len(given):
+        raise LmcError(f"blocks must be different numbers from 0 to {layers - 1}, not {given!r}")
+    return found
 
 
 def require_scheme(scheme: str, start: str) -> None:

@@ -48,7 +48,8 @@ def require_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
     # the last two are taken from the saved run
     free = ("matrix_lr", "scale_lr", "inputs", "calibration_shape", "route", "strategy")
     before, after = ({**run, **run.get("schedule", {}), "schedule": None} for run in (saved, now))
-    for key, value in before.items():
+    for key in (*before, *(key for key in ("base", "blocks") if key in after and key not in before)):
+        value = before.get(key)
         if key not in free and after.get(key) != value:
             raise LmcError(f"cannot resume: {key} was {value}, now it is {after.get(key)}; repeat the same options")
     _require_same_inputs(saved["inputs"], now["inputs"])

@@ -200,7 +200,9 @@ def _telling_what_is_kept(directory: RunDirectory) -> Iterator[None]:
             raise
         kept = f"the state is in {directory.path}: go on with"
         if isinstance(error, Cancelled):
-            raise Cancelled(f"{error}; {kept} resume=True") from None
+            told = Cancelled(f"{error}; {kept} resume=True")
+            told.alignment = error.alignment
+            raise told from None
         raise Interrupted(number_of(error), f"{kept} --resume") from None
 
 
@@ -222,7 +224,7 @@ def measure(
         ("naive", None),
         ("matched", Alignment(*alignment.matched, alignment.matched)),
     ]
-    if alignment.info.get("method") in METHODS:
+    if "history" in alignment.info:
         stages.append(("learned", alignment))
     length = pair.spec.length(inputs_of(tokens).shape)
     tokens = tokens[:: max(1, len(tokens) * length // MEASURED)]

@@ -35,6 +35,11 @@ def as_stored(transform: Transform) -> Transform:
     return unpack(pack(transform, ""), "", len(transform.blocks))
 
 
+def digest_of(transforms: Sequence[Transform]) -> str:
+    """Of every number of some transforms."""
+    return checksum({n: t for i, g in enumerate(transforms) for n, t in pack(g, str(i)).items()}, "")
+
+
 def unpack(tensors: dict[str, Tensor], prefix: str, layers: int) -> Transform:
     """The inverse of `pack`. Raises LmcError for parts that make no element."""
     model, *blocks = (

@@ -16,7 +16,7 @@ from lmc_fast.learning.schedule import Schedule
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *[("steps", bad) for bad in (0, -1, 2.5, math.nan, "10", None, True)],
+        *[("steps", bad) for bad in (-5, -1, 2.5, math.nan, "10", None, True)],
         *[("batch", bad) for bad in (0, -3, 1.0, None)],
         *[("sides", bad) for bad in (0, 3, -1, 1.5, "2", True)],
         *[("low", bad) for bad in (-0.1, 0.7, math.nan, -math.inf, "0.1", None)],

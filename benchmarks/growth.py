@@ -9,7 +9,7 @@ of the original. In float64 they are equal; what is written in float32 is at mos
 Shrinking what was grown gives the original (of LayerNorm models in another width: their canonical form) again.
 
 Trained: DIR is what `examples/train_pair.py --siblings --out DIR` wrote: narrow (width 96 for 128), shallow (3 blocks
-for 4), small (both). Each is aligned with examples/pair/a by `lmc-fast align`, 250 steps. Losses are those of
+for 4), small (both). Each is aligned with examples/pair/a by `lmc-fast align`, 500 steps. Losses are those of
 transformers alone on the test text: of stock checkpoints, and of their averages, tensor by tensor.
 """
 
@@ -158,7 +158,7 @@ def problems_of(row: Row) -> list[str]:
 def main() -> int:
     parser = options(__doc__.split("\n", 1)[0])
     parser.add_argument("--trained", type=Path, metavar="DIR", help="trained models of several sizes")
-    parser.add_argument("--steps", type=int, default=250, help="of learning (default: 250)")
+    parser.add_argument("--steps", type=int, default=500, help="of learning (default: 500)")
     parser.add_argument("names", nargs="*", metavar="NAME", help="of the trained models (default: all)")
     args = parser.parse_args()
     logging.set_verbosity_error()

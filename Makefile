@@ -4,7 +4,7 @@ VENV ?= .venv$(addprefix -,$(notdir $(filter-out python3,$(PYTHON))))
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: venv demo test lint format bench bench-solvers bridges gpu clean
+.PHONY: venv demo test lint format bench bench-solvers bridges gpu first-light clean
 
 venv: $(STAMP)
 
@@ -62,6 +62,10 @@ bridges:
 # One NVIDIA GPU; torch, triton and transformers must be there: nothing is installed. docs/gpu.md says more.
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(GPU)
+
+# The least that must be known of a GPU on which nothing has run: eight minutes, and the same command goes on.
+first-light:
+	$(PYTHON) -m benchmarks.gpu --first-light $(GPU)
 
 clean:
 	rm -rf $(VENV) .venv-* build demo-out *.egg-info lmc_fast/_C*.so

@@ -23,7 +23,7 @@ import torch
 from benchmarks.common import RESULTS, ROOT, Row, options, write_json
 from benchmarks.gpu.promises import problems
 from benchmarks.gpu.rows import Journal, latest, read_rows
-from benchmarks.gpu.slices import SLICES
+from benchmarks.gpu.slices import EVERY, FIRST_LIGHT, SLICES
 from benchmarks.gpu.summary import write_summary
 from benchmarks.gpu.worker import CONTINUED, LOST, stamp
 
@@ -58,6 +58,7 @@ class Invocation:
 def main() -> int:
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=SLICES, default=list(SLICES), metavar="SLICE", help=str([*SLICES]))
+    parser.add_argument("--first-light", action="store_true", help="the least, in eight minutes: first_light.py")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop cleanly before this time is over")
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu", help="rows and SUMMARY.md (default: %(default)s)")
     parser.add_argument(
@@ -80,8 +81,8 @@ def main() -> int:
     print(build_extension(), flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # takes the slice's process along
     unfinished, troubles = [], []
-    for name in args.only:
-        print(f"{name}: {SLICES[name].what}", flush=True)
+    for name in FIRST_LIGHT if args.first_light else args.only:
+        print(f"{name}: {EVERY[name].what}", flush=True)
         finished, trouble = run_slice(name, invocation)
         unfinished += [] if finished else [name]
         troubles += [trouble] if trouble else []
@@ -112,7 +113,7 @@ def run_slice(name: str, invocation: Invocation) -> tuple[bool, str]:
     A case in which a process dies gets a row that says so, and is left to the next run.
     """
     least = 1.0 if invocation.quick else LEAST
-    limit = min(time.monotonic() + 60 * SLICES[name].minutes, invocation.end - GRACE)
+    limit = min(time.monotonic() + 60 * EVERY[name].minutes, invocation.end - GRACE)
     running = invocation.out / f"{name}.running"
     running.unlink(missing_ok=True)
     for _ in range(MOST_PROCESSES):

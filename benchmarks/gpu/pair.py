@@ -25,10 +25,14 @@ LENGTH = 256  # of calibration and test blocks
 PROMISED = 0.5  # of the naive barrier, at most
 
 
-def cases(place: Place) -> Iterator[Case]:
-    recipe = QUICK if place.quick else Recipe()
+def cases(
+    place: Place, recipe: Recipe | None = None, schedule: Schedule | None = None, least: float = LEAST
+) -> Iterator[Case]:
+    """least: seconds that an alignment should find when it begins."""
+    recipe = recipe or (QUICK if place.quick else Recipe())
+    schedule = schedule or (Schedule(steps=5, batch=4) if place.quick else Schedule())
     made_by = fingerprint(["benchmarks/gpu/training.py"])  # where that changes, everything is made again
-    directory = place.scratch / f"pair-{'quick-' * place.quick}{made_by}"
+    directory = place.scratch / f"pair-{'quick-' * place.quick}{recipe.width}-{made_by}"
     if place.quick:
         yield Case("corpus quick", lambda: [{"key": "corpus quick"} | make_corpus(directory, recipe)])
     else:
@@ -36,28 +40,27 @@ def cases(place: Place) -> Iterator[Case]:
     for seed in (0, 1):
         key = f"train {seed}"
         yield Case(key, partial(_train, key, place, directory, seed, recipe), resumes=True)
-    yield Case("align", partial(_align, "align", place, directory, recipe), resumes=True)
+    yield Case("align", partial(_align, "align", place, directory, recipe, schedule, least), resumes=True)
 
 
 def _train(key: str, place: Place, directory: Path, seed: int, recipe: Recipe) -> list[Row]:
     return [{"key": key, "seed": seed} | trained(directory, seed, recipe, place.device, place.clock)]
 
 
-def _align(key: str, place: Place, directory: Path, recipe: Recipe) -> list[Row]:
+def _align(key: str, place: Place, directory: Path, recipe: Recipe, schedule: Schedule, least: float) -> list[Row]:
     """Barriers of the naive, matched and learned pair, times and peak memory."""
     for seed in (0, 1):
         trained(directory, seed, recipe, place.device, place.clock)
     release(place.device)
     quick, device = place.quick, place.device
     state = directory / "state.safetensors"
-    if not quick and place.clock.left < LEAST:
+    if not quick and place.clock.left < least:
         raise Unfinished("both endpoints are trained, the alignment is for the next run")
     pair = open_pair(directory / "seed0", directory / "seed1")
     length = recipe.length if quick else LENGTH
     calibration = blocks(directory / "train.npy", length, 64 if quick else 8192)
     validation = blocks(directory / "val.npy", length, 8 if quick else 64)
     test = blocks(directory / "test.npy", length, 8 if quick else 128)
-    schedule = Schedule(steps=5, batch=4) if quick else Schedule()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     began = time.monotonic()

@@ -20,6 +20,7 @@ class Slice:
     what: str
     minutes: float
     sources: tuple[str, ...]
+    cases: str = "cases"  # the function's name
 
 
 SLICES = {
@@ -61,6 +62,21 @@ SLICES = {
         ("lmc_fast", "csrc", "benchmarks/gpu/pair.py", "benchmarks/gpu/training.py"),
     ),
 }
+
+
+_ALL = ("lmc_fast", "csrc", "benchmarks/gpu", "benchmarks/solvers.py", "benchmarks/synthetic.py")
+FIRST_LIGHT = {  # `make first-light`: in this order, eight minutes in all
+    f"first-{name}": Slice("first_light", what, seconds / 60, _ALL, name)
+    for name, what, seconds in (
+        ("imports", "imports, and a small alignment with kernels and without", 60),
+        ("operations", "every Triton operation once at a shape of 7B", 90),
+        ("floor", "a step beside the floor", 90),
+        ("streamed", "streamed beside resident", 60),
+        ("solved", "cayley and expm", 60),
+        ("aligned", "two models trained and aligned", 120),
+    )
+}
+EVERY = SLICES | FIRST_LIGHT
 
 
 @dataclass(frozen=True)

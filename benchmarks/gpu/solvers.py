@@ -25,12 +25,17 @@ def cases(place: Place) -> Iterator[Case]:
     for n, batch in sizes:
         for op in ("cayley", "expm"):
             need = PROMISED if gpu and (n, batch) == (64, 1024) else None
-            yield _case(solvers.Case(op, n, batch, need, device=place.device.type), many)
+            yield case_of(op, n, batch, place, many, need)
     for op in ("cayley", "expm"):
         n, batch = sizes[0]
         yield _case(solvers.Case(op, n, batch, None, dtype=torch.float64, device=place.device.type), many)
     for n in () if place.quick else ROTATIONS:
         yield _case(solvers.Case("cayley", n, 2, None, device=place.device.type), FEW)
+
+
+def case_of(op: str, n: int, batch: int, place: Place, repeats: int, need: float | None = None) -> Case:
+    """In float32."""
+    return _case(solvers.Case(op, n, batch, need, device=place.device.type), repeats)
 
 
 def _case(case: solvers.Case, repeats: int) -> Case:

@@ -51,11 +51,15 @@ QUICK = Recipe(64, 2, 2, 300, 400_000, 32, 4, 3e-3, 60.0, 20)
 
 
 def source_files(limit: int) -> Iterator[tuple[str, str]]:
-    """(part, text) of Python files in site-packages, each text once; part: train, val or test, by the file's name."""
+    """(part, text) of Python files in site-packages, each text once; part: train, val or test, by the text's digest.
+
+    About `limit` bytes, but some of each part.
+    """
     roots = {Path(sysconfig.get_paths()[name]) for name in ("purelib", "platlib")}
     files = sorted(file for root in roots for file in root.rglob("*.py"))
     random.Random(0).shuffle(files)
     seen: set[bytes] = set()
+    parts: set[str] = set()
     total = 0
     for file in files:
         try:
@@ -67,9 +71,10 @@ def source_files(limit: int) -> Iterator[tuple[str, str]]:
             continue
         seen.add(digest)
         total += len(text)
-        place = digest[0]
-        yield "test" if place < 6 else "val" if place < 12 else "train", text
-        if total >= limit:
+        part = "test" if digest[0] < 6 else "val" if digest[0] < 12 else "train"
+        parts.add(part)
+        yield part, text
+        if total >= limit and len(parts) == 3:
             return
 
 

@@ -22,7 +22,7 @@ import torch
 from benchmarks.common import Row, processor, provenance
 from benchmarks.gpu.device import release
 from benchmarks.gpu.rows import Case, Clock, Journal, Unfinished, Unmeasured, fingerprint
-from benchmarks.gpu.slices import HARNESS, SLICES, Place
+from benchmarks.gpu.slices import EVERY, HARNESS, Place
 from lmc_fast.implementations import GPU_SOLVERS
 from lmc_fast.kernels.enabled import SWITCH
 
@@ -46,7 +46,7 @@ def stamp(slice_name: str, quick: bool, device: str, run: str, commit: str = "")
         triton = version("triton")
     except PackageNotFoundError:
         triton = "none"
-    sources = fingerprint([*HARNESS, *SLICES[slice_name].sources])
+    sources = fingerprint([*HARNESS, *EVERY[slice_name].sources])
     more = {"triton": triton, "cuda": torch.version.cuda or "none", "system": platform.system()}
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return found | more | {"slice": slice_name, "quick": quick, "sources": sources, "run": run, "started": now}
@@ -110,7 +110,7 @@ def shown(row: Row) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("slice", choices=SLICES)
+    parser.add_argument("slice", choices=EVERY)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -127,8 +127,9 @@ def main() -> int:
     place = Place(torch.device(args.device), args.quick, args.scratch, Clock(args.seconds), args.run)
     common = stamp(args.slice, args.quick, args.device, args.run, args.commit)
     journal = Journal(args.out / f"{args.slice}.jsonl", common)
-    module = importlib.import_module(f"benchmarks.gpu.{SLICES[args.slice].module}")
-    return measure(module.cases(place), journal, place, args.out / f"{args.slice}.running")
+    wanted = EVERY[args.slice]
+    cases = getattr(importlib.import_module(f"benchmarks.gpu.{wanted.module}"), wanted.cases)
+    return measure(cases(place), journal, place, args.out / f"{args.slice}.running")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python -m benchmarks.members FAMILY [--steps N] [--only SCHEME ...] [--json FILE] [--check]
 
 FAMILY: a directory with a/, b/, c/, d/, train.npy, val.npy, test.npy. All losses are measured by transformers alone, on
-exported stock checkpoints, averaged tensor by tensor, on the test tokens. Learning takes the same number of steps in all:
-3 N for four models, N for each alignment of two. Without FAMILY only the time of a step is measured.
+exported stock checkpoints, averaged tensor by tensor, on the test tokens. Learning takes as many steps in all: 3 N for
+four models, N for each alignment of two. Without FAMILY only the time of a step is measured.
 """
 
 import statistics

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..alignment import Alignment
 from ..checkpoints import LazyBlocks, Model, Slots, Table, Weights
+from ..errors import Cancelled
 from ..kernels.many import blend
 from ..members import listed
 from ..pair import Models, Pair
@@ -51,7 +52,11 @@ def by_levels(models: Models, align: Callable[[Pair, Path | None], Alignment], s
         for one, two in zip(groups[::2], groups[1::2], strict=False):
             sides = ["".join(names[k] for k in group.members) for group in (one, two)]
             _log.info("aligning %s", listed(sides))
-            found = align(Pair(one.model, two.model), _of_level(state, len(levels)))
+            try:
+                found = align(Pair(one.model, two.model), _of_level(state, len(levels)))
+            except Cancelled as error:
+                error.alignment = None  # of two of the groups: it would mean nothing for the models
+                raise
             info = found.info
             levels.append(
                 {"members": sides, "history": info.get("history"), "exported_step": info.get("exported_step")}

@@ -66,6 +66,13 @@ def test_joint_learning_lowers_the_divergence_and_starts_from_levels(four, data)
     )
 
 
+def test_for_a_pair_every_learning_scheme_is_the_same(make_checkpoint, data):
+    pair = lmc.open_models([make_checkpoint("llama", seed) for seed in (1, 2)])
+    assert isinstance(pair, lmc.Pair)
+    assert same(lmc.align(pair, data, scheme="hierarchical", **LEARN), lmc.align(pair, data, **LEARN))
+    assert lmc.align(pair, data, scheme="universe").info["method"] == "matching"
+
+
 def test_an_odd_number_waits_for_the_next_level_and_averages_are_plain(make_checkpoint, data):
     three = lmc.open_models([make_checkpoint("neox", seed) for seed in (1, 2, 3)])
     found = lmc.align(three, data, scheme="hierarchical", **LEARN)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from numbers import Real
@@ -31,10 +31,8 @@ from ..learning.learner import History, Learner, NonFiniteLoss
 from ..learning.schedule import CLOSED_FORMS, Schedule
 from ..learning.schedule import METHODS as LEARNING
 from ..learning.steering import is_due, share_of_text
-from ..matching.activations import STATISTICS_NAMES
 from ..matching.closed_form import Evidence
 from ..members import CLOSED_SCHEMES, SCHEMES, STARTS
-from ..output import Workspace
 from ..pair import Models, Pair
 from ..streaming.ring import Streamed
 from ..symmetry import canonicalize
@@ -45,12 +43,11 @@ from ..symmetry.storage import as_stored, digest_of, load_tensors, pack, save_te
 from ..symmetry.transform import Transform
 from .budgeted import chunking_of, disk_bytes, on_disk, plan_learning, route_of, tokens_to_gather
 from .held_out import evenly, memorised, useless_endpoints
-from .matched import STATISTICS_TOKENS, match_members
+from .matched import STATISTICS_TOKENS, match_members, scratch
 from .placing import placed
 from .progress import Cancel, Progress, Watch
 from .resume import made_from, require_same_run
 from .room import require_room
-from .run_directory import STATISTICS
 from .schemes import by_levels
 
 _log = logging.getLogger("lmc_fast")
@@ -299,7 +296,7 @@ class _Job:
     ) -> tuple[Transform, ...]:
         weighed = Evidence(1, self.activations)
         evidence = {"weight": Evidence(1, 0), "activation": Evidence(0, 1)}.get(self.method, weighed)
-        with self.meter.stage("matching"), _scratch(at, to_disk) as keep:
+        with self.meter.stage("matching"), scratch(at, to_disk) as keep:
             if keep is not None:
                 require_room(keep, disk_bytes(members[0].spec, evidence, within, len(members)))
             tokens, watch = self.tokens, self.watch
@@ -330,19 +327,6 @@ def require_scheme(scheme: str, start: str) -> None:
     for name, value, known in (("scheme", scheme, SCHEMES), ("start", start, STARTS)):
         if value not in known:
             raise LmcError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
-
-
-@contextmanager
-def _scratch(place: Path | None, needed: bool) -> Iterator[Path | None]:
-    """A directory for statistics of activations, where they are not held in memory."""
-    if not needed:
-        yield None
-    elif place is None:
-        with TemporaryDirectory() as directory:
-            yield Path(directory)
-    else:
-        with Workspace(place / STATISTICS, STATISTICS_NAMES) as work:
-            yield work.result
 
 
 def _learn(

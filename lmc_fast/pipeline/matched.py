@@ -7,20 +7,23 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 from ..checkpoints import LazyBlocks, Slots, Weights
 from ..errors import LmcError
 from ..examples import Data, inputs_of
-from ..matching.activations import gather_statistics
+from ..matching.activations import STATISTICS_NAMES, gather_statistics
 from ..matching.balance import balanced
 from ..matching.closed_form import MAX_ROUNDS, Evidence, match
 from ..matching.universe import match_all
 from ..members import listed, member_names
+from ..output import Workspace
 from ..symmetry.storage import as_stored
 from ..symmetry.transform import Transform
 from .progress import MatchingWatch, Watch
+from .run_directory import STATISTICS
 
 STATISTICS_TOKENS = 32_768  # enough for cross-covariances; more changes the matching little
 
@@ -113,3 +116,16 @@ def _overflow(ends: str) -> Iterator[None]:
         if isinstance(error, ValueError) and "finite" not in str(error):
             raise
         raise LmcError(f"{ends} cannot be matched: products of weights overflow; look for huge weights") from error
+
+
+@contextmanager
+def scratch(place: Path | None, needed: bool) -> Iterator[Path | None]:
+    """A directory for statistics of activations, where they are not held in memory."""
+    if not needed:
+        yield None
+    elif place is None:
+        with TemporaryDirectory() as directory:
+            yield Path(directory)
+    else:
+        with Workspace(place / STATISTICS, STATISTICS_NAMES) as work:
+            yield work.result

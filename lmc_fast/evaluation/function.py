@@ -48,7 +48,7 @@ class Difference:
                     f"the loss of the {what} checkpoint is {value}: numbers overflow; look for huge or NaN weights"
                 )
         if not math.isfinite(self.kl + self.max_log_probability):
-            raise LmcError("the outputs of these checkpoints are not finite; look for huge weights")
+            raise LmcError("the outputs of these checkpoints are not finite; look for huge or NaN weights")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -77,6 +77,8 @@ def heal(
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:
         raise LmcError(f"rate must be a number above 0 and at most 1, not {rate!r}")
     schedule = Schedule(steps=steps, batch=batch, seed=seed)
+    if not steps:
+        raise LmcError("healing takes steps; give at least one")
     device, target = require_device(device), user_path(out)
     require_apart((target, partial_of(target)), (merged, *endpoints))
     models = open_models([merged, *endpoints])

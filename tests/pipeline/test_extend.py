@@ -39,6 +39,7 @@ def test_no_steps_are_the_matching_that_learning_starts_from(pair, data, tmp_pat
     assert "history" not in matched.info and same(matched, lmc.Alignment(*matched.matched, matched=matched.matched))
     np.save(tmp_path / "ids.npy", data.numpy())
     command = ["align", str(pair.a.path), str(pair.b.path), "--data", str(tmp_path / "ids.npy"), "--block", "16"]
+    capsys.readouterr()  # what another test's command set up may have shown until here
     assert main([*command, "--steps", "0", "--out", str(tmp_path / "out"), "--json"]) == 0
     assert [curve["name"] for curve in json.loads(capsys.readouterr().out)["curves"]] == ["naive", "matched"]
     assert not (tmp_path / "out" / "learning.png").exists()

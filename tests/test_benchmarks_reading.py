@@ -63,6 +63,8 @@ REFUSED = [
 @pytest.mark.parametrize(("name", "changes"), EQUAL)
 def test_the_same_function(name, changes):
     row = judge(Variant(name, changes))
+    if row["why"] == "transformers disagrees with itself":  # Gemma 2's partial rotary in 5.20, the last for Python 3.10
+        pytest.skip(row["why"])
     assert row["outcome"] == "equal", row
 
 

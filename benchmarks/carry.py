@@ -208,10 +208,10 @@ def missed(rows: list[Row], quick: bool) -> list[str]:
         full, loaded = (found[case, name]["share"] for case in ("a + full difference of adapter", "a with adapter"))
         if abs(loaded - full) > SAME * max(abs(full), 0.05):
             problems.append(f"{name}: the adapter gives {loaded:.1%} of the gain, its full difference {full:.1%}")
-    carried = [row for (case, _), row in found.items() if case.endswith("x fine-tune") and row["rise"] <= RISE]
-    best = max((row["share"] for row in carried), default=0.0)
-    if best < (0.1 if quick else SHARE):
-        problems.append(f"a receives {best:.0%} at most where it loses {RISE} nats or less on documentation")
+    default = found["a + 1 x fine-tune", "learned"]  # what `align` and `carry` make without an option
+    if default["share"] < (0.1 if quick else SHARE) or default["rise"] > RISE:
+        problems.append(f"a receives {default['share']:.0%} and loses {default['rise']:.2f} nats on documentation")
+    best = max(row["share"] for (case, _), row in found.items() if case.endswith("x fine-tune"))
     if best <= found["a + fine-tune", "none"]["share"]:
         problems.append("alignment is of no use")
     return problems

@@ -102,7 +102,7 @@ def main() -> int:
 def latest_rows(out: Path, quick: bool) -> list[Row]:
     """Of all slices, whichever this invocation measures."""
     rows: list[Row] = []
-    for name in SLICES:
+    for name in EVERY:
         rows += latest(row for row in read_rows(out / f"{name}.jsonl") if row["quick"] == quick)
     return rows
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.common import Row
+from benchmarks.gpu.slices import kind
 
 MET, MISSED, OPEN = "met", "MISSED", "not yet measured"
 
@@ -22,7 +23,7 @@ class Promise:
     best: bool = False
 
     def measured(self, rows: Sequence[Row]) -> float | None:
-        values = [v for row in rows if row.get("slice") == self.slice and (v := self.value(row)) is not None]
+        values = [v for row in rows if kind(row["slice"]) == self.slice and (v := self.value(row)) is not None]
         if not values:
             return None
         return max(values) if self.most != self.best else min(values)

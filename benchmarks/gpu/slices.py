@@ -14,13 +14,15 @@ HARNESS = ("benchmarks/common.py", "benchmarks/gpu/device.py")
 
 @dataclass(frozen=True)
 class Slice:
-    """minutes: the most that one process takes. sources: what its rows depend on, beside HARNESS."""
+    """minutes: the most that one process takes. sources: what its rows depend on, beside HARNESS. like: the slice whose
+    promises and table its rows belong to, if another."""
 
     module: str  # in benchmarks.gpu, with cases(place) -> Iterable[Case]
     what: str
     minutes: float
     sources: tuple[str, ...]
     cases: str = "cases"  # the function's name
+    like: str = ""
 
 
 SLICES = {
@@ -66,17 +68,22 @@ SLICES = {
 
 _ALL = ("lmc_fast", "csrc", "benchmarks/gpu", "benchmarks/solvers.py", "benchmarks/synthetic.py")
 FIRST_LIGHT = {  # `make first-light`: in this order, eight minutes in all
-    f"first-{name}": Slice("first_light", what, seconds / 60, _ALL, name)
-    for name, what, seconds in (
-        ("imports", "imports, and a small alignment with kernels and without", 60),
-        ("operations", "every Triton operation once at a shape of 7B", 90),
-        ("floor", "a step beside the floor", 90),
-        ("streamed", "streamed beside resident", 60),
-        ("solved", "cayley and expm", 60),
-        ("aligned", "two models trained and aligned", 120),
+    f"first-{name}": Slice("first_light", what, seconds / 60, _ALL, name, like)
+    for name, like, what, seconds in (
+        ("imports", "first-imports", "imports, and a small alignment with kernels and without", 50),
+        ("operations", "kernels", "every Triton operation once at a shape of 7B", 70),
+        ("floor", "step", "a step beside the floor", 80),
+        ("streamed", "streaming", "streamed beside resident", 80),
+        ("solved", "solvers", "cayley and expm", 50),
+        ("aligned", "pair", "two models trained and aligned", 150),
     )
 }
 EVERY = SLICES | FIRST_LIGHT
+
+
+def kind(name: str) -> str:
+    """The slice of SLICES whose rows those of a slice are like; first-imports is like none."""
+    return EVERY[name].like or name
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ Weights are bfloat16, the transform's leaves float32. Peak memory is what torch 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -64,8 +64,10 @@ def switched(kernels: str, call: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
-def measure(key: str, place: Place, shape: str, layers: int, tokens: int, length: int) -> list[Row]:
-    """One row for each variant."""
+def measure(
+    key: str, place: Place, shape: str, layers: int, tokens: int, length: int, only: Sequence[str] = ()
+) -> list[Row]:
+    """One row for each variant, or for those of `only`."""
     device = place.device
     spec = spec_of(shape, layers, length)
     dtype = torch.bfloat16
@@ -96,6 +98,7 @@ def measure(key: str, place: Place, shape: str, layers: int, tokens: int, length
     calls["ours, no dual_gemm"] = switched(WITHOUT_DUAL_GEMM, ours(None, True))
     calls["ours, divergence"] = ours(None, True, True)
     calls["rotation alone"] = rotation
+    calls = {name: call for name, call in calls.items() if not only or name in only}
     fit, large = runnable(calls, device)
     memory = {name: peak(call, device) for name, call in fit.items()}
     times = timed(fit, device, place.quick)

@@ -57,8 +57,16 @@ def cases(place: Place) -> Iterator[Case]:
         yield Case(key, partial(measure, key, place, "pythia-6.9b", layers, tokens, LENGTH), seconds)
 
 
-def measure(key: str, place: Place, shape: str, wanted: int, tokens: Sequence[int], length: int) -> list[Row]:
-    """Two rows for each number of tokens."""
+def measure(
+    key: str,
+    place: Place,
+    shape: str,
+    wanted: int,
+    tokens: Sequence[int],
+    length: int,
+    variants: Sequence[str] = ("planned", "smallest"),
+) -> list[Row]:
+    """A row for each number of tokens and each of the variants."""
     device = place.device
     profile = here(device)
     dtype = profile.dtype
@@ -76,7 +84,7 @@ def measure(key: str, place: Place, shape: str, wanted: int, tokens: Sequence[in
         rows = []
         for count in tokens:
             job = Job(count, length)
-            for name in ("planned", "smallest"):
+            for name in variants:
                 common = {"shape": shape, "layers": layers, "layers_wanted": wanted, "tokens": count, "length": length}
                 common |= {"variant": name, "store_seconds": round(made, 1), "store_bytes": sum(store.segment_bytes)}
                 planned = plan(spec, job, profile, BUDGET)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.common import Row, write_csv
 from benchmarks.gpu.promises import OPEN, PROMISES, on_gpu, problems
-from benchmarks.gpu.slices import SLICES
+from benchmarks.gpu.slices import SLICES, kind
 
 GIB = 1 << 30
 
@@ -15,7 +15,7 @@ GIB = 1 << 30
 def write_summary(out: Path, rows: Sequence[Row], quick: bool) -> None:
     """OUT/SUMMARY.md and OUT/<slice>.csv (a quick run writes quick-<slice>.csv) of the latest rows."""
     for name in SLICES:
-        some = [{k: v for k, v in row.items() if k != "trace"} for row in rows if row["slice"] == name]
+        some = [{k: v for k, v in row.items() if k != "trace"} for row in rows if kind(row["slice"]) == name]
         if some:
             write_csv(out / f"{'quick-' if quick else ''}{name}.csv", some)
     (out / "SUMMARY.md").write_text(summary(rows, quick))
@@ -34,7 +34,7 @@ def summary(rows: Sequence[Row], quick: bool) -> str:
         lines.append(f"| {p.slice} | {p.text} | {p.limit_text} | {shown} | {verdict} |")
     lines += ["", "The worst row of each kind counts, where nothing else is said.", ""]
     for name, what in SLICES.items():
-        some = [row for row in rows if row["slice"] == name]
+        some = [row for row in rows if kind(row["slice"]) == name]
         lines += [f"## {name}: {what.what}", "", *_counts(some)]
         good = [row for row in some if on_gpu(row)]
         if good:

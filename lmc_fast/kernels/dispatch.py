@@ -169,7 +169,7 @@ def _finish(device: torch.device) -> None:
 
 def _place(width: int, dtype: torch.dtype, device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    kernels = f", kernels {' '.join(wanted()) or 'none'}" if device.type == "cuda" else ""
+    kernels = f", kernels {' '.join(wanted(device)) or 'none'}" if device.type == "cuda" else ""
     return f"{name}, {torch.get_num_threads()} threads, {dtype}, torch {torch.__version__}{kernels}, width {width}"
 
 

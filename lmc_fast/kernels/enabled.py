@@ -12,8 +12,8 @@ from torch import Tensor
 
 SWITCH = "LMC_FAST_KERNELS"
 """Environment variable: "1" for all OPERATIONS, "0" for none, or some of them, separated by commas; unset: MEASURED."""
-MEASURED: tuple[str, ...] = ()
-"""The operations that a GPU has shown to be faster than the best torch formulation (benchmarks/gpu); so far none."""
+MEASURED = {(9, 0): ("softmax_loss", "head_maps")}
+"""By compute capability: the operations that beat the best torch formulation there (benchmarks/results/gpu)."""
 OPERATIONS = ("softmax_loss", "interpolate_weight", "dual_gemm", "head_maps")
 
 
@@ -25,7 +25,7 @@ def engaged(operation: str, *tensors: Tensor | None) -> bool:
     kernels are wanted and cannot run, one RuntimeWarning says why. Raises ValueError if LMC_FAST_KERNELS is nonsense.
     """
     given = [t for t in tensors if t is not None]
-    if not (given[0].is_cuda or _interpreter_wanted()) or operation not in wanted():
+    if not (given[0].is_cuda or _interpreter_wanted()) or operation not in wanted(given[0].device):
         return False
     from .runtime import DTYPES, usable
 
@@ -39,11 +39,11 @@ def engaged(operation: str, *tensors: Tensor | None) -> bool:
     return problem is None
 
 
-def wanted() -> tuple[str, ...]:
-    """The operations that LMC_FAST_KERNELS turns on."""
+def wanted(device: torch.device | None = None) -> tuple[str, ...]:
+    """The operations that LMC_FAST_KERNELS turns on, on `device` (default: the present GPU)."""
     value = os.environ.get(SWITCH)
     if value is None:
-        return MEASURED
+        return measured(device)
     if value in ("0", "1"):
         return OPERATIONS if value == "1" else ()
     names = tuple(name.strip() for name in value.split(","))
@@ -51,6 +51,14 @@ def wanted() -> tuple[str, ...]:
     if unknown:
         raise ValueError(f'{SWITCH} names "{unknown[0]}"; it takes 0, 1, or some of {", ".join(OPERATIONS)}')
     return names
+
+
+@cache
+def measured(device: torch.device | None = None) -> tuple[str, ...]:
+    """What MEASURED says about an NVIDIA GPU (default: the present one); nothing about other devices."""
+    if torch.version.cuda is None or not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
+        return ()
+    return MEASURED.get(torch.cuda.get_device_capability(device), ())
 
 
 @cache

@@ -198,7 +198,9 @@ def test_switch(fresh, monkeypatch):
     x = torch.ones(2, device=DEVICE)
     assert all(enabled.engaged(name, x) for name in enabled.OPERATIONS)
     monkeypatch.delenv(enabled.SWITCH)
-    assert enabled.wanted() == enabled.MEASURED == () and "no GPU has shown" in backends().without_kernels
+    assert enabled.wanted(torch.device("cpu")) == ()
+    here = enabled.MEASURED.get(torch.cuda.get_device_capability(), ()) if DEVICE == "cuda" else ()
+    assert enabled.wanted() == here and "not shown to be faster" in backends().without_kernels
     monkeypatch.setenv(enabled.SWITCH, "1")
     assert not enabled.engaged("softmax_loss", x.double())
     monkeypatch.setenv(enabled.SWITCH, "interpolate_weight, dual_gemm")
@@ -206,6 +208,17 @@ def test_switch(fresh, monkeypatch):
     monkeypatch.setenv(enabled.SWITCH, "interpolate_weight,fast")
     with pytest.raises(ValueError, match='names "fast"; it takes 0, 1, or'):
         enabled.engaged("interpolate_weight", x)
+
+
+def test_what_a_gpu_has_shown_is_on_there(monkeypatch):
+    monkeypatch.delenv(enabled.SWITCH, raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, expected in (((9, 0), ("softmax_loss", "head_maps")), ((8, 0), ())):
+        enabled.measured.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, is_=capability: is_)
+        assert enabled.wanted(torch.device("cuda")) == expected and enabled.wanted(torch.device("cpu")) == ()
+    enabled.measured.cache_clear()
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="GPUs round bfloat16 rightly")

@@ -13,14 +13,10 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@$(PYTHON) install.py $(VENV)
 	@touch $@
 
-# The tiny pair that ships with the project: align, merge, measure. Figures and pictures go to demo-out.
-PAIR = examples/pair
+# The tiny pair of examples/pair: align, merge, measure. Figures and pictures go to demo-out.
 demo: venv
 	rm -rf demo-out demo-out.partial
-	$(BIN)/lmc-fast align $(PAIR)/a $(PAIR)/b --data $(PAIR)/train.npy --val $(PAIR)/val.npy --test $(PAIR)/test.npy \
-		--steps 250 --dtype float32 --out demo-out
-	$(BIN)/lmc-fast merge demo-out/a demo-out/b --weight 0.5 --out demo-out/merged
-	@echo "pictures: demo-out/curve.png, demo-out/learning.png"
+	$(BIN)/lmc-fast demo --out demo-out
 
 # Tests of trained pairs run where LMC_FAST_SHARED names a directory that holds them, else they are skipped.
 export LMC_FAST_SHARED ?= $(abspath $(wildcard ../shared))

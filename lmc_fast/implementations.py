@@ -17,6 +17,8 @@ TRITON_LARGEST = 64
 """The largest n whose matrices the Triton solvers take: 128 x 128 does not fit in a program's registers."""
 GPU_SOLVERS = "LMC_FAST_GPU_SOLVERS"
 """Environment variable: "triton", or "torch", the batched formulation (the default: no GPU has been timed)."""
+INSTRUCTIONS = "LMC_FAST_ISA"
+"""Environment variable: the instruction set of the C++ solvers, "avx512", "avx2" or "generic" (default: the best)."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,13 @@ def extension() -> ModuleType | None:
 @cache
 def import_extension() -> ModuleType | None:
     try:
-        return importlib.import_module("lmc_fast._C")
+        native = importlib.import_module("lmc_fast._C")
     except ImportError:
         return None
+    wanted = os.environ.get(INSTRUCTIONS)
+    if wanted:
+        try:
+            native.use_isa(wanted)
+        except ValueError as error:
+            raise ValueError(f'{INSTRUCTIONS} is "{wanted}": {error}') from error
+    return native

@@ -27,13 +27,17 @@ def align_command(args: argparse.Namespace, console: Console) -> int:
     with parallel.together(args.device):
         first = parallel.place()[0] == 0
         console.quiet |= not first
-        report = _align(args, console)
+        report = aligned(args, console)
     if first:
-        _show(args, console, report)
+        show_report(args, console, report)
+        written = [f"{args.out}/{name}" for name in report["proof"]]
+        console.say(f"next: lmc-fast merge {' '.join(written)} --out {args.out}/merged")
+        console.result(report)
     return 0
 
 
-def _align(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+def aligned(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """The report of the run that `args` ask for, whose memory is in bytes and whose device is this process's own."""
     if parallel.place()[0] == 0:  # before anything is read
         RunDirectory(args.out, args.resume, (args.a, args.b, *args.more, args.data, args.val, args.test))
     given = {"steps": args.steps, "batch": args.batch, "objective": args.objective, "seed": args.seed}
@@ -74,7 +78,8 @@ def _align(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         )
 
 
-def _show(args: argparse.Namespace, console: Console, report: dict[str, Any]) -> None:
+def show_report(args: argparse.Namespace, console: Console, report: dict[str, Any]) -> None:
+    """In words: what was proven, which state was exported, what it cost, what the curves say."""
     for name, found in report["proof"].items():
         console.say(
             f"endpoint {name}: KL to the original {found['kl']:.1e} nats, max |log-probability difference| "
@@ -91,8 +96,6 @@ def _show(args: argparse.Namespace, console: Console, report: dict[str, Any]) ->
         console.say(f"  ({report['definition']}; ±: standard error over inputs; on {which})")
     written = [f"{args.out}/{name}" for name in report["proof"]]
     console.say(f"wrote {', '.join(written)}, alignment.safetensors, report.json")
-    console.say(f"next: lmc-fast merge {' '.join(written)} --out {args.out}/merged")
-    console.result(report)
 
 
 def _show_learning(console: Console, report: dict[str, Any]) -> None:

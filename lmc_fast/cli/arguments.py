@@ -9,6 +9,7 @@ from ..learning.schedule import CLOSED_FORMS, METHODS, OBJECTIVES, Schedule
 from ..members import SCHEMES, STARTS
 from ..output import user_path
 from ..version import __version__
+from .completion import SHELLS, PrintCompletion
 
 DTYPES = ("float32", "float16", "bfloat16")  # that can be written
 
@@ -29,6 +30,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     whole.add_argument("--version", action="version", version=f"lmc-fast {__version__}")
+    text = "print a script by which this shell completes lmc-fast (needs shtab)"
+    whole.add_argument("--print-completion", choices=SHELLS, action=PrintCompletion, help=text)
     commands = whole.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, text: str, *models: str, module: str = "commands") -> argparse.ArgumentParser:
@@ -49,6 +52,13 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--quiet", action="store_true", help="print nothing but errors and warnings")
         sub.add_argument("--device", default="cpu", help="where to compute: a torch device, e.g. cuda (default: cpu)")
         return sub
+
+    sub = command("demo", "align and merge the two tiny models that come with the package: two minutes", module="demo")
+    sub.add_argument("--out", type=user_path, default=user_path("demo-out"), help="directory to create (demo-out)")
+    sub.add_argument("--steps", type=positive_integer, default=250, help="steps of learning (default: 250)")
+    sub.add_argument("--resume", action="store_true", help="continue an interrupted run")
+
+    command("env", "show versions, what computes, processor, memory and GPUs: for bug reports", module="env")
 
     text = (
         "show what a checkpoint is, which of its symmetries can be used and why, and whether B can be aligned with it"

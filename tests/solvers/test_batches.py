@@ -66,6 +66,23 @@ def test_every_instruction_set(isa):
         native.use_isa(before)
 
 
+@needs_extension
+@pytest.mark.parametrize("isa", ("generic", "avx2", "nonsense"))
+def test_the_environment_chooses_the_instruction_set(isa, monkeypatch):
+    before = native.isa()
+    monkeypatch.setenv("LMC_FAST_ISA", isa)
+    try:
+        assert implementations.import_extension.__wrapped__().isa() == isa
+        X = skew(2, 33, 1.0, torch.float64)
+        assert error(cayley(X), torch.linalg.solve(torch.eye(33) - X / 2, torch.eye(33) + X / 2)) < 1e-14
+    except ValueError as refused:
+        assert str(refused).startswith(f'LMC_FAST_ISA is "{isa}": ') and native.isa() == before
+        if isa != "nonsense":
+            pytest.skip(f"this processor does not run {isa}")
+    finally:
+        native.use_isa(before)
+
+
 @pytest.mark.parametrize("name", SOLVERS)
 def test_shapes_and_strides(name):
     f = SOLVERS[name][0]

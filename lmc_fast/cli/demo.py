@@ -1,0 +1,52 @@
+"""lmc-fast demo: the pair of tiny models that comes with the package, aligned and merged before one's eyes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..errors import LmcError
+from ..pipeline.merge import merge
+from .align import aligned, show_report
+from .arguments import parser
+from .console import Console
+
+PACKAGE = Path(__file__).resolve().parents[1]
+PLACES = (PACKAGE / "demo_pair", PACKAGE.parent / "examples" / "pair")  # of a wheel, of a checkout
+
+
+def demo_pair() -> Path:
+    """The directory with a/, b/, train.npy, val.npy and test.npy. Raises LmcError where this installation has none."""
+    for place in PLACES:
+        if (place / "a" / "config.json").is_file():
+            return place
+    raise LmcError(f"{PLACES[0]} is not there, which the wheel brings; install lmc-fast again: pip install lmc-fast")
+
+
+def demo_command(args: argparse.Namespace, console: Console) -> int:
+    pair = demo_pair()
+    words = ["align", str(pair / "a"), str(pair / "b"), "--dtype", "float32", "--out", str(args.out)]
+    for name, file in (("data", "train"), ("val", "val"), ("test", "test")):
+        words += [f"--{name}", str(pair / f"{file}.npy")]
+    words += ["--steps", str(args.steps), "--device", args.device, *(["--resume"] if args.resume else [])]
+    given = parser().parse_args(words)
+    console.say(
+        "Two language models of a million parameters, trained on Python's documentation from different seeds: the\n"
+        "average of their weights is worthless. lmc-fast now looks for changes of weights that leave each model's\n"
+        "function alone and make the average a good model."
+    )
+    report = aligned(given, console)
+    show_report(given, console, report)
+    naive, learned = (next(c for c in report["curves"] if c["name"] == name) for name in ("naive", "learned"))
+    merged = args.out / "merged"
+    record = merge([args.out / "a", args.out / "b"], merged)
+    first, last = learned["losses"][0], learned["losses"][-1]
+    before, after = (curve["losses"][len(curve["losses"]) // 2] for curve in (naive, learned))
+    console.say(
+        f"\nThe models lose {first:.2f} and {last:.2f} nats per token of text that they have not seen. Their average\n"
+        f"lost {before:.2f}; after alignment it loses {after:.2f}. It is {merged}, a stock checkpoint.\n"
+        f"pictures: {args.out / 'curve.png'}, {args.out / 'learning.png'}\n"
+        "next, your own pair: lmc-fast align A B --data text.txt --out DIR"
+    )
+    console.result(report | {"merged": {"out": str(merged), **record}})
+    return 0

@@ -19,13 +19,18 @@ from lmc_fast.symmetry import canonicalize
 
 
 def learn(directories, steps):
+    """Of the first two models, and of all."""
     torch.set_num_threads(1)
-    a, b = (canonicalize(Model(d).load(torch.float64)) for d in directories)
+    members = [canonicalize(Model(d).load(torch.float64)) for d in directories]
     tokens = torch.randint(40, (9, 12), generator=torch.Generator().manual_seed(3))
-    learner = Learner(Resident(a, b), tokens, Schedule(steps=steps, batch=5, warmup=2), Chunking(2))
-    for _ in range(steps):
-        learner.step()
-    return {"loss": torch.tensor(learner.history.loss)} | {k: v.detach() for k, v in learner.chart.tensors.items()}
+    found = {}
+    for some in (members[:2], members):
+        learner = Learner(Resident(*some), tokens, Schedule(steps=steps, batch=5, warmup=2), Chunking(2))
+        for _ in range(steps):
+            learner.step()
+        found[f"loss of {len(some)}"] = torch.tensor(learner.history.loss)
+        found |= {f"{name} of {len(some)}": t.detach() for name, t in learner.chart.tensors.items()}
+    return found
 
 
 def one_of_two(rank, port, directories, out):
@@ -35,8 +40,8 @@ def one_of_two(rank, port, directories, out):
 
 
 def test_two_processes_learn_what_one_does(make_checkpoint):
-    """Five blocks of a batch: three go to one process, two to the other."""
-    directories = [str(make_checkpoint("neox", seed)) for seed in (1, 2)]
+    """Five blocks of a batch: three go to one process, two to the other; of two models and of three."""
+    directories = [str(make_checkpoint("neox", seed)) for seed in (1, 2, 3)]
     alone = learn(directories, 4)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

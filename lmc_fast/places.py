@@ -20,6 +20,13 @@ def centroid(count: int) -> Place:
     return 0.5 if count == 2 else (1 / count,) * count
 
 
+def between(first: int, second: int, lam: float, count: int) -> tuple[float, ...]:
+    """The place lambda of the edge from one of `count` models to another."""
+    place = [0.0] * count
+    place[first], place[second] = 1 - lam, lam
+    return tuple(place)
+
+
 def inside(index: int, count: int) -> tuple[float, ...]:
     """Place number `index` of a sequence that covers the simplex of `count` models evenly at every length.
 

@@ -17,7 +17,7 @@ from ..examples import Data
 from ..files import to_json
 from ..members import member_names
 from ..output import write_whole
-from ..places import Place, centroid, corner, inside, shares_of
+from ..places import Place, between, centroid, corner, inside, shares_of
 from .curve import Curve, plot_curves
 from .plots import new_figure, save_figure
 
@@ -126,10 +126,7 @@ def simplex_places(count: int, points: int = 11) -> list[tuple[float, ...]]:
     steps = points - 1
     found = [shares_of(corner(k, count)) for k in range(count)]
     for i, j in combinations(range(count), 2):
-        for k in range(1, steps):
-            place = [0.0] * count
-            place[i], place[j] = 1 - k / steps, k / steps
-            found.append(tuple(place))
+        found += [between(i, j, k / steps, count) for k in range(1, steps)]
     if count == 3:
         for i in range(1, steps - 1):
             found += [(1 - (i + j) / steps, i / steps, j / steps) for j in range(1, steps - i)]

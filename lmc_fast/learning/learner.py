@@ -28,7 +28,7 @@ from ..engine.source import Source
 from ..errors import LmcError
 from ..examples import Data
 from ..interrupts import uninterrupted
-from ..places import Place, centroid, corner, shares_of
+from ..places import Place, between, centroid, corner, shares_of
 from ..symmetry.charts import Chart
 from . import parallel
 from .muon import muon_step
@@ -98,7 +98,7 @@ def validation_places(members: int) -> list[Place]:
     """Where validation measures, ascending: three points of a line; of more members the centroid and every middle."""
     if members == 2:
         return list(VALIDATION_POINTS)
-    middles: list[Place] = [tuple((k in pair) / 2 for k in range(members)) for pair in combinations(range(members), 2)]
+    middles: list[Place] = [between(i, j, 0.5, members) for i, j in combinations(range(members), 2)]
     return sorted([centroid(members), *middles], key=lambda place: shares_of(place)[1:])
 
 

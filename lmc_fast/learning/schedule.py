@@ -7,10 +7,11 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LmcError
-from ..places import Place, inside
+from ..places import Place, between, inside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -161,10 +162,17 @@ class Schedule:
         return self.low + (self.high - self.low) * ((0.5 + (step + self.seed) * _GOLDEN) % 1)
 
     def place(self, step: int, members: int) -> Place:
-        """Lambda of a pair; of more members their shares: a sequence that covers the simplex around its centroid."""
+        """Lambda of a pair; of more members their shares, in turns around the centroid and on an edge.
+
+        Around the centroid alone, edges would stay high; on edges alone, the centroid (docs/facts.md).
+        """
         if members == 2:
             return self.lam(step)
-        shares = inside(step + self.seed, members)
+        turn, on_edge = divmod(step, 2)
+        if on_edge:
+            edges = list(combinations(range(members), 2))
+            return between(*edges[(turn + self.seed) % len(edges)], self.lam(turn), members)
+        shares = inside(turn + self.seed, members)
         return tuple(1 / members + (self.high - self.low) * (share - 1 / members) for share in shares)
 
     def elements(self, members: int) -> int:

@@ -81,3 +81,21 @@ def test_one_sided_leaves_a_as_matching_left_it(make_checkpoint, tmp_path):
     canonical = lmc.Alignment(found.a, found.b, found.matched)
     before = lmc.Alignment(*found.matched, found.matched)
     assert lmc.barrier(pair, tokens, canonical, 3).losses[0] == lmc.barrier(pair, tokens, before, 3).losses[0]
+
+
+@pytest.mark.parametrize("members", [3, 4])
+def test_places_between_many_cover_every_edge_and_the_centroid(members):
+    schedule = Schedule(low=0.3, high=0.7, seed=5)
+    places = [schedule.place(step, members) for step in range(240)]
+    assert all(math.isclose(sum(place), 1) and min(place) >= 0 for place in places)
+    inner = [place for place in places if min(place) > 0]
+    assert len(inner) == 120 and all(abs(share - 1 / members) <= 0.4 for place in inner for share in place)
+    edges = {}
+    for place in places:
+        if min(place) == 0:
+            i, j = (k for k, share in enumerate(place) if share)
+            edges.setdefault((i, j), []).append(place[j])
+    assert len(edges) == members * (members - 1) / 2 and len({len(line) for line in edges.values()}) == 1
+    for line in edges.values():
+        assert 0.3 <= min(line) < 0.35 and 0.65 < max(line) <= 0.7
+    assert schedule.place(3, 2) == schedule.lam(3)

@@ -11,12 +11,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .kernels.enabled import MEASURED, OPERATIONS, SWITCH, wanted
+from .kernels.enabled import MEASURED, OPERATIONS, SWITCH, capability, wanted
 
 TRITON_LARGEST = 64
 """The largest n whose matrices the Triton solvers take: 128 x 128 does not fit in a program's registers."""
 GPU_SOLVERS = "LMC_FAST_GPU_SOLVERS"
-"""Environment variable: "triton", or "torch", the batched formulation (the default: no GPU has been timed)."""
+"""Environment variable: "triton", or "torch", the batched formulation. Unset: Triton where MEASURED_SOLVERS says so."""
+MEASURED_SOLVERS = ((9, 0),)
+"""Compute capabilities where the Triton solvers beat the batched formulation (benchmarks/results/gpu)."""
 INSTRUCTIONS = "LMC_FAST_ISA"
 """Environment variable: the instruction set of the C++ solvers, "avx512", "avx2" or "generic" (default: the best)."""
 
@@ -29,7 +31,7 @@ class Backends:
     isa: str  # instruction set they run: "avx512", "avx2", "generic", or "none" without the extension
     threads: int  # torch.get_num_threads(), which the C++ solvers obey too
     triton: bool  # importable
-    gpu_solvers: str  # "torch", or "triton" where the environment variable LMC_FAST_GPU_SOLVERS says so
+    gpu_solvers: str  # "torch" or "triton": LMC_FAST_GPU_SOLVERS
     kernels: tuple[str, ...]  # operations of the engine that are Triton kernels on a GPU: LMC_FAST_KERNELS
     without_kernels: str  # why the others are not
     cuda: str  # the GPU's name, or "none"
@@ -74,11 +76,13 @@ def _without_kernels() -> str:
 def triton_takes(X: Tensor) -> bool:  # (batch, n, n)
     """Whether the Triton solvers run on X: float32 on an NVIDIA GPU, n ≤ 64, not empty."""
     fits = X.is_cuda and torch.version.cuda is not None and X.dtype == torch.float32
-    return fits and 0 < X.shape[-1] <= TRITON_LARGEST and X.shape[0] > 0 and _gpu_solvers() == "triton"
+    return fits and 0 < X.shape[-1] <= TRITON_LARGEST and X.shape[0] > 0 and _gpu_solvers(X.device) == "triton"
 
 
-def _gpu_solvers() -> str:
-    wanted = os.environ.get(GPU_SOLVERS, "torch")
+def _gpu_solvers(device: torch.device | None = None) -> str:
+    wanted = os.environ.get(GPU_SOLVERS)
+    if wanted is None:
+        return "triton" if has_triton() and capability(device) in MEASURED_SOLVERS else "torch"
     if wanted not in ("triton", "torch"):
         raise ValueError(f'{GPU_SOLVERS} is "{wanted}"; expected "triton" or "torch"')
     if wanted == "triton" and not has_triton():

@@ -59,7 +59,7 @@ SLICES = {
     ),
     "pair": Slice(
         "pair",
-        "a pair of 160 M parameters, trained here and aligned",
+        "a pair trained here and aligned",
         8.2,
         ("lmc_fast", "csrc", "benchmarks/gpu/pair.py", "benchmarks/gpu/training.py"),
     ),

@@ -43,7 +43,7 @@ def wanted(device: torch.device | None = None) -> tuple[str, ...]:
     """The operations that LMC_FAST_KERNELS turns on, on `device` (default: the present GPU)."""
     value = os.environ.get(SWITCH)
     if value is None:
-        return measured(device)
+        return MEASURED.get(capability(device), ())
     if value in ("0", "1"):
         return OPERATIONS if value == "1" else ()
     names = tuple(name.strip() for name in value.split(","))
@@ -54,11 +54,11 @@ def wanted(device: torch.device | None = None) -> tuple[str, ...]:
 
 
 @cache
-def measured(device: torch.device | None = None) -> tuple[str, ...]:
-    """What MEASURED says about an NVIDIA GPU (default: the present one); nothing about other devices."""
+def capability(device: torch.device | None = None) -> tuple[int, int]:
+    """The compute capability of an NVIDIA GPU (default: the present one); (0, 0) for other devices."""
     if torch.version.cuda is None or not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
-        return ()
-    return MEASURED.get(torch.cuda.get_device_capability(device), ())
+        return 0, 0
+    return torch.cuda.get_device_capability(device)
 
 
 @cache

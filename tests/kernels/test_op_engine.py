@@ -214,11 +214,11 @@ def test_what_a_gpu_has_shown_is_on_there(monkeypatch):
     monkeypatch.delenv(enabled.SWITCH, raising=False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for capability, expected in (((9, 0), ("softmax_loss", "head_maps")), ((8, 0), ())):
-        enabled.measured.cache_clear()
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, is_=capability: is_)
+    for found, expected in (((9, 0), ("softmax_loss", "head_maps")), ((8, 0), ())):
+        enabled.capability.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=found: found)
         assert enabled.wanted(torch.device("cuda")) == expected and enabled.wanted(torch.device("cpu")) == ()
-    enabled.measured.cache_clear()
+    enabled.capability.cache_clear()
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="GPUs round bfloat16 rightly")

@@ -44,7 +44,7 @@ class OnGpu:
     is_cuda = True
 
     def __init__(self, n, dtype=torch.float32, batch=3):
-        self.shape, self.dtype = torch.Size((batch, n, n)), dtype
+        self.shape, self.dtype, self.device = torch.Size((batch, n, n)), dtype, torch.device("cuda")
 
 
 @pytest.fixture
@@ -56,7 +56,9 @@ def cuda_build(monkeypatch):
 
 def test_which_tensors_triton_takes(cuda_build):
     cuda_build.setattr(implementations, "has_triton", lambda: True)
-    assert not implementations.triton_takes(OnGpu(64)), "no GPU has shown that it is faster"
+    for found in ((8, 0), (9, 0)):
+        cuda_build.setattr(implementations, "capability", lambda _, found=found: found)
+        assert implementations.triton_takes(OnGpu(64)) is (found in implementations.MEASURED_SOLVERS)
     cuda_build.setenv(implementations.GPU_SOLVERS, "triton")
     assert implementations.triton_takes(OnGpu(64)) and implementations.triton_takes(OnGpu(1))
     assert not implementations.triton_takes(OnGpu(65))

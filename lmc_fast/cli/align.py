@@ -95,7 +95,7 @@ def show_report(args: argparse.Namespace, console: Console, report: dict[str, An
         which = args.test or args.val or f"a part of {args.data}, held out from learning"
         console.say(f"  ({report['definition']}; ±: standard error over inputs; on {which})")
     written = [f"{args.out}/{name}" for name in report["proof"]]
-    console.say(f"wrote {', '.join(written)}, alignment.safetensors, report.json")
+    console.say(f"wrote {', '.join(written)}, alignment.safetensors, report.json, report.html")
 
 
 def _show_learning(console: Console, report: dict[str, Any]) -> None:

@@ -37,6 +37,7 @@ from ..version import __version__
 from .align import align
 from .evaluate import measure_line, require_points
 from .export import export_into, prove, require_unchanged
+from .page import page
 from .placing import placed
 from .progress import Cancel, Progress, Watch
 from .room import alignment_bytes, endpoint_bytes, largest_file, require_room, state_bytes
@@ -79,10 +80,10 @@ def run(
     with the unfinished run that out.partial holds. progress, cancel: as in `align`, in all stages. points: of each
     curve, by default as `measure` says; curves: False for none.
 
-    `out` gets a/ and b/ (stock checkpoints), alignment.safetensors, curve.png, learning.png and report.json. The report
-    has the method and schedule, the naive, matched and learned curves, how far each written endpoint is from its
-    original (`proof`) and what each stage took (`costs`). Under torchrun the processes share the work; all but the
-    first return an empty report.
+    `out` gets a/ and b/ (stock checkpoints), alignment.safetensors, curve.png, learning.png, report.json and
+    report.html, a page for people. The report has the method and schedule, the naive, matched and learned curves, how
+    far each written endpoint is from its original (`proof`) and what each stage took (`costs`). Under torchrun the
+    processes share the work; all but the first return an empty report.
 
     Raises LmcError as `align` and `export` do; what was learned until then stays in out.partial.
     """
@@ -153,6 +154,7 @@ def run(
                 proof = prove(pair, [directory.result / name for name in pair.names], test, device, memory, watch)
             report |= {"proof": {name: found.to_json() for name, found in proof.items()}, "costs": meter.to_json()}
             write_whole(directory.result / "report.json", to_json(report, indent=2) + "\n")
+            write_whole(directory.result / "report.html", page(report, directory.result))
             require_unchanged(pair)
             with uninterrupted():
                 directory.publish()

@@ -26,7 +26,7 @@ STORE = "store"  # the models prepared for learning within a budget
 STATISTICS = "statistics"  # of activations, block by block
 _STATE = "state.safetensors"
 _ALIGNMENT = "alignment.safetensors"
-_REPORT = ("report.json", "curve.png", "learning.png")
+_REPORT = ("report.json", "report.html", "curve.png", "learning.png")
 
 
 def export_names(models: Models) -> dict[str, Names | None]:

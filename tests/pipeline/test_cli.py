@@ -54,7 +54,7 @@ def test_align_writes_stock_endpoints_and_a_report(method, pair, text, tmp_path,
     assert "barrier    naive" in shown and "same function" in shown and "barrier = max over the grid" in shown
     learned = method in ("dual", "one-sided")
     assert ("barrier  learned" in shown) == learned
-    expected = {"a", "b", "alignment.safetensors", "report.json", "curve.png"} | (
+    expected = {"a", "b", "alignment.safetensors", "report.json", "report.html", "curve.png"} | (
         {"learning.png"} if learned else set()
     )
     assert {f.name for f in out.iterdir()} == expected

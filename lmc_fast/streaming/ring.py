@@ -163,9 +163,9 @@ class Streamed:
 
     def embed_rows(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """Rows (U, d) of every member's embedding table for tokens (U,), ascending and each once."""
-        together = self.store.embed_rows(tokens.tolist())
+        together = self.transport.rows(tokens.tolist())
         self._traffic.row_bytes += together.nbytes
-        return together.to(self.device).unbind(1)
+        return together.unbind(1)
 
     @property
     def traffic(self) -> Traffic:

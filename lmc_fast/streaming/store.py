@@ -15,9 +15,10 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,21 +143,24 @@ class Store:
         places = {name: Place(offset, tuple(shape)) for name, (offset, shape) in entry["slots"].items()}
         return views(buffer, places, self.dtype, self.members)
 
-    def embed_rows(self, rows: Sequence[int]) -> Tensor:
+    def embed_rows(self, rows: Sequence[int], memory_for: Callable[[int], Tensor] | None = None) -> Tensor:
         """Rows (ascending, each once) of all embedding tables: (U, members, d). Neighbours are read together.
 
+        memory_for(bytes): uint8 memory to read them into, by default new.
         Raises LmcError for a row outside the table (or a model without one), an I/O error and a short file.
         """
         entry = self._index["tables"].get("embed")
         if entry is None:
             raise LmcError(f"{self.path} holds no token embeddings")
         count, width = entry["slots"]["embed"][1]
-        out = torch.empty(len(rows), self.members, width, dtype=self.dtype)
+        shape, size = (len(rows), self.members, width), self.members * width * self.dtype.itemsize
         if not len(rows):
-            return out
+            return torch.empty(shape, dtype=self.dtype)
         if rows[0] < 0 or rows[-1] >= count:
             raise LmcError(f"token {rows[0] if rows[0] < 0 else rows[-1]} is outside the table of {count} embeddings")
-        file, size = self.path / entry["file"], self.members * width * self.dtype.itemsize
+        file = self.path / entry["file"]
+        memory_for = memory_for or partial(torch.empty, dtype=torch.uint8)
+        out = memory_for(len(rows) * size).view(self.dtype).view(shape)
         into = memory(out)
         with _opened(file) as fd:
             start = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -74,6 +75,10 @@ class Direct:
         """On the caller's thread: returns when the segment is there."""
         self.load(segment, -1, buffer)
 
+    def rows(self, tokens: Sequence[int]) -> Tensor:
+        """Rows of the embedding tables: Store.embed_rows."""
+        return self.reader.store.embed_rows(tokens)
+
     def before_compute(self, index: int) -> None:
         """Called when `load` has returned and the computation is about to start."""
 
@@ -117,6 +122,7 @@ class Copied:
         self._emptied = [torch.cuda.Event() for _ in self._staging]
         self._turn = 0
         self._kept: dict[int, Pinned] = {}
+        self._rows: Pinned | None = None
         self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._stalled = 0.0
 
@@ -156,6 +162,17 @@ class Copied:
         if segment in self._kept:
             self._kept.pop(segment).close()  # it is not loaded again
 
+    def rows(self, tokens: Sequence[int]) -> Tensor:
+        # one place for all calls: the pages of new memory cost more than reading the rows
+        return self.reader.store.embed_rows(tokens, self._room_for_rows).to(self.device)
+
+    def _room_for_rows(self, size: int) -> Tensor:
+        if self._rows is None or self._rows.buffer.nbytes < size:
+            if self._rows is not None:
+                self._rows.close()
+            self._rows = Pinned(size + size // 4)
+        return self._rows.buffer[:size]
+
     def before_compute(self, index: int) -> None:
         stream = torch.cuda.current_stream(self.device)
         before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -180,6 +197,6 @@ class Copied:
 
     def close(self) -> None:
         self._stream.synchronize()
-        for pinned in (*self._staging, *self._kept.values()):
+        for pinned in (*self._staging, *self._kept.values(), *([self._rows] if self._rows else [])):
             pinned.close()
-        self._staging, self._kept = [], {}
+        self._staging, self._kept, self._rows = [], {}, None

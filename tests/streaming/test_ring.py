@@ -307,3 +307,6 @@ def test_on_a_gpu(pinned, deep):
         for segment, found in zip(visits * 5, results, strict=True):
             same([{name: t.cpu() for name, t in slots.items()} for slots in found], expected(deep, segment))
         assert ring.traffic.loads > 0
+        for rows in ([0, 3], [1, 2, 5, 7, 8], [4]):  # they are read into one place, which grows
+            for found, weights in zip(ring.embed_rows(torch.tensor(rows, device="cuda")), deep[1:], strict=True):
+                assert torch.equal(found.cpu(), weights.ends["embed"][rows])

@@ -49,6 +49,9 @@ def check_contents(store, a, b):
         rows = [0, 1, 2, 7, 30, 31, len(a.ends["embed"]) - 1]
         both = store.embed_rows(rows)
         assert torch.equal(both[:, 0], a.ends["embed"][rows]) and torch.equal(both[:, 1], b.ends["embed"][rows])
+        room = torch.full((both.nbytes + 8,), 255, dtype=torch.uint8)
+        again = store.embed_rows(rows, lambda size: room[:size])
+        assert torch.equal(again, both) and again.data_ptr() == room.data_ptr() and (room[-8:] == 255).all()
     store.verify()
 
 

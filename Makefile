@@ -4,7 +4,7 @@ VENV ?= .venv$(addprefix -,$(notdir $(filter-out python3,$(PYTHON))))
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: venv demo test lint format bench bench-solvers bridges real gpu first-light clean
+.PHONY: venv demo test lint format docs bench bench-solvers bridges real gpu first-light clean
 
 venv: $(STAMP)
 
@@ -31,6 +31,17 @@ lint: venv
 format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site, in site/: strict, in an environment of its own without torch. Opens from the disk, needs no network.
+DOCS ?= .venv-docs
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+$(DOCS)/.installed: docs/requirements.txt constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt --requirement docs/requirements.txt
+	@touch $@
 
 # Every claim of the README and docs/, measured again: some hours on two cores.
 bench: bench-solvers
@@ -75,4 +86,4 @@ first-light:
 	$(PYTHON) -m benchmarks.gpu --first-light $(GPU)
 
 clean:
-	rm -rf $(VENV) .venv-* build demo-out *.egg-info lmc_fast/_C*.so
+	rm -rf $(VENV) .venv-* build site demo-out *.egg-info lmc_fast/_C*.so

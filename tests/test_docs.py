@@ -1,0 +1,72 @@
+"""Documentation that can be wrong: links, names, variables, figures."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import lmc_fast as lmc
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+if not (ROOT / "mkdocs.yml").is_file():
+    pytest.skip("needs a checkout", allow_module_level=True)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+GENERATED = {DOCS / "reference" / "cli.md"}
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+FENCED = re.compile(r"^```.*?^```", re.M | re.S)
+
+
+def text_of(page: Path) -> str:
+    return FENCED.sub("", page.read_text())
+
+
+def anchors(page: Path) -> set[str]:
+    heads = re.findall(r"^#+ (.*)$", text_of(page), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for link in LINK.findall(text_of(page)):
+        if re.match(r"https?:", link):
+            continue
+        place, _, anchor = link.partition("#")
+        target = (page.parent / place).resolve() if place else page
+        assert target in GENERATED or target.exists(), f"{page.name}: {link}"
+        assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+
+
+def test_every_page_is_on_the_site_and_every_name_in_the_reference():
+    def pages(part):
+        if isinstance(part, str):
+            yield DOCS / part
+        else:
+            for value in part.values() if isinstance(part, dict) else part:
+                yield from pages(value)
+
+    listed = list(pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+    assert set(listed) - GENERATED == set(DOCS.rglob("*.md")) and len(listed) == len(set(listed))
+    shown = re.findall(r"^::: lmc_fast\.(\w+)$", (DOCS / "reference" / "python.md").read_text(), re.M)
+    assert sorted(shown) == sorted(set(lmc.__all__) - {"__version__"})
+
+
+def test_every_variable_of_ours_is_documented():
+    found = set()
+    for file in (ROOT / "lmc_fast").rglob("*.py"):
+        found |= set(re.findall(r"LMC_FAST_[A-Z_]*[A-Z]", file.read_text()))
+    page = (DOCS / "reference" / "environment.md").read_text()
+    assert found and all(f"`{name}`" in page for name in found)
+
+
+def test_the_readme_is_short_and_its_figures_are_those_of_committed_rows():
+    readme = (ROOT / "README.md").read_text()
+    assert readme.count("\n") <= 120
+    for page in (readme, (DOCS / "explanation" / "measured.md").read_text()):
+        for row in csv.DictReader((ROOT / "benchmarks/results/alignment.csv").open()):
+            assert f"| {float(row['naive']):.3f} | {float(row['aligned']):.3f} |" in page, row["pair"]
+    for row in csv.DictReader((ROOT / "benchmarks/results/growth-trained.csv").open()):
+        shown = f"{float(row['naive']):.3f} | {float(row['learned']):.3f} |"
+        assert shown in readme or row["model"] == "small", row["model"]

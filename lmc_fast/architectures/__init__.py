@@ -1,13 +1,33 @@
 """Model families as tables: what a checkpoint computes and where its weights lie."""
 
-from . import falcon, gemma, gpt2, gpt_neox, gptj, llama, moe, olmo, opt, phi, stablelm, text, vision
+from . import (
+    cohere,
+    falcon,
+    gemma,
+    glm,
+    gpt2,
+    gpt_neo,
+    gpt_neox,
+    gptj,
+    llama,
+    moe,
+    olmo,
+    opt,
+    phi,
+    relatives,
+    stablelm,
+    text,
+    vision,
+)
 from .family import Entry, Family, Fold
 from .spec import FFN, Attention, Experts, ImageInput, Norms, Rope, Spec, flat_fields
 
-_TABLES = (falcon, gemma, gptj, llama, moe, olmo, opt, phi, stablelm, text, vision)
+_TABLES = (
+    *(gpt2, gpt_neo, gptj, falcon, opt, phi, stablelm, llama, relatives, gemma, olmo, cohere, glm, moe, text, vision),
+)
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (gpt_neox.FAMILY, gpt2.FAMILY, *(family for table in _TABLES for family in table.FAMILIES))
+    for family in (gpt_neox.FAMILY, *(family for table in _TABLES for family in table.FAMILIES))
 }
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import LmcError
 from .family import Entry, linear
-from .layouts import Layout, Plain
+from .layouts import InterleavedPairs, Layout, Plain
 from .rope import inverse_frequencies, trained_positions
 from .spec import FFN, Attention, Norms, Rope, Spec
 
@@ -48,6 +48,19 @@ def partial_rope(config: Any, head_dim: int) -> Rope:
             f"partial_rotary_factor cuts {cut} dimensions off a head and turns {rope.rotary_dim}; correct it"
         )
     return rope
+
+
+def two_ropes(config: Any, head_dim: int) -> Rope:
+    """RoPE with frequencies of their own in the blocks that have a window. Raises LmcError where those are scaled."""
+    kinds = set(config.layer_types)
+    everywhere = "full_attention" if "full_attention" in kinds else _SLIDING
+    inv_freq, scaling = inverse_frequencies(config, head_dim, everywhere)
+    local, local_scaling = (
+        inverse_frequencies(config, head_dim, _SLIDING) if _SLIDING in kinds else (inv_freq, 1.0)
+    )
+    if local_scaling != 1.0:
+        raise LmcError("a scaled RoPE in sliding-window layers is not supported; use a checkpoint without it")
+    return Rope(inv_freq, scaling, local)
 
 
 def windows(config: Any, by_layer: bool) -> tuple[int, ...]:
@@ -96,6 +109,18 @@ PRE_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layerno
 ATTENTION = tuple(e for n in "qkvo" for e in linear(f"{LAYER}self_attn.{n}_proj", n))
 QK_NORMS = tuple(Entry(f"{LAYER}self_attn.{n}_norm.weight", (f"{n}_norm",)) for n in "qk")
 GATED = tuple(e for n in ("gate", "up", "down") for e in linear(f"{LAYER}mlp.{n}_proj", n))
+
+
+def mlp_biases(config: Any) -> frozenset[str]:
+    """Of a gated FFN, or of a plain one, which has no gate."""
+    return frozenset({"up", "gate", "down"}) if config.mlp_bias else frozenset()
+
+
+def paired_neighbours(attention: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    """The same with rotary pairs (2i, 2i + 1)."""
+    return tuple(
+        replace(entry, layout=InterleavedPairs()) if entry.slots[0][0] in "qk" else entry for entry in attention
+    )
 
 
 def stored_as(entries: tuple[Entry, ...], layout: Layout) -> tuple[Entry, ...]:

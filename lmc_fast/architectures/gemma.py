@@ -1,4 +1,6 @@
-"""Gemma (gains stored less 1, scaled embeddings), Gemma-2 (sandwich norms, soft caps), Gemma-3 (QK-norm, two RoPEs)."""
+"""Gemma (gains stored less 1, scaled embeddings), Gemma-2 (sandwich norms, soft caps), Gemma-3 (QK-norm, two RoPEs);
+VaultGemma (Gemma-2 without the norms on what a branch adds).
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,12 @@ from .decoder import (
     decoder_spec,
     embeddings,
     stored_as,
+    two_ropes,
     windows,
 )
 from .family import Family
 from .layouts import LessOne
-from .rope import inverse_frequencies
-from .spec import Rope, Spec
+from .spec import Spec
 
 
 def _gemma(config: Any, **features: Any) -> Spec:
@@ -54,17 +56,11 @@ def _gemma3(config: Any) -> Spec:
         raise LmcError(
             "attn_logit_softcapping in Gemma-3 is computed by some of transformers' attentions only; remove it"
         )
-    kinds = set(config.layer_types)
-    everywhere = "full_attention" if "full_attention" in kinds else "sliding_attention"
-    inv_freq, scaling = inverse_frequencies(config, config.head_dim, everywhere)
-    local, local_scaling = (
-        inverse_frequencies(config, config.head_dim, "sliding_attention")
-        if "sliding_attention" in kinds
-        else (inv_freq, 1.0)
-    )
-    if local_scaling != 1.0:
-        raise LmcError("a scaled RoPE in sliding-window layers is not supported; use a checkpoint without it")
-    return _gemma2(config, qk_norm="head", rope=Rope(inv_freq, scaling, local))
+    return _gemma2(config, qk_norm="head", rope=two_ropes(config, config.head_dim))
+
+
+def _vaultgemma(config: Any) -> Spec:
+    return _gemma2(config).changed(norms={"placement": "pre"})
 
 
 _SANDWICH = {
@@ -73,6 +69,7 @@ _SANDWICH = {
     "ffn_norm": "pre_feedforward_layernorm",
     "ffn_post_norm": "post_feedforward_layernorm",
 }
+_VAULT = {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm"}
 _LINEAR = ATTENTION + GATED
 _NORMS = block_norms(_SANDWICH, "weight", layout=LessOne())
 _SHARED: dict[str, Any] = {
@@ -84,5 +81,11 @@ _SHARED: dict[str, Any] = {
 FAMILIES = (
     Family(name="gemma", spec=_gemma, block=block_norms(PRE_NORMS, "weight", layout=LessOne()) + _LINEAR, **_SHARED),
     Family(name="gemma2", spec=_gemma2, block=_NORMS + _LINEAR, **_SHARED),
+    Family(
+        name="vaultgemma",
+        spec=_vaultgemma,
+        block=block_norms(_VAULT, "weight", layout=LessOne()) + _LINEAR,
+        **_SHARED,
+    ),
     Family(name="gemma3_text", spec=_gemma3, block=_NORMS + _LINEAR + stored_as(QK_NORMS, LessOne()), **_SHARED),
 )

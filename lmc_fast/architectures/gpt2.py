@@ -1,4 +1,4 @@
-"""GPT-2: LayerNorm, learned positions, Conv1D layout, fused q/k/v, tied embeddings."""
+"""GPT-2: LayerNorm, learned positions, Conv1D layout, fused q/k/v, tied embeddings; SantaCoder: perhaps one key."""
 
 from __future__ import annotations
 
@@ -7,21 +7,24 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import LmcError
-from .family import Entry, Family, Fold
-from .layouts import Conv1D
+from .family import Entry, Family, Fold, linear
+from .layouts import Conv1D, InterleavedHeads, Stacked
 from .spec import FFN, Attention, Norms, Spec
 
 
 def _spec(config: Any) -> Spec:
     if config.add_cross_attention:
-        raise LmcError("GPT-2 with add_cross_attention=true is not supported; use a checkpoint without it")
+        raise LmcError(
+            f"{config.model_type} with add_cross_attention=true is not supported; use a checkpoint without it"
+        )
     heads, head_dim = config.n_head, config.n_embd // config.n_head
+    kv_heads = 1 if config.model_type == "gpt_bigcode" and config.multi_query else heads
     return Spec(
-        family="gpt2",
+        family=config.model_type,
         layers=config.n_layer,
         width=config.n_embd,
         vocab=config.vocab_size,
-        attention=Attention(heads, heads, head_dim, logit_scale=0.0 if config.scale_attn_weights else 1.0),
+        attention=Attention(heads, kv_heads, head_dim, logit_scale=0.0 if config.scale_attn_weights else 1.0),
         ffn=FFN(width=config.n_inner or 4 * config.n_embd, activation=config.activation_function),
         max_positions=config.n_positions,
         norms=Norms(kind="layernorm", eps=config.layer_norm_epsilon),
@@ -36,24 +39,31 @@ def _by_layer(index: int, slots: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: slots[name] / (index + 1) for name in ("q", "q_bias")}
 
 
-_LAYER = "transformer.h.{i}."
+def _one_key(spec: Spec) -> bool:
+    return spec.attention.kv_heads == 1 < spec.attention.heads
 
-FAMILY = Family(
+
+def _own_keys(spec: Spec) -> bool:
+    return not _one_key(spec)
+
+
+_LAYER = "transformer.h.{i}."
+_QKV, _QKV_BIAS = ("q", "k", "v"), ("q_bias", "k_bias", "v_bias")
+_ENDS = (
+    Entry("transformer.wte.weight", ("embed",)),
+    Entry("transformer.wpe.weight", ("positions",)),
+    *linear("transformer.ln_f", "final_norm"),
+    Entry("lm_head.weight", ("head",)),
+)
+_NORMS = (*linear(_LAYER + "ln_1", "attn_norm"), *linear(_LAYER + "ln_2", "ffn_norm"))
+
+_GPT2 = Family(
     name="gpt2",
     spec=_spec,
     prefix="transformer.",
-    ends=(
-        Entry("transformer.wte.weight", ("embed",)),
-        Entry("transformer.wpe.weight", ("positions",)),
-        Entry("transformer.ln_f.weight", ("final_norm",)),
-        Entry("transformer.ln_f.bias", ("final_norm_bias",)),
-        Entry("lm_head.weight", ("head",)),
-    ),
+    ends=_ENDS,
     block=(
-        Entry(_LAYER + "ln_1.weight", ("attn_norm",)),
-        Entry(_LAYER + "ln_1.bias", ("attn_norm_bias",)),
-        Entry(_LAYER + "ln_2.weight", ("ffn_norm",)),
-        Entry(_LAYER + "ln_2.bias", ("ffn_norm_bias",)),
+        *_NORMS,
         Entry(_LAYER + "attn.c_attn.weight", ("q", "k", "v"), Conv1D(3)),
         Entry(_LAYER + "attn.c_attn.bias", ("q_bias", "k_bias", "v_bias"), Conv1D(3)),
         Entry(_LAYER + "attn.c_proj.weight", ("o",), Conv1D()),
@@ -66,3 +76,21 @@ FAMILY = Family(
     folds=(Fold("scale_attn_by_inverse_layer_idx", _by_layer),),
     buffers=(r"attn\.(bias|masked_bias)$",),
 )
+_BIGCODE = Family(
+    name="gpt_bigcode",
+    spec=_spec,
+    prefix="transformer.",
+    ends=_ENDS,
+    block=(
+        *_NORMS,
+        Entry(_LAYER + "attn.c_attn.weight", _QKV, Stacked(_QKV), when=_one_key),
+        Entry(_LAYER + "attn.c_attn.bias", _QKV_BIAS, Stacked(_QKV_BIAS), when=_one_key),
+        Entry(_LAYER + "attn.c_attn.weight", _QKV, InterleavedHeads(), when=_own_keys),
+        Entry(_LAYER + "attn.c_attn.bias", _QKV_BIAS, InterleavedHeads(), when=_own_keys),
+        *linear(_LAYER + "attn.c_proj", "o"),
+        *linear(_LAYER + "mlp.c_fc", "up"),
+        *linear(_LAYER + "mlp.c_proj", "down"),
+    ),
+    buffers=(r"attn\.(bias|masked_bias)$",),
+)
+FAMILIES = (_GPT2, _BIGCODE)

@@ -98,6 +98,19 @@ class InterleavedPairs:
         return torch.cat([turned, rows[:, 2 * half :]], dim=1).flatten(0, 1)
 
 
+class FourShards:
+    """q, v and k of a quarter of the heads, four times, pairs as in GPT-J: rows (4, [q, v, k], H·e/4), as in CodeGen."""
+
+    def split(self, tensor: Tensor, spec: Spec) -> Sequence[Tensor]:
+        q, v, k = (part.flatten(0, 1) for part in tensor.unflatten(0, (4, 3, -1)).unbind(1))
+        pairs = InterleavedPairs()
+        return (*pairs.split(q, spec), *pairs.split(k, spec), v)
+
+    def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor:
+        q, k = (InterleavedPairs().join([part], spec) for part in parts[:2])
+        return torch.stack([part.unflatten(0, (4, -1)) for part in (q, parts[2], k)], dim=1).flatten(0, 2)
+
+
 class LessOne:
     """A gain stored less 1, as in Gemma."""
 
@@ -130,6 +143,16 @@ class PatchConvolution:
     def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor:
         assert spec.image is not None
         return parts[0].unflatten(1, (spec.image.channels, spec.image.patch, spec.image.patch))
+
+
+class FusedExperts:
+    """Gates and ups of all experts in one tensor, an expert's up below its gate: (E, 2x, d)."""
+
+    def split(self, tensor: Tensor, spec: Spec) -> Sequence[Tensor]:
+        return tensor.chunk(2, dim=1)
+
+    def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor:
+        return torch.cat(list(parts), dim=1)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Mixtures of experts: Mixtral, OLMoE, Qwen2-MoE (with a shared expert), Qwen3-MoE."""
+"""Mixtures of experts: Mixtral, Granite (multipliers), OLMoE, FlexOlmo, Qwen2-MoE (with a shared expert), Qwen3-MoE."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from .decoder import (
     windows,
 )
 from .family import Entry, Family, linear
+from .layouts import FusedExperts
+from .relatives import multipliers
 from .spec import Experts, Spec
 
 
-def _mixtral(config: Any) -> Spec:
+def _mixtral(config: Any, **features: Any) -> Spec:
+    """The routed experts' probabilities add up to 1, whether they are scaled so or those of the others left out."""
     return decoder_spec(
         config,
         ffn={
@@ -33,8 +36,16 @@ def _mixtral(config: Any) -> Spec:
                 renormalised=True,
             ),
         },
-        attention={"windows": windows(config, by_layer=False)},
+        **features,
     )
+
+
+def _windowed_mixtral(config: Any) -> Spec:
+    return _mixtral(config, attention={"windows": windows(config, by_layer=False)})
+
+
+def _granitemoe(config: Any) -> Spec:
+    return _mixtral(config, **multipliers(config))
 
 
 def _mixture(config: Any, width: int, *, shared: int = 0, **features: Any) -> Spec:
@@ -53,6 +64,10 @@ def _olmoe(config: Any) -> Spec:
     return _mixture(
         config, config.intermediate_size, attention={"qk_norm": "full", "clip_qkv": positive(config, "clip_qkv")}
     )
+
+
+def _flex_olmo(config: Any) -> Spec:
+    return _mixture(config, config.intermediate_size, norms={"placement": "branch"}, attention={"qk_norm": "full"})
 
 
 def _require_experts_everywhere(config: Any) -> None:
@@ -86,6 +101,15 @@ def _experts(home: str, gate: str, up: str, down: str) -> tuple[Entry, ...]:
 
 _COMMON = block_norms(PRE_NORMS, "weight") + ATTENTION
 _MLP = _experts("mlp", "gate_proj", "up_proj", "down_proj")
+_GRANITE = f"{LAYER}block_sparse_moe."
+_GRANITE_EXPERTS = (
+    Entry(_GRANITE + "router.layer.weight", ("router",)),
+    Entry(_GRANITE + "input_linear.weight", ("experts_gate", "experts_up"), FusedExperts()),
+    Entry(_GRANITE + "output_linear.weight", ("experts_down",)),
+)
+_BRANCHED = block_norms(
+    {"attn_post_norm": "post_attention_layernorm", "ffn_post_norm": "post_feedforward_layernorm"}, "weight"
+)
 _SHARED_EXPERT = (
     *(e for n in ("gate", "up", "down") for e in linear(f"{LAYER}mlp.shared_expert.{n}_proj", n)),
     Entry(f"{LAYER}mlp.shared_expert_gate.weight", ("switch",)),
@@ -93,7 +117,9 @@ _SHARED_EXPERT = (
 _SHARED: dict[str, Any] = {"ends": embeddings("weight"), "prefix": "model.", "buffers": ROPE_BUFFERS}
 
 FAMILIES = (
-    Family(name="mixtral", spec=_mixtral, block=_COMMON + _experts("block_sparse_moe", "w1", "w3", "w2"), **_SHARED),
+    Family(name="mixtral", spec=_windowed_mixtral, block=_COMMON + _experts("block_sparse_moe", "w1", "w3", "w2"), **_SHARED),
+    Family(name="granitemoe", spec=_granitemoe, block=_COMMON + _GRANITE_EXPERTS, **_SHARED),
+    Family(name="flex_olmo", spec=_flex_olmo, block=_BRANCHED + ATTENTION + QK_NORMS + _MLP, **_SHARED),
     Family(name="olmoe", spec=_olmoe, block=_COMMON + QK_NORMS + _MLP, **_SHARED),
     Family(name="qwen2_moe", spec=_qwen2_moe, block=_COMMON + _MLP + _SHARED_EXPERT, **_SHARED),
     Family(name="qwen3_moe", spec=_qwen3_moe, block=_COMMON + QK_NORMS + _MLP, **_SHARED),

@@ -12,9 +12,9 @@ from .spec import Spec
 Sizes = dict[str, int]
 
 _KEYS = {  # of config.json, as far as the family has them
-    "blocks": ("num_hidden_layers", "n_layer"),
-    "width": ("hidden_size", "n_embd", "word_embed_proj_dim"),
-    "heads": ("num_attention_heads", "n_head"),
+    "blocks": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "width": ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"),
+    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
     "key/value groups": ("num_key_value_heads", "num_kv_heads"),
     "FFN units": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "shared_expert_intermediate_size"),
     "units of an expert": ("intermediate_size", "moe_intermediate_size"),
@@ -57,7 +57,8 @@ def common_spec(specs: Sequence[Spec]) -> Spec:
     experts = replace(widest.ffn.experts, count=most["experts"], width=most["units of an expert"])
     ffn = replace(widest.ffn, width=most["FFN units"], experts=experts)
     layers, width = most["blocks"], most["width"]
-    return replace(widest, layers=layers, width=width, attention=attention, ffn=ffn, rope=longest.rope)
+    rope = replace(longest.rope, blocks=deepest.rope.blocks)
+    return replace(widest, layers=layers, width=width, attention=attention, ffn=ffn, rope=rope)
 
 
 def resized(config: dict[str, Any], parsed: Any, spec: Spec) -> dict[str, Any]:
@@ -81,9 +82,13 @@ def resized(config: dict[str, Any], parsed: Any, spec: Spec) -> dict[str, Any]:
         out["head_dim"] = sizes["head_dim"]
     if "mlp_ratio" in own:
         out["mlp_ratio"] = next((r for r in _RATIOS if _units(out, r) == sizes["FFN units"]), out.get("mlp_ratio"))
+    slides = [bool(window) for window in windows] or [False] * sizes["blocks"]
     if getattr(parsed, "layer_types", None) is not None:
-        kinds = [bool(window) for window in windows] or [False] * sizes["blocks"]
-        out["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in kinds]
+        out["layer_types"] = ["sliding_attention" if x else "full_attention" for x in slides]
+    if "attention_types" in own:  # GPT-Neo
+        out["attention_types"] = [[["local" if x else "global" for x in slides], 1]]
+    if "no_rope_layers" in own:
+        out["no_rope_layers"] = [int(spec.rope.turns(i)) for i in range(sizes["blocks"])]
     return out
 
 

@@ -50,6 +50,7 @@ class Attention:
     causal: bool = True
     windows: tuple[int, ...] = ()  # per block: how many tokens back it sees, itself included; 0: all; empty: all do
     qk_norm: str = ""  # RMSNorm on queries and keys: "head" by head with one gain, "full" over all heads together
+    qk_norm_last: bool = False  # that norm stands behind RoPE, not in front of it
     clip_qkv: float = 0.0  # queries, keys and values are clamped to [-c, c]; 0: they are not
     logit_scale: float = 0.0  # factor on q·k; 0: 1/sqrt(head_dim)
     softcap: float = 0.0  # c tanh(s/c) on scores; 0: none
@@ -82,10 +83,15 @@ class Rope:
     inv_freq: tuple[float, ...] = ()  # one per rotary pair (i, i + rotary_dim/2); empty: no RoPE
     scaling: float = 1.0  # factor on cos and sin (YaRN's attention factor)
     local_inv_freq: tuple[float, ...] = ()  # of the blocks with a window, where it differs
+    blocks: tuple[bool, ...] = ()  # per block: whether it turns anything; empty: all do
 
     @property
     def rotary_dim(self) -> int:
         return 2 * len(self.inv_freq)
+
+    def turns(self, block: int) -> bool:
+        """Whether a block has rotary positions."""
+        return bool(self.inv_freq) and (not self.blocks or self.blocks[block])
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,7 @@ class Norms:
     # where they are: "pre" x + f(n(x)) · "branch" x + n(f(x)) · "sandwich" x + n'(f(n(x))) · "post" n(x + f(x))
     placement: str = "pre"
     parametric: bool = True  # they have gains (and, LayerNorm, biases)
+    biased: bool = True  # LayerNorms with gains have biases, too
     shared: bool = False  # attention and FFN read the same normalised stream
     embedded: bool = False  # the embedded input is normalised before the first block
     layer_scale: bool = False  # a factor for each channel of what a branch adds
@@ -145,6 +152,8 @@ class Spec:
     types: int = 0  # rows of the token type table; type 0 is used
     table: int = 0  # token embeddings, where the head does not have a row for each
     embed_scale: float = 1.0  # factor on token embeddings
+    branch_scale: float = 1.0  # factor on what each branch adds to the stream
+    head_scale: float = 1.0  # factor on logits, in front of their soft cap
     task: str = "causal"  # "causal" or "masked" language model, "image" classifier, "features" of an image or a text
     image: ImageInput | None = None
     front: int = 0  # class and distillation tokens before the patches
@@ -195,7 +204,7 @@ class Spec:
                 shapes["switch"] = (1, d)
         for norm in self._norms if self.norms.parametric else ():
             shapes[norm] = (d,)
-            if self.norms.kind == "layernorm":
+            if self.norms.kind == "layernorm" and self.norms.biased:
                 shapes[f"{norm}_bias"] = (d,)
         if a.qk_norm:
             head = (a.head_dim,)

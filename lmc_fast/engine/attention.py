@@ -41,6 +41,8 @@ class Positions:
         return Positions(rope, local, {w: score_bias(spec, w, length, dtype, device) for w in special})
 
     def rope_of(self, spec: Spec, block: int) -> Rope | None:
+        if not spec.rope.turns(block):
+            return None
         return self.local_rope if spec.attention.window(block) else self.rope
 
 
@@ -109,9 +111,12 @@ def attention(
         if att.clip_qkv:
             y = y.clamp(-att.clip_qkv, att.clip_qkv)
         y = y.unflatten(-1, (count, att.head_dim)).transpose(1, 2)
-        if att.qk_norm == "head" and slot != "v":
-            y = F.rms_norm(y, y.shape[-1:], w[f"{slot}_norm"], spec.norms.eps)
-        return rotate(y, rope)
+        if att.qk_norm != "head" or slot == "v":
+            return rotate(y, rope)
+        if att.qk_norm_last:
+            y = rotate(y, rope)
+        y = F.rms_norm(y, y.shape[-1:], w[f"{slot}_norm"], spec.norms.eps)
+        return y if att.qk_norm_last else rotate(y, rope)
 
     rope = positions.rope_of(spec, index)
     q, k = heads("q", att.heads, rope), heads("k", att.kv_heads, rope)

@@ -36,7 +36,7 @@ def block(spec: Spec, w: Slots, x: Tensor, positions: Positions, index: int = 0,
             value = value * w[f"{branch}_scale"]
         if spec.norms.placement in ("branch", "sandwich"):
             value = norm(spec, w, f"{branch}_post_norm", value)
-        stream = stream + value
+        stream = stream + (value if spec.branch_scale == 1 else value * spec.branch_scale)
         return norm(spec, w, f"{branch}_post_norm", stream) if spec.norms.placement == "post" else stream
 
     attn_in = reads("attn_norm", x)

@@ -63,6 +63,8 @@ def final_stream(weights: Weights, inputs: Tensor) -> Tensor:
 def head_input(spec: Spec, w: Slots, x: Tensor, inputs: Tensor) -> Tensor:
     """Stream behind the last block -> what the head reads: (batch, T, d), or (batch, d or 2d) one vector for all."""
     x = x if spec.norms.placement == "post" else norm(spec, w, "final_norm", x)
+    if spec.head_scale != 1:
+        x = x * spec.head_scale
     if spec.head_transform:
         x = ACTIVATIONS[spec.ffn.activation](F.linear(x, w["head_transform"], w["head_transform_bias"]))
         return norm(spec, w, "head_norm", x)

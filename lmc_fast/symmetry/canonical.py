@@ -221,14 +221,18 @@ def signs_of_gain(w: Slots, slot: str) -> Tensor:
 def _balance_gains(spec: Spec, w: Slots, like: Slots) -> None:
     """Gains of queries and keys: signs go into the rows; each rotary pair's (or channel's) two gains get equal size.
 
-    Clamped queries and keys keep the sizes. Signs and sizes are those of the gains of `like`.
+    Clamped queries and keys keep the sizes. Signs and sizes are those of the gains of `like`. Behind RoPE only the
+    product of two gains counts, and the sign of one goes into the other.
     """
+    last = spec.attention.qk_norm_last
     groups, e = spec.attention.kv_heads, spec.attention.head_dim
     gains: dict[str, Tensor] = {slot: like[f"{slot}_norm"].double().abs() for slot in ("q", "k")}
     own: dict[str, Tensor] = {}
     for slot in ("q", "k"):
-        rows = signs_of_gain(like, slot).to(w[slot])
+        rows = signs_of_gain(like, "q" if last else slot).to(w[slot])
         own[slot] = w[f"{slot}_norm"] * rows[: len(w[f"{slot}_norm"])]
+        if last:
+            continue
         w[slot] = w[slot] * rows[:, None]
         if f"{slot}_bias" in w:
             w[f"{slot}_bias"] = w[f"{slot}_bias"] * rows
@@ -238,7 +242,7 @@ def _balance_gains(spec: Spec, w: Slots, like: Slots) -> None:
         return
     count = groups if spec.attention.qk_norm == "full" else 1
     sizes = [gains[slot].view(count, -1, e).square().mean(1) for slot in ("q", "k")]  # (count, e)
-    half = spec.rope.rotary_dim // 2
+    half = 0 if last else spec.rope.rotary_dim // 2
     for size in sizes:
         pair = (size[:, :half] + size[:, half : 2 * half]) / 2
         size[:, : 2 * half] = pair.repeat(1, 2)

@@ -58,7 +58,7 @@ def obstacle(small: Spec, large: Spec) -> str | None:
     if "blocks" in more and small.norms.placement == "post":
         return "blocks cannot be added: behind every block a norm changes the stream"
     if "blocks" in more and place_evenly(small, large) is None:
-        return "blocks cannot be added: the attention windows of its blocks do not occur in that order"
+        return "blocks cannot be added: the attention windows of its blocks do not occur in that order, with RoPE or not"
     return None
 
 
@@ -72,7 +72,7 @@ def place_by(similarity: Tensor, small: Spec, large: Spec) -> Places | None:
     """The places with the greatest sum of similarities of streams; the earliest where several have it.
 
     similarity (l + 1, L + 1): of the smaller model's stream behind its first i blocks and the larger one's behind its
-    first j. A block goes only where blocks see as far back. None where there is no such way.
+    first j. A block goes only where blocks see as far back, by the same positions. None where there is no such way.
     """
     few, many = small.layers, large.layers
     best = torch.full((few + 1, many + 1), -math.inf, dtype=torch.float64)
@@ -81,7 +81,7 @@ def place_by(similarity: Tensor, small: Spec, large: Spec) -> Places | None:
     for j in range(1, many + 1):
         for i in range(few + 1):
             skip = float(best[i, j - 1])
-            fits = i > 0 and small.attention.window(i - 1) == large.attention.window(j - 1)
+            fits = i > 0 and _positions(small, i - 1) == _positions(large, j - 1)
             take = float(best[i - 1, j - 1]) if fits else -math.inf
             used[i, j] = take > skip
             best[i, j] = max(take, skip) + similarity[i, j]
@@ -93,6 +93,11 @@ def place_by(similarity: Tensor, small: Spec, large: Spec) -> Places | None:
             places.append(j - 1)
             i -= 1
     return tuple(reversed(places))
+
+
+def _positions(spec: Spec, block: int) -> tuple[int, bool]:
+    """How far back a block sees, and whether it has rotary positions."""
+    return spec.attention.window(block), spec.rope.turns(block)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ def canonical_change(spec: Spec, w: Slots, slot: str, change: LowRank) -> LowRan
         gain = w[norm].to(right)
         right = right * gain.repeat(right.shape[1] // len(gain))
     scale = next((w[name] for name, writer in LAYER_SCALES if writer == slot and name in w), None)
-    signs = signs_of_gain(w, slot) if slot in ("q", "k") and f"{slot}_norm" in w else None
+    signed = slot in ("q", "k") and f"{slot}_norm" in w and not spec.attention.qk_norm_last
+    signs = signs_of_gain(w, slot) if signed else None
     for factor in (scale, signs):
         if factor is not None:
             factor = factor.to(left)

@@ -28,6 +28,22 @@ _DECODER = {
     "eos_token_id": 0,
 }
 _DIMS = {"head_dim": 8}
+_BIASES = {"attention_bias": True, "mlp_bias": True}
+_MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 1.7,
+}
+_GPT = {
+    "vocab_size": VOCAB,
+    "n_positions": 32,
+    "n_embd": 24,
+    "n_layer": 2,
+    "n_head": 3,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 _VISION = {
     "hidden_size": 24,
     "num_hidden_layers": 2,
@@ -100,18 +116,7 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     "olmo": _of("OlmoConfig", "OlmoForCausalLM", _DECODER),
     "olmo-clipped": _of("OlmoConfig", "OlmoForCausalLM", _DECODER, clip_qkv=0.8, tie_word_embeddings=True),
     "phi": _of("PhiConfig", "PhiForCausalLM", _DECODER | {"hidden_size": 32}, _rope(partial_rotary_factor=0.5)),
-    "gptj": _of(
-        "GPTJConfig",
-        "GPTJForCausalLM",
-        vocab_size=VOCAB,
-        n_positions=32,
-        n_embd=24,
-        n_layer=2,
-        n_head=3,
-        rotary_dim=4,
-        bos_token_id=0,
-        eos_token_id=0,
-    ),
+    "gptj": _of("GPTJConfig", "GPTJForCausalLM", _GPT, rotary_dim=4),
     "falcon-7b": _of(
         "FalconConfig",
         "FalconForCausalLM",
@@ -163,6 +168,118 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     "olmoe": _of("OlmoeConfig", "OlmoeForCausalLM", _DECODER, num_experts=4, num_experts_per_tok=2),
     "qwen2-moe": _of("Qwen2MoeConfig", "Qwen2MoeForCausalLM", _DECODER, _EXPERTS, shared_expert_intermediate_size=28),
     "qwen3-moe": _of("Qwen3MoeConfig", "Qwen3MoeForCausalLM", _DECODER, _DIMS, _EXPERTS, norm_topk_prob=True),
+    "ministral": _of(
+        "MinistralConfig",
+        "MinistralForCausalLM",
+        _DECODER,
+        _DIMS,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "cwm": _of(
+        "CwmConfig",
+        "CwmForCausalLM",
+        _DECODER,
+        _DIMS,
+        _rope(),
+        sliding_window=6,
+        layer_types=["full_attention", "sliding_attention"],
+    ),
+    "seed-oss": _of(
+        "SeedOssConfig", "SeedOssForCausalLM", _DECODER, _DIMS, _BIASES, attention_out_bias=True, tie_word_embeddings=True
+    ),
+    "smollm3": _of(
+        "SmolLM3Config",
+        "SmolLM3ForCausalLM",
+        _DECODER,
+        _BIASES,
+        no_rope_layers=[1, 0],
+        use_sliding_window=True,
+        sliding_window=6,
+    ),
+    "helium": _of("HeliumConfig", "HeliumForCausalLM", _DECODER, _BIASES, head_dim=6),
+    "ernie": _of("Ernie4_5Config", "Ernie4_5ForCausalLM", _DECODER, _DIMS, use_bias=True),
+    "arcee": _of("ArceeConfig", "ArceeForCausalLM", _DECODER, _DIMS, _BIASES),
+    "granite": _of("GraniteConfig", "GraniteForCausalLM", _DECODER, _BIASES, _MULTIPLIERS, tie_word_embeddings=True),
+    "hyperclovax": _of("HyperCLOVAXConfig", "HyperCLOVAXForCausalLM", _DECODER, _DIMS, _BIASES, _MULTIPLIERS),
+    "hunyuan": _of("HunYuanDenseV1Config", "HunYuanDenseV1ForCausalLM", _DECODER, _DIMS, attention_bias=True),
+    "jais2": _of("Jais2Config", "Jais2ForCausalLM", _DECODER, _DIMS),
+    "starcoder2": _of("Starcoder2Config", "Starcoder2ForCausalLM", _DECODER, sliding_window=6),
+    "nemotron": _of("NemotronConfig", "NemotronForCausalLM", _DECODER, _DIMS, _BIASES, _rope(partial_rotary_factor=0.5)),
+    "cohere": _of("CohereConfig", "CohereForCausalLM", _DECODER, attention_bias=True, logit_scale=0.4),
+    "cohere2": _of(
+        "Cohere2Config",
+        "Cohere2ForCausalLM",
+        _DECODER,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "glm": _of("GlmConfig", "GlmForCausalLM", _DECODER, _DIMS, _rope(partial_rotary_factor=0.5)),
+    "glm4": _of(
+        "Glm4Config", "Glm4ForCausalLM", _DECODER, _DIMS, _rope(partial_rotary_factor=0.5), tie_word_embeddings=True
+    ),
+    "olmo3": _of(
+        "Olmo3Config",
+        "Olmo3ForCausalLM",
+        _DECODER,
+        attention_bias=True,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 2.0},
+        },
+    ),
+    "exaone4": _of(
+        "Exaone4Config",
+        "Exaone4ForCausalLM",
+        _DECODER,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "vaultgemma": _of(
+        "VaultGemmaConfig", "VaultGemmaForCausalLM", _DECODER, _DIMS, sliding_window=6, query_pre_attn_scalar=12
+    ),
+    "granitemoe": _of(
+        "GraniteMoeConfig",
+        "GraniteMoeForCausalLM",
+        _DECODER,
+        _MULTIPLIERS,
+        attention_bias=True,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    ),
+    "flex-olmo": _of("FlexOlmoConfig", "FlexOlmoForCausalLM", _DECODER, num_experts=4, num_experts_per_tok=2),
+    "gpt-bigcode": _of("GPTBigCodeConfig", "GPTBigCodeForCausalLM", _GPT),
+    "gpt-bigcode-heads": _of("GPTBigCodeConfig", "GPTBigCodeForCausalLM", _GPT, multi_query=False, n_inner=40),
+    "codegen": _of("CodeGenConfig", "CodeGenForCausalLM", _GPT | {"n_head": 4, "n_embd": 32}, rotary_dim=4),
+    "gpt-neo": _of(
+        "GPTNeoConfig",
+        "GPTNeoForCausalLM",
+        vocab_size=VOCAB,
+        hidden_size=24,
+        num_layers=2,
+        num_heads=3,
+        max_position_embeddings=32,
+        attention_types=[[["global", "local"], 1]],
+        window_size=6,
+        bos_token_id=0,
+        eos_token_id=0,
+    ),
+    "mpt": _of(
+        "MptConfig", "MptForCausalLM", vocab_size=VOCAB, d_model=24, n_heads=3, n_layers=2, max_seq_len=32
+    ),
+    "mpt-clipped": _of(
+        "MptConfig",
+        "MptForCausalLM",
+        vocab_size=VOCAB,
+        d_model=24,
+        n_heads=3,
+        n_layers=2,
+        max_seq_len=32,
+        tie_word_embeddings=False,
+        attn_config={"clip_qkv": 0.8, "softmax_scale": 0.3},
+    ),
     "bloom": _of("BloomConfig", "BloomForCausalLM", vocab_size=VOCAB, hidden_size=24, n_layer=2, n_head=3),
     "vit": _of("ViTConfig", "ViTForImageClassification", _VISION, _LABELS),
     "deit": _of("DeiTConfig", "DeiTForImageClassification", _VISION, _LABELS),
@@ -203,7 +320,7 @@ def write(name: str, directory: Path, seed: int = 1, dtype: torch.dtype = torch.
     randomize(model, seed)
     with torch.no_grad():
         for key, p in model.named_parameters():
-            if "q_norm" in key or "k_norm" in key:
+            if any(part in key for part in ("q_norm", "k_norm", "query_layernorm", "key_layernorm")):
                 p[::3] *= -1
     model.to(dtype).save_pretrained(directory)
 
@@ -244,11 +361,11 @@ def stock(directory: Path, dtype: torch.dtype) -> nn.Module:
     cls = getattr(transformers, config.architectures[0])
     # Falcon's eager attention adds ALiBi twice; Gemma-2's soft cap needs eager attention
     options = {} if config.model_type == "falcon" else {"attn_implementation": "eager"}
-    if "moe" in config.model_type or config.model_type in ("mixtral", "olmoe"):
+    if "moe" in config.model_type or config.model_type in ("mixtral", "flex_olmo"):
         options["experts_implementation"] = "eager"
     model, info = cls.from_pretrained(directory, dtype=dtype, output_loading_info=True, **options)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    if config.model_type == "gptj" and dtype == torch.float64:
+    if config.model_type in ("gptj", "codegen") and dtype == torch.float64:
         _exact_positions(model, config)
     return model.eval()
 

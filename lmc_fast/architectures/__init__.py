@@ -26,8 +26,7 @@ _TABLES = (
     *(gpt2, gpt_neo, gptj, falcon, opt, phi, stablelm, llama, relatives, gemma, olmo, cohere, glm, moe, text, vision),
 )
 FAMILIES: dict[str, Family] = {
-    family.name: family
-    for family in (gpt_neox.FAMILY, *(family for table in _TABLES for family in table.FAMILIES))
+    family.name: family for family in (gpt_neox.FAMILY, *(family for table in _TABLES for family in table.FAMILIES))
 }
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Command R: LayerNorm without biases before parallel branches, a factor on logits; Command R7B: windows, NoPE blocks."""
+"""Command R: LayerNorm without biases, parallel branches, a factor on logits; R7B: windows, blocks without RoPE."""
 
 from __future__ import annotations
 

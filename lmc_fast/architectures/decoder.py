@@ -55,9 +55,7 @@ def two_ropes(config: Any, head_dim: int) -> Rope:
     kinds = set(config.layer_types)
     everywhere = "full_attention" if "full_attention" in kinds else _SLIDING
     inv_freq, scaling = inverse_frequencies(config, head_dim, everywhere)
-    local, local_scaling = (
-        inverse_frequencies(config, head_dim, _SLIDING) if _SLIDING in kinds else (inv_freq, 1.0)
-    )
+    local, local_scaling = inverse_frequencies(config, head_dim, _SLIDING) if _SLIDING in kinds else (inv_freq, 1.0)
     if local_scaling != 1.0:
         raise LmcError("a scaled RoPE in sliding-window layers is not supported; use a checkpoint without it")
     return Rope(inv_freq, scaling, local)

@@ -1,4 +1,4 @@
-"""GLM-4 and its relatives: part of each head turned in pairs of neighbours, gate and up fused; perhaps sandwich norms."""
+"""GLM-4 and relatives: part of each head turned in pairs of neighbours, gate and up fused; perhaps sandwich norms."""
 
 from __future__ import annotations
 

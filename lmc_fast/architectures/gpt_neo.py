@@ -1,4 +1,4 @@
-"""GPT-Neo: learned positions, unscaled scores, every other block sees a window; MPT: ALiBi, LayerNorm without biases."""
+"""GPT-Neo: learned positions, unscaled scores, windows in every other block; MPT: ALiBi, LayerNorm without biases."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def _gpt_neo(config: Any) -> Spec:
         layers=config.num_layers,
         width=config.hidden_size,
         vocab=config.vocab_size,
-        attention=Attention(heads, heads, config.hidden_size // heads, logit_scale=1.0, windows=back if any(back) else ()),
+        attention=Attention(
+            heads, heads, config.hidden_size // heads, logit_scale=1.0, windows=back if any(back) else ()
+        ),
         ffn=FFN(width=config.intermediate_size or 4 * config.hidden_size, activation=config.activation_function),
         max_positions=config.max_position_embeddings,
         norms=Norms(kind="layernorm", eps=config.layer_norm_epsilon),
@@ -36,9 +38,9 @@ def _gpt_neo(config: Any) -> Spec:
 
 def _mpt(config: Any) -> Spec:
     att = config.attn_config
-    other = {"alibi": not att.alibi, "qk_ln": att.qk_ln, "prefix_lm": att.prefix_lm, "alibi_bias_max": att.alibi_bias_max != 8}
+    other = {"alibi": not att.alibi, "qk_ln": att.qk_ln, "prefix_lm": att.prefix_lm}
+    other |= {"alibi_bias_max": att.alibi_bias_max != 8, "expansion_ratio": config.expansion_ratio != 4}
     other |= {"logit_scale": config.logit_scale is not None, "no_bias": not config.no_bias}
-    other |= {"expansion_ratio": config.expansion_ratio != 4}
     wrong = [name for name, differs in other.items() if differs]
     if wrong:
         raise LmcError(

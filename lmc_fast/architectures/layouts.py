@@ -99,7 +99,7 @@ class InterleavedPairs:
 
 
 class FourShards:
-    """q, v and k of a quarter of the heads, four times, pairs as in GPT-J: rows (4, [q, v, k], H·e/4), as in CodeGen."""
+    """q, v, k of a quarter of the heads, four times, with GPT-J's pairs: rows (4, [q, v, k], H·e/4), as in CodeGen."""
 
     def split(self, tensor: Tensor, spec: Spec) -> Sequence[Tensor]:
         q, v, k = (part.flatten(0, 1) for part in tensor.unflatten(0, (4, 3, -1)).unbind(1))

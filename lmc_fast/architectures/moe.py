@@ -117,7 +117,12 @@ _SHARED_EXPERT = (
 _SHARED: dict[str, Any] = {"ends": embeddings("weight"), "prefix": "model.", "buffers": ROPE_BUFFERS}
 
 FAMILIES = (
-    Family(name="mixtral", spec=_windowed_mixtral, block=_COMMON + _experts("block_sparse_moe", "w1", "w3", "w2"), **_SHARED),
+    Family(
+        name="mixtral",
+        spec=_windowed_mixtral,
+        block=_COMMON + _experts("block_sparse_moe", "w1", "w3", "w2"),
+        **_SHARED,
+    ),
     Family(name="granitemoe", spec=_granitemoe, block=_COMMON + _GRANITE_EXPERTS, **_SHARED),
     Family(name="flex_olmo", spec=_flex_olmo, block=_BRANCHED + ATTENTION + QK_NORMS + _MLP, **_SHARED),
     Family(name="olmoe", spec=_olmoe, block=_COMMON + QK_NORMS + _MLP, **_SHARED),

@@ -86,7 +86,8 @@ def resized(config: dict[str, Any], parsed: Any, spec: Spec) -> dict[str, Any]:
     if getattr(parsed, "layer_types", None) is not None:
         out["layer_types"] = ["sliding_attention" if x else "full_attention" for x in slides]
     if "attention_types" in own:  # GPT-Neo
-        out["attention_types"] = [[["local" if x else "global" for x in slides], 1]]
+        out["attention_layers"] = ["local" if x else "global" for x in slides]
+        out["attention_types"] = [[out["attention_layers"], 1]]
     if "no_rope_layers" in own:
         out["no_rope_layers"] = [int(spec.rope.turns(i)) for i in range(sizes["blocks"])]
     return out

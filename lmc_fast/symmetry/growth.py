@@ -58,7 +58,7 @@ def obstacle(small: Spec, large: Spec) -> str | None:
     if "blocks" in more and small.norms.placement == "post":
         return "blocks cannot be added: behind every block a norm changes the stream"
     if "blocks" in more and place_evenly(small, large) is None:
-        return "blocks cannot be added: the attention windows of its blocks do not occur in that order, with RoPE or not"
+        return "blocks cannot be added: the windows of its blocks, or those without RoPE, do not occur in that order"
     return None
 
 

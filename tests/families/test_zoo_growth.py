@@ -20,7 +20,7 @@ SOME = {  # where not everything can grow
     "roberta": {"ffn": 52},
     "clip-vision": {"ffn": 52, "depth": 3},
     "falcon-rw": {"ffn": 108, "depth": 3},
-    "bloom": {"width": 48, "depth": 3},
+    **{name: {"width": 48, "depth": 3} for name in ("bloom", "mpt", "mpt-clipped")},
     **dict.fromkeys(("phi", "phi3-partial", "stablelm", "stablelm-parallel-biased"), EVERYTHING | {"width": 64}),
     **dict.fromkeys(("falcon-7b", "falcon-40b"), EVERYTHING | {"ffn": 108}),
 }

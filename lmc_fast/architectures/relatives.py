@@ -40,7 +40,7 @@ def _smollm3(config: Any) -> Spec:
         kinds = set(config.layer_types) - {"full_attention"}
         if kinds:
             raise LmcError("layer_types asks for sliding attention, which use_sliding_window switches off; correct one")
-    head_dim = config.hidden_size // config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     turned = tuple(bool(use) for use in config.no_rope_layers[: config.num_hidden_layers])
     if len(turned) != config.num_hidden_layers:
         raise LmcError(f"no_rope_layers has {len(turned)} entries for {config.num_hidden_layers} layers")

@@ -12,8 +12,9 @@ _NAMES = ("attn_implementation", "_attn_implementation", "transformers_weights")
 _NESTED = ("text_config", "vision_config")
 # models of these take the head size as it is given, also if that is null
 _HEAD_SIZE_AS_GIVEN = (
-    *("gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "olmoe", "phi", "phi3"),
-    *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
+    *("gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "olmo3", "olmoe", "flex_olmo", "phi", "phi3"),
+    *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "cohere", "cohere2", "exaone4", "granite", "granitemoe"),
+    *("hunyuan_v1_dense", "ministral", "smollm3"),
 )
 _WITHOUT_PADDING = ("falcon", "gpt2", "gpt_neox", "gptj", "bloom")  # their embeddings know no padding token
 _LARGEST = 2**31 - 1

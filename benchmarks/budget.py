@@ -1,22 +1,25 @@
 """Is a memory budget kept where it is smallest? Of each pair (synthetic GPT-NeoX, random weights, B planted in A):
 
 the budget that `align --memory 1MiB` names must be accepted when it is typed, and every stage of that run stay below it
-and 5 %. The same for `verify`, `barrier` and `barrier --alignment`; `merge` has to do with what `align` was given.
+and 5 %. The same for `verify`, `barrier` and `barrier --alignment`; `merge` has to do with what `align` was given. And
+for `align` of four models, and of a smaller model with a larger one.
 
-python -m benchmarks.budget [--quick] [--only-align] [--check] [--directory DIR]
+python -m benchmarks.budget [--quick] [--only-align] [--many] [--width WIDTH] [--check] [--directory DIR]
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import RESULTS, Row, lmc_fast, options, provenance, write_csv, write_json
+from benchmarks.common import RESULTS, Row, lmc_fast, options, provenance, read_csv, write_csv, write_json
 from benchmarks.synthetic import Shape, write_pair
 
 SOURCES = ("lmc_fast", "benchmarks")
@@ -26,6 +29,10 @@ CASES = [(shape, 128) for shape in (Shape(256, 4, 4, 16384), Shape(512, 3, 8, 50
 CASES += [(Shape(64, 3, 4, 512), 128), (Shape(256, 12, 4, 2048), 128)]
 CASES += [(Shape(256, 2, 4, 2048), 1024), (Shape(768, 2, 12, 8192), 128)]
 QUICK = [CASES[0], CASES[3]]
+MANY = {  # four models; a smaller one and a larger one
+    "four": [Shape(256, 4, 4, 16384)] * 4,
+    "grown": [Shape(192, 3, 3, 16384), Shape(256, 4, 4, 16384)],
+}
 
 
 def named(*command: object) -> int:
@@ -62,6 +69,20 @@ def row(case: str, what: object, budget: int, peak: int | None) -> Row:
     return {"case": case, "what": str(what).strip(), "budget_mib": budget, "peak_mib": mib, "ok": ok}
 
 
+def rows_of_many(place: Path, name: str, shapes: list[Shape], length: int) -> list[Row]:
+    """Of models that are written here, or lie here already; of one shape there are two, as often as they are needed."""
+    models = []
+    for k, shape in enumerate(shapes):
+        home = place / "-".join(map(str, shape))
+        if not home.exists():
+            write_pair(home, shape, tokens=TOKENS)
+        models.append(place / f"model-{k}")
+        shutil.copytree(home / "ab"[k % 2], models[-1], copy_function=os.link, dirs_exist_ok=True)
+    data = ["--data", home / "tokens.npy", "--block", length]
+    align = ["align", *models, *data, "--steps", 2, "--batch", 4, "--out", place / "out"]
+    return measured(f"{name}: {', '.join(str(tuple(s)) for s in dict.fromkeys(shapes))}", named(*align), *align)
+
+
 def rows_of(pair: Path, shape: Shape, length: int, others: bool) -> list[Row]:
     """others: also of the commands beside align."""
     case = f"{shape.width} x {shape.layers}, vocabulary {shape.vocab}, blocks of {length}"
@@ -91,17 +112,29 @@ def rows_of(pair: Path, shape: Shape, length: int, others: bool) -> list[Row]:
 def main() -> int:
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("--only-align", action="store_true", help="none of the other commands")
+    parser.add_argument("--many", action="store_true", help="only four models, and models of two sizes")
+    parser.add_argument("--width", type=int, help="one case more of four models: two blocks of this width")
     parser.add_argument("--directory", type=Path, help="write pairs here (1 GB)")
     args = parser.parse_args()
     rows: list[Row] = []
     origin = provenance(*SOURCES)
-    for shape, length in QUICK if args.quick else CASES:
-        with tempfile.TemporaryDirectory(dir=args.directory) as scratch:
-            rows += [made | origin for made in rows_of(Path(scratch), shape, length, not args.only_align)]
+
+    def keep(found: list[Row]) -> None:
+        """In the place of earlier rows of the same case."""
+        rows.extend(made | origin for made in found)
         if args.json:
             write_json(args.json, rows)
         if not args.quick:
-            write_csv(RESULTS / "budget.csv", rows)
+            earlier = read_csv(RESULTS / "budget.csv")
+            write_csv(RESULTS / "budget.csv", [r for r in earlier if r["case"] not in {m["case"] for m in rows}] + rows)
+
+    many = MANY | ({"four wide": [Shape(args.width, 2, args.width // 128)] * 4} if args.width else {})
+    for name, shapes in many.items():
+        with tempfile.TemporaryDirectory(dir=args.directory) as scratch:
+            keep(rows_of_many(Path(scratch), name, shapes, 128))
+    for shape, length in [] if args.many else QUICK if args.quick else CASES:
+        with tempfile.TemporaryDirectory(dir=args.directory) as scratch:
+            keep(rows_of(Path(scratch), shape, length, not args.only_align))
     return 1 if args.check and not all(made["ok"] for made in rows) else 0
 
 

@@ -114,7 +114,7 @@ class Demand:
         return 8 * (maps + (count - 1) * spec.width**2 * bool(turns))
 
     def _update_bytes(self, turns: int, matrices: int) -> int:
-        return _UPDATE * max(turns, matrices) * FP32
+        return _UPDATE * max(turns, matrices // self.job.sides) * FP32  # head maps: of one side after the other
 
     def _position_bytes(self) -> int:
         """cos and sin, and the biases added to attention scores, of which some are made in float64."""

@@ -26,9 +26,11 @@ def orthogonalized(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def muon_step(leaf: Tensor, gradient: Tensor, momentum: Tensor, rate: float) -> None:
-    """One Nesterov step on a batch of matrices (..., n, n): changes `leaf` and `momentum` in place.
+    """One Nesterov step on the matrices of every model (S, ..., n, n): changes `leaf` and `momentum` in place.
 
-    `rate` is the spectral size of the step: about the angle, in radians, by which a rotation turns.
+    `rate` is the spectral size of the step: about the angle, in radians, by which a rotation turns. One model after the
+    other: what this needs beside its operands does not grow with their number.
     """
     momentum.mul_(MOMENTUM).add_(gradient)
-    leaf.sub_(orthogonalized(gradient + MOMENTUM * momentum), alpha=rate)
+    for part, slope, mean in zip(leaf.split(1), gradient.split(1), momentum.split(1), strict=True):
+        part.sub_(orthogonalized(slope + MOMENTUM * mean), alpha=rate)

@@ -14,6 +14,7 @@ from ..checkpoints.lazy import CHUNK_ELEMENTS, TABLES
 from ..errors import LmcError
 from ..matching.activations import GATHERED
 from ..matching.evidence import work_dtype
+from ..places import simplex_places
 from ..sizes import show_bytes
 from ..streaming.layout import block_bytes, slot_shapes
 from ..symmetry.groups import rotates
@@ -83,7 +84,8 @@ class Stages:
         found = {} if matched else {"matching": self.matching()}
         found["preparing"] = self.preparing()
         if self.spec.task != "features":
-            found["measuring"] = self.measuring(POINTS)
+            places = POINTS if self.members == 2 else len(simplex_places(self.members, POINTS))
+            found["measuring"] = self.measuring(places)
         if kind == "cpu":
             found["writing"] = self.writing()
         return found | {"verifying": self.verifying()}

@@ -14,9 +14,9 @@ from ..learning.learner import History
 from ..learning.schedule import METHODS, Schedule
 from ..members import CLOSED_SCHEMES
 from ..pair import open_models
-from ..pipeline.align import require_settings
 from ..pipeline.run import run
 from ..pipeline.run_directory import RunDirectory
+from ..pipeline.settings import require_settings
 from ..sizes import parse_bytes, show_bytes
 from .console import Console, unit_of
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..examples import Data
 from .attention import Positions
 from .block import block
+from .evaluate import STREAM_ELEMENTS
 from .head import CHUNK_ELEMENTS, HeadInputs, softmax_
 from .model import embed, head_input, labels, model_inputs, require_task, target_rows
 from .passes import visit_order
@@ -23,17 +24,38 @@ def ensemble_loss(
     data: Data,
     shares: Sequence[float] | None = None,
     batch: int = 32,
+    rows: int | None = None,
     logits: int = CHUNK_ELEMENTS,
     visited: Callable[[int], None] | None = None,
 ) -> float:
     """Mean loss in nats per prediction of the mixture of all members' predictions, by default with equal shares.
 
-    batch: rows of data that go through a block together; logits: how many are held at a time; visited: told the number
-    of each segment before it is visited.
+    batch: rows of data that go through a block together; rows: whose streams are held at a time, by default as many as
+    make STREAM_ELEMENTS; logits: how many are held at a time; visited: told the number of each segment before it is
+    visited.
     """
     require_task(source.spec)
     spec, count = source.spec, len(source.ends)
+    length = spec.length(model_inputs(data).shape)
+    rows = max(batch, rows or STREAM_ELEMENTS // (count * length * spec.width))
+    weights = torch.tensor(shares or [1 / count] * count, dtype=torch.float64).log()
+    sums = [_of_rows(source, some, weights, batch, logits, visited) for some in data.split(rows)]
+    return sum(loss for loss, _ in sums) / sum(predictions for _, predictions in sums)
+
+
+def _of_rows(
+    source: Source,
+    data: Data,
+    weights: Tensor,
+    batch: int,
+    logits: int,
+    visited: Callable[[int], None] | None,
+) -> tuple[float, int]:
+    """(sum of losses, number of predictions), of rows whose streams are held together."""
+    spec, count = source.spec, len(source.ends)
     parts = [part for part in data.split(batch) if len(labels(part))]
+    if not parts:
+        return 0.0, 0
     source.begin(visit_order(spec.layers, source.head_parts, learn=False))
     streams = [_embedded(source, part) for part in parts]
     positions = Positions.of(spec, streams[0][0].shape[1], streams[0][0].dtype, streams[0][0].device)
@@ -58,12 +80,11 @@ def ensemble_loss(
                 for own, w, mine in zip(head, members, found, strict=True):
                     _scan(own, w, start, labels(part), mine, spec.head_softcap, logits)
             start += len(members[0]["head"])
-    weights = torch.tensor(shares or [1 / count] * count, dtype=torch.float64).log()[:, None]
     total = 0.0
     for head, found in zip(heads, picked, strict=True):
         likelihood = found - torch.stack([own.normaliser.double() for own in head])
-        total -= float(torch.logsumexp(likelihood + weights.to(likelihood.device), 0).sum())
-    return total / sum(found.shape[1] for found in picked)
+        total -= float(torch.logsumexp(likelihood + weights[:, None].to(likelihood.device), 0).sum())
+    return total, sum(found.shape[1] for found in picked)
 
 
 def _embedded(source: Source, part: Data) -> list[Tensor]:

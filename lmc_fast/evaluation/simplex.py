@@ -17,7 +17,7 @@ from ..examples import Data
 from ..files import to_json
 from ..members import member_names
 from ..output import write_whole
-from ..places import Place, between, centroid, corner, inside, shares_of
+from ..places import Place, centroid, corner, shares_of, simplex_places
 from .curve import Curve, plot_curves
 from .plots import new_figure, save_figure
 
@@ -121,21 +121,6 @@ class Simplex:
             plot_curves(self.edges, Path(file))
 
 
-def simplex_places(count: int, points: int = 11) -> list[tuple[float, ...]]:
-    """Where to measure: `points` on every edge, the centroid, and inside: of three a grid, of more as many places."""
-    steps = points - 1
-    found = [shares_of(corner(k, count)) for k in range(count)]
-    for i, j in combinations(range(count), 2):
-        found += [between(i, j, k / steps, count) for k in range(1, steps)]
-    if count == 3:
-        for i in range(1, steps - 1):
-            found += [(1 - (i + j) / steps, i / steps, j / steps) for j in range(1, steps - i)]
-    else:
-        found += [inside(k, count) for k in range(points * (points + 1) // 2)]
-    middle = shares_of(centroid(count))
-    return found if middle in found else [*found, middle]
-
-
 def simplex_between(
     members: Sequence[Weights],
     tokens: Data,
@@ -152,8 +137,7 @@ def simplex_between(
     places = sorted(simplex_places(len(members), points), key=lambda place: place[1:])
     source = Resident(*members)
     scores = line_scores(source, tokens, places, visited=visited, **portions)
-    few = {key: portions[key] for key in ("batch", "logits") if key in portions}
-    limit = ensemble_loss(source, tokens, **few)
+    limit = ensemble_loss(source, tokens, **portions)
     return Simplex(member_names(len(members)), places, [score.loss for score in scores], limit, name)
 
 

@@ -28,7 +28,7 @@ from ..engine.source import Source
 from ..errors import LmcError
 from ..examples import Data
 from ..interrupts import uninterrupted
-from ..places import Place, between, centroid, corner, shares_of
+from ..places import Place, between, centroid, corner, shares_of, spread
 from ..symmetry.charts import Chart
 from . import parallel
 from .muon import muon_step
@@ -118,7 +118,7 @@ class Learner:
 
     source: canonical endpoints, b already matched; frozen. tokens (n, T) int64, or examples. chunking: how much is held
     at a time. route: see engine.step.learn; chosen once, so that a resumed run computes the same bits. blocks: whose
-    own elements are learned, by default all. Under torchrun
+    own elements are learned, by default all. groups: of models that move as one, see Chart. Under torchrun
     every process takes its share of each batch, and gradients are averaged over all predictions. Everything random
     follows from schedule.seed and the step's number, so that a restored learner goes on as if it had never stopped.
     """
@@ -131,8 +131,10 @@ class Learner:
         chunking: Chunking | None = None,
         route: str | None = None,
         blocks: Sequence[int] | None = None,
+        groups: Sequence[int] | None = None,
     ):
         self.source, self.tokens, self.schedule = source, tokens, schedule
+        self.groups = tuple(range(len(source.ends)) if groups is None else groups)
         self.chunking = chunking or Chunking(schedule.batch)
         if route is None:
             choice = choose_route(source, self._items(0), self.chunking.keep)
@@ -158,8 +160,12 @@ class Learner:
         return len(self.source.ends)
 
     def _chart(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Chart:
-        sides = self.schedule.elements(self.members)
-        return Chart(self.source.spec, sides, dtype, device, members=self.members)
+        sides = self.schedule.elements(len(set(self.groups)))
+        return Chart(self.source.spec, sides, dtype, device, groups=self.groups)
+
+    def place(self, step: int) -> Place:
+        """Where a step learns."""
+        return spread(self.schedule.place(step, len(set(self.groups))), self.groups)
 
     @property
     def done(self) -> int:
@@ -175,7 +181,7 @@ class Learner:
         with _overflow(i):
             loss, gradients = self.gradients()
         if not all(t.isfinite().all() for t in (loss, *gradients.values())):
-            place = self.schedule.place(i, self.members)
+            place = self.place(i)
             at = f"shares {place}" if isinstance(place, tuple) else f"lambda {place:.2f}"
             raise NonFiniteLoss(f"the loss became {loss.item()} at step {i + 1} ({at})")
         if self.before_update:
@@ -223,7 +229,7 @@ class Learner:
         """This process's share of a step, in micro-batches."""
         rows = parallel.share(self.schedule.rows(step, len(self.tokens)))
         batch = self.tokens[rows.to(self.tokens.device)]
-        place, size = self.schedule.place(step, self.members), self.chunking.micro_batch
+        place, size = self.place(step), self.chunking.micro_batch
         taught = parallel.share(self.schedule.teachers_of(step, shares_of(place)))
         counts = [tuple(part.bincount(minlength=self.members).tolist()) for part in taught.split(size)]
         return [Item(part, place, count) for part, count in zip(batch.split(size), counts, strict=True)]
@@ -262,7 +268,8 @@ class Learner:
 
         Remembers the best chart, and decides how to go on; see steering.
         """
-        places = validation_places(self.members)
+        places = validation_places(len(set(self.groups)))
+        places = sorted((spread(place, self.groups) for place in places), key=lambda place: shares_of(place)[1:])
         with _overflow(self.done):
             losses = self.losses(tokens, places, self.chart)
         line = [sum(s * end for s, end in zip(shares_of(p), ends, strict=True)) for p in places]

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
-from numbers import Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,12 +27,12 @@ from ..examples import Data, inputs_of
 from ..interrupts import uninterrupted
 from ..learning import parallel
 from ..learning.learner import History, Learner, NonFiniteLoss
-from ..learning.schedule import CLOSED_FORMS, Schedule
 from ..learning.schedule import METHODS as LEARNING
+from ..learning.schedule import Schedule
 from ..learning.steering import is_due, share_of_text
 from ..matching.closed_form import Evidence
 from ..members import CLOSED_SCHEMES, SCHEMES, STARTS
-from ..pair import Models, Pair
+from ..pair import Models
 from ..streaming.ring import Streamed
 from ..symmetry import canonicalize
 from ..symmetry.checksum import understood
@@ -48,11 +47,10 @@ from .placing import placed
 from .progress import Cancel, Progress, Watch
 from .resume import made_from, require_same_run
 from .room import require_room
-from .schemes import by_levels
+from .schemes import Below, by_levels
+from .settings import require_scheme, require_settings
 
 _log = logging.getLogger("lmc_fast")
-METHODS = (*LEARNING, *CLOSED_FORMS)
-MOST_ACTIVATIONS = 1e6  # times the evidence of the weights
 SAVE_SECONDS = 20.0  # between two saves, or SAVE_SHARE times what one takes, if that is longer
 SAVE_SHARE = 20
 
@@ -146,8 +144,8 @@ def align(
         save_tensors(state, {}, {"run": job.facts(run)})
     pair = placed(pair, tokens, device, meter=meter, watch=watch)
 
-    def align_two(two: Pair, at: Path | None) -> Alignment:
-        return job.align(two, at, {"inputs": made_from(two, tokens, validation)}, place=False)
+    def align_two(two: Models, below: Below | None, at: Path | None) -> Alignment:
+        return job.align(two, at, {"inputs": made_from(two, tokens, validation)}, place=False, below=below)
 
     found = by_levels(pair, align_two, state)
     if scheme == "hierarchical":
@@ -199,13 +197,14 @@ class _Job:
         *,
         base: Sequence[Transform] | None = None,
         place: bool = True,
+        below: Below | None = None,
     ) -> Alignment:
         """run: facts beside those of the job. base: elements to start from, instead of what matching finds. place:
-        empty blocks of grown models are still to be placed.
+        empty blocks of grown models are still to be placed. below: groups of models to be aligned, instead of models.
         """
         schedule, tokens, device, memory = self.schedule, self.tokens, self.device, self.memory
         meter, watch, learns, count = self.meter, self.watch, self.learns, len(pair.members)
-        run = self.facts(run)
+        run = self.facts(run) | ({"below": digest_of(below.elements), "groups": list(below.groups)} if below else {})
         saved, before = load_tensors(state) if state and state.exists() else ({}, {})
         before = before if saved else {}  # else its levels are done now
         if before:
@@ -238,7 +237,7 @@ class _Job:
         with ExitStack() as stack:
             if not before and parallel.place()[0] == 0:
                 if base is None:
-                    base = self._match(members, at, within, gathered, to_disk=not whole and None not in pair.homes)
+                    base = self._match(members, below, at, within, gathered, not whole and None not in pair.homes)
                 if not learns:
                     return Alignment(*base, matched=base, info=run)
                 saved = _packed(base)
@@ -264,7 +263,8 @@ class _Job:
             if route is None and within is not None:
                 route = route_of(within, spec, device)
             chunking = chunking_of(within) if within else None
-            learner = Learner(source, tokens, schedule, chunking, route, self.blocks)
+            groups = None if below is None else below.groups
+            learner = Learner(source, tokens, schedule, chunking, route, self.blocks, groups)
             run["route"] = learner.route
             if "history" in before:
                 with understood(state or Path("the state"), "the state of this run"):
@@ -282,8 +282,7 @@ class _Job:
         return self._result(learner, base, run, notes)
 
     def _result(self, learner: Learner, base: Sequence[Transform], run: dict[str, Any], notes: list[str]) -> Alignment:
-        moved = [t.map(Tensor.detach) for t in learner.final_chart().elements()]
-        moved = [*[Transform.identity(learner.source.spec)] * (len(base) - len(moved)), *moved]
+        moved = [t.map(Tensor.detach) for t in learner.final_chart().of_members()]
         history, schedule = learner.history, self.schedule
         info = run | {"history": asdict(history), "exported_step": history.exported, "notes": notes}
         if history.exported:
@@ -292,8 +291,16 @@ class _Job:
         return Alignment(*found, matched=base, info=info)
 
     def _match(
-        self, members: Sequence[Weights], at: Path | None, within: Plan | None, gathered: int, *, to_disk: bool
+        self,
+        members: Sequence[Weights],
+        below: Below | None,
+        at: Path | None,
+        within: Plan | None,
+        gathered: int,
+        to_disk: bool,
     ) -> tuple[Transform, ...]:
+        if below:
+            return below.after(self._match(below.averages(members), None, at, within, gathered, to_disk))
         weighed = Evidence(1, self.activations)
         evidence = {"weight": Evidence(1, 0), "activation": Evidence(0, 1)}.get(self.method, weighed)
         with self.meter.stage("matching"), scratch(at, to_disk) as keep:
@@ -303,16 +310,6 @@ class _Job:
             return match_members(members, tokens, evidence, keep=keep, statistics_tokens=gathered, watch=watch)
 
 
-def require_settings(method: str, activations: float) -> None:
-    """Raises LmcError for a method or a weight of activations that means nothing."""
-    if method not in METHODS:
-        raise LmcError(f"method {method!r} is unknown; choose one of {', '.join(METHODS)}")
-    if not (isinstance(activations, Real) and 0 <= activations <= MOST_ACTIVATIONS):
-        raise LmcError(
-            f"activations must be a number from 0 (only weights count) to {MOST_ACTIVATIONS:g}, not {activations!r}"
-        )
-
-
 def _chosen(blocks: Iterable[int], layers: int) -> list[int]:
     """Numbers of blocks, ascending. Raises LmcError for others."""
     given = list(blocks)
@@ -320,13 +317,6 @@ def _chosen(blocks: Iterable[int], layers: int) -> list[int]:
     if len(found) < len(given):
         raise LmcError(f"blocks must be different numbers from 0 to {layers - 1}, not {given!r}")
     return found
-
-
-def require_scheme(scheme: str, start: str) -> None:
-    """Raises LmcError for names that mean nothing."""
-    for name, value, known in (("scheme", scheme, SCHEMES), ("start", start, STARTS)):
-        if value not in known:
-            raise LmcError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
 
 
 def _learn(

@@ -21,9 +21,9 @@ from ..errors import LmcError
 from ..evaluation import Curve, Difference, Simplex, curve_between, difference, simplex_between
 from ..evaluation.function import OURS, tolerance
 from ..evaluation.reference import Unreadable
-from ..evaluation.simplex import simplex_places
 from ..examples import Data, Examples, inputs_of
 from ..pair import Models, Pair, in_common
+from ..places import simplex_places
 from ..symmetry import canonicalize
 from .placing import placed
 from .progress import Cancel, Progress, Watch

@@ -1,7 +1,9 @@
 """Bringing more than two models together level by level: pairs, then the averages of pairs, until there is one.
 
 Each level moves whole averages, so that it is an alignment of all models below it: what brings two averages together
-brings their members together, because an element acts linearly on weights.
+brings their members together, because an element acts linearly on weights. So a level matches averages, and learns as
+all models at once do, but with one element for each average and on the line between them: its teachers are the models
+themselves, which know more than their averages.
 """
 
 from __future__ import annotations
@@ -12,18 +14,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..alignment import Alignment
-from ..checkpoints import LazyBlocks, Model, Slots, Table, Weights
+from ..checkpoints import LazyBlocks, Slots, Table, Weights
 from ..errors import Cancelled
 from ..kernels.many import blend
 from ..members import listed
 from ..pair import Models, Pair
-from ..symmetry import Transform, canonicalize
+from ..symmetry import Transform
+from ..symmetry.storage import as_stored
 
 _log = logging.getLogger("lmc_fast")
+
+
+@dataclass(frozen=True)
+class Below:
+    """What levels below brought together: of each model its element, and the number of the group that moves as one."""
+
+    elements: tuple[Transform, ...]
+    groups: tuple[int, ...]
+
+    def averages(self, members: Sequence[Weights]) -> list[Weights]:
+        """The plain average of each group, as lazy as its members, which are canonical."""
+        moved = [g.apply(w) for g, w in zip(self.elements, members, strict=True)]
+        return [averaged([w for w, g in zip(moved, self.groups, strict=True) if g == k]) for k in set(self.groups)]
+
+    def after(self, found: Sequence[Transform]) -> tuple[Transform, ...]:
+        """The element of each model, from those found for the groups."""
+        return tuple(as_stored(found[k].compose(g)) for g, k in zip(self.elements, self.groups, strict=True))
 
 
 @dataclass(frozen=True)
@@ -33,18 +52,20 @@ class _Group:
     members: tuple[int, ...]
     elements: tuple[Transform, ...]
     matched: tuple[Transform, ...]
-    model: Model
 
 
-def by_levels(models: Models, align: Callable[[Pair, Path | None], Alignment], state: Path | None) -> Alignment:
-    """One element for each model, from alignments of two at a time; one that is left over waits for the next level.
+def by_levels(
+    models: Models, align: Callable[[Models, Below | None, Path | None], Alignment], state: Path | None
+) -> Alignment:
+    """One element for each model, from alignments of two groups at a time; one left over waits for the next level.
 
-    align: of a pair of models or averages, with the file of its own state beside `state`. `matched` are the last
-    level's, on top of what was learned below it. info: that of the last alignment, and "levels": of all.
+    align: of the models of two groups, of which each moves as one, with the file of its own state beside `state`; None:
+    of two single models. `matched` are what the last level began with. info: that of the last alignment, and "levels":
+    of all.
     """
-    names, spec = models.names, models.spec
-    identity = (Transform.identity(spec),)
-    groups = [_Group((k,), identity, identity, model) for k, model in enumerate(models.members)]
+    names = models.names
+    identity = (Transform.identity(models.spec),)
+    groups = [_Group((k,), identity, identity) for k in range(len(models.members))]
     levels: list[dict[str, Any]] = []
     info: dict[str, Any] = {}
     while len(groups) > 1:
@@ -52,52 +73,31 @@ def by_levels(models: Models, align: Callable[[Pair, Path | None], Alignment], s
         for one, two in zip(groups[::2], groups[1::2], strict=False):
             sides = ["".join(names[k] for k in group.members) for group in (one, two)]
             _log.info("aligning %s", listed(sides))
+            numbers = one.members + two.members
+            some, below = Models(tuple(models.members[k] for k in numbers)), None
+            if len(numbers) == 2:
+                some = Pair(some.a, some.b)
+            else:
+                below = Below(one.elements + two.elements, (0,) * len(one.members) + (1,) * len(two.members))
             try:
-                found = align(Pair(one.model, two.model), _of_level(state, len(levels)))
+                found = align(some, below, _of_level(state, len(levels)))
             except Cancelled as error:
-                error.alignment = None  # of two of the groups: it would mean nothing for the models
+                error.alignment = None  # of some of the models alone
                 raise
             info = found.info
             levels.append(
                 {"members": sides, "history": info.get("history"), "exported_step": info.get("exported_step")}
             )
-            joined.append(_joined(models, one, two, found))
+            joined.append(_Group(numbers, tuple(found.members), tuple(found.matched)))
         groups = joined + groups[len(joined) * 2 :]
     (whole,) = groups
     order = sorted(range(len(names)), key=whole.members.__getitem__)
-    members, matched = ([part[k] for k in order] for part in (whole.elements, whole.matched))
-    return Alignment(*members, matched=matched, info=info | {"levels": levels})
+    elements, matched = ([part[k] for k in order] for part in (whole.elements, whole.matched))
+    return Alignment(*elements, matched=matched, info=info | {"levels": levels})
 
 
 def _of_level(state: Path | None, number: int) -> Path | None:
     return None if state is None else state.with_name(f"{state.stem}-{number}{state.suffix}")
-
-
-def _joined(models: Models, one: _Group, two: _Group, found: Alignment) -> _Group:
-    members = one.members + two.members
-
-    def through(elements: Sequence[Transform]) -> tuple[Transform, ...]:
-        return tuple(g.compose(e) for group, g in zip((one, two), elements, strict=True) for e in group.elements)
-
-    elements = through(found.members)
-    parts = [(models.members[k], g) for k, g in zip(members, elements, strict=True)]
-    return _Group(members, elements, through(found.matched), AverageModel(parts))
-
-
-class AverageModel(Model):
-    """The plain average of models, each in canonical form and moved by its element; made anew whenever it is read."""
-
-    def __init__(self, parts: Sequence[tuple[Model, Transform]]):
-        first = parts[0][0]
-        self.source = f"the average of {listed([model.source for model, _ in parts])}"
-        self.checkpoint, self.family, self.coverage = first.checkpoint, first.family, first.coverage
-        self.config, self.spec, self.parts = first.config, first.spec, parts
-
-    def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Weights:
-        return self.open_weights(dtype, device).load()
-
-    def open_weights(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Weights:
-        return averaged([g.apply(canonicalize(model.open_weights(dtype, device))) for model, g in self.parts])
 
 
 def averaged(members: Sequence[Weights]) -> Weights:

@@ -17,6 +17,7 @@ from lmc_fast.engine.attention import Positions
 from lmc_fast.engine.block import block
 from lmc_fast.engine.passes import visit_order
 from lmc_fast.errors import LmcError
+from lmc_fast.places import simplex_places
 from lmc_fast.sizes import parse_bytes, show_bytes
 from lmc_fast.streaming.layout import segment_bytes, slot_shapes
 from lmc_fast.streaming.schedule import steady_loads
@@ -214,6 +215,12 @@ def test_portions_of_measurements(name, aligned):
             assert found.batch <= found.rows and found.batch <= 32 and found.logits <= 1 << 24
             assert found.batch >= before.batch and found.rows >= before.rows and found.logits >= before.logits
             before = found
+
+
+def test_all_places_between_many_are_planned_for():
+    pair, four = (Stages(spec_of("gpt_neox"), 64, members=members) for members in (2, 4))
+    assert pair.all()["measuring"] == pair.measuring(11)
+    assert four.all()["measuring"] == four.measuring(len(simplex_places(4, 11))) > four.measuring(11)
 
 
 @pytest.mark.parametrize("name", SPECS)

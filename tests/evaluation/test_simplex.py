@@ -14,8 +14,8 @@ from lmc_fast.engine.ensemble import ensemble_loss
 from lmc_fast.engine.model import logits
 from lmc_fast.engine.source import Resident
 from lmc_fast.evaluation.curve import is_own
-from lmc_fast.evaluation.simplex import Simplex, simplex_places
-from lmc_fast.places import inside
+from lmc_fast.evaluation.simplex import Simplex
+from lmc_fast.places import inside, simplex_places
 
 
 @pytest.fixture
@@ -55,7 +55,8 @@ def test_the_ensemble_of_parts_of_the_head_is_that_of_all(variant, make_checkpoi
     whole = ensemble_loss(Resident(*weights), tokens)
     parts = Resident(*weights)
     parts.head_runs, parts.head_parts = [(0, 17), (17, weights[0].spec.vocab)], 2
-    assert ensemble_loss(parts, tokens, batch=1, logits=100) == pytest.approx(whole, abs=1e-12)
+    for rows in (1, 3, None):  # whose streams are held at a time
+        assert ensemble_loss(parts, tokens, batch=1, rows=rows, logits=100) == pytest.approx(whole, abs=1e-12)
     assert ensemble_loss(parts, tokens, [1.0, 0.0, 0.0]) == pytest.approx(
         F.cross_entropy(logits(weights[0], tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).item(), abs=1e-12
     )

@@ -11,7 +11,7 @@ from lmc_fast.cli import main
 from lmc_fast.engine.model import logits
 from lmc_fast.errors import Cancelled
 from lmc_fast.members import SCHEMES
-from lmc_fast.pipeline.schemes import AverageModel
+from lmc_fast.pipeline.schemes import Below
 from lmc_fast.symmetry import canonicalize, check_legal
 from lmc_fast.symmetry.storage import pack
 
@@ -77,12 +77,26 @@ def test_an_odd_number_waits_for_the_next_level_and_averages_are_plain(make_chec
     three = lmc.open_models([make_checkpoint("neox", seed) for seed in (1, 2, 3)])
     found = lmc.align(three, data, scheme="hierarchical", **LEARN)
     assert [level["members"] for level in found.info["levels"]] == [["a", "b"], ["ab", "c"]]
-    parts = list(zip(three.members, found.members, strict=True))
-    mean = AverageModel(parts).load(torch.float64)
-    each = [g.apply(canonicalize(model.load(torch.float64))) for model, g in parts]
+    weights = [canonicalize(model.load(torch.float64)) for model in three.members]
+    each = [g.apply(w) for g, w in zip(found.members, weights, strict=True)]
+    mean, last = Below(found.members, (0, 1, 0)).averages(weights)
     for name, t in mean.blocks[0].items():
-        assert torch.allclose(t, sum(w.blocks[0][name] for w in each) / 3, atol=1e-12)
-    assert torch.allclose(mean.ends["embed"], sum(w.ends["embed"] for w in each) / 3, atol=1e-12)
+        assert torch.allclose(t, (each[0].blocks[0][name] + each[2].blocks[0][name]) / 2, atol=1e-12)
+        assert torch.equal(last.blocks[0][name], each[1].blocks[0][name])
+    assert torch.allclose(mean.load().ends["embed"], (each[0].ends["embed"] + each[2].ends["embed"]) / 2, atol=1e-12)
+
+
+def test_a_level_moves_whole_averages_and_learns_from_the_models(four, data):
+    found = lmc.align(four, data, scheme="hierarchical", **LEARN)
+    pairs = [lmc.align(lmc.Pair(*four.members[k : k + 2]), data, **LEARN) for k in (0, 2)]
+    below = [g for pair in pairs for g in pair.members]
+    last = [g.compose(e.inverse()) for g, e in zip(found.members, below, strict=True)]
+    any_weights = canonicalize(four.a.load(torch.float64))
+    for one, two in (last[:2], last[2:]):
+        for x, y in zip(one.apply(any_weights).blocks, two.apply(any_weights).blocks, strict=True):
+            assert all(torch.allclose(x[name], y[name], atol=1e-4) for name in x)
+    losses = [level["history"]["excess"] for level in found.info["levels"]]
+    assert len(losses) == 3 and found.info["groups"] == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("how", [{"scheme": "hierarchical"}, {"start": "hierarchical"}, {}])

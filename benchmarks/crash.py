@@ -1,15 +1,18 @@
 """Kills and full disks at every file operation and at random moments: nothing is lost, and runs go on to the same bits.
 
-Commands run in forks of this process, on a tiny pair that transformers wrote. After each fault: inputs and strangers'
+Commands run in forks of this process, on tiny models that transformers wrote. After each fault: inputs and strangers'
 files are as before, the output is absent, old or complete, standard error holds a sentence and no traceback, and the
 same command (with --resume where there is a state) ends well, with the very files of a run without a fault and nothing
 else beside them.
 
-    kill      SIGKILL at every file operation
+    kill      SIGKILL at every file operation (of the writes to one open file in a row: the first, middle and last)
     moment    SIGKILL at random times
-    signal    SIGINT and SIGTERM at random times
+    signal    SIGINT, SIGTERM and SIGHUP at random times
     full      no room on the disk from the n-th operation on
     limit     files larger than a limit are refused by the system (ulimit -f)
+
+python -m benchmarks.crash [--quick] [--only COMMAND...] [--check]: a row of benchmarks/results/crash.csv for each
+command and kind; those that are there for this commit are not measured again, so that it can be run in pieces.
 """
 
 import hashlib
@@ -26,39 +29,54 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from benchmarks.common import Row, options, provenance, write_json
+from benchmarks.common import RESULTS, Row, options, provenance, read_csv, write_csv, write_json
 from benchmarks.faults import Faults
 from lmc_fast.cli import main as lmc_fast
-from lmc_fast.pipeline import align
+from lmc_fast.pipeline import align, heal
 
-DATA = ["a", "b", "--data", "ids.npy", "--block", "16", "--quiet"]
-LEARN = ["align", *DATA, "--steps", "3", "--batch", "2", "--out", "out"]
+SOURCES = ("lmc_fast", "benchmarks/crash.py", "benchmarks/faults.py")
+DATA = ["--data", "ids.npy", "--block", "16", "--quiet"]
+FEW = [*DATA, "--steps", "2", "--batch", "2", "--out", "out"]
+LEARN = ["align", "a", "b", *DATA, "--steps", "3", "--batch", "2", "--out", "out"]
+CARRY = ["carry", "ab/alignment.safetensors", "child", "--from", "b", "--endpoint", "b", "--quiet", "--out", "out"]
 COMMANDS = {
     "align": LEARN,
     "align --memory": [*LEARN, "--memory", "4GiB"],
-    "align --method weight": ["align", *DATA, "--method", "weight", "--out", "out"],
+    "align --method weight": ["align", "a", "b", *DATA, "--method", "weight", "--out", "out"],
+    "align of three, in levels": ["align", "a", "b", "child", "--scheme", "hierarchical", *FEW, "--no-curves"],
     "merge": ["merge", "a", "b", "--quiet", "--out", "out"],
-    "barrier": ["barrier", *DATA, "--points", "3", "--out", "c.json", "c.png"],
+    "merge on a base": ["merge", "a", "child", "--base", "b", "--weights", "1", "1", "--quiet", "--out", "out"],
+    "barrier": ["barrier", "a", "b", *DATA, "--points", "3", "--out", "c.json", "c.png"],
+    "diagnose": ["diagnose", "a", "b", *DATA, "--sequences", "4", "--out", "c.json", "c.png"],
+    "heal": ["heal", "child", "--from", "a", "b", *FEW],
+    "carry": CARRY,
+    "carry --onto": [*CARRY, "--onto", "ab/a", "--weight", "0.5"],
+    "grow": ["grow", "a", "--like", "larger", "--quiet", "--out", "out"],
 }
-OLDER = ["barrier", "b", "a", *DATA[2:], "--points", "5", "--out"]  # curves that are there already
-PROMISED = {"kill": 100, "moment": 60, "full": 40}  # points at least, over all commands
+RESUMED = ("align", "heal")
+PROMISED = {"kill": 300, "moment": 60, "full": 40}  # points at least, over all commands
+KINDS = ("kill", "moment", "signal", "full", "limit")
 Files = dict[str, str]
 Inject = Callable[[Path, list[str]], "Ended"]
 
 
 @dataclass
 class Ended:
-    """Exit code, or minus the signal; standard error; number of file operations, if the command came to its end."""
+    """Exit code, or minus the signal; standard error. facts: JSON, whole where a command came undisturbed to its end:
+    its file operations, each with the number of the open file that it wrote to or 0, and the modules it imported.
+    """
 
     code: int
     errors: str
-    operations: int = 0
+    facts: bytes = b""
 
 
 @dataclass
@@ -68,36 +86,51 @@ class Bench:
     home: Path
     pick: random.Random = field(default_factory=partial(random.Random, 0))
     expected: dict[str, Files] = field(default_factory=dict)
-    operations: dict[str, int] = field(default_factory=dict)
+    operations: dict[str, list[int]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @staticmethod
     def create(home: Path) -> "Bench":
-        bench = Bench(home)
+        bench, inputs = Bench(home), home / "inputs"
         config = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
         config |= {"intermediate_size": 24, "max_position_embeddings": 32}
         for seed, name in enumerate("ab"):
-            torch.manual_seed(seed)
-            GPTNeoXForCausalLM(GPTNeoXConfig(**config)).save_pretrained(home / "inputs" / name)
-        np.save(home / "inputs" / "ids.npy", np.random.default_rng(0).integers(2, 40, 3000))
-        (home / "inputs" / "thesis.tex").write_text("mine")
-        (home / "inputs" / "out.partial.tex").write_text("mine")
+            _model(seed, config).save_pretrained(inputs / name)
+        child = _model(1, config)
+        with torch.no_grad():
+            for parameter in child.parameters():
+                parameter.add_(0.002 * torch.randn_like(parameter))
+        child.save_pretrained(inputs / "child")
+        _model(2, config | {"intermediate_size": 32}).save_pretrained(inputs / "larger")
+        np.save(inputs / "ids.npy", np.random.default_rng(0).integers(2, 40, 1500))
+        (inputs / "thesis.tex").write_text("mine")
+        (inputs / "out.partial.tex").write_text("mine")
+        ended = run(inputs, ["align", "a", "b", *DATA, "--method", "weight", "--no-curves", "--out", "ab"])
+        assert ended.code == 0, ended.errors
         return bench
 
     def prepare(self, command: str) -> None:
-        """Runs a command without a fault."""
-        with self.place() as place:
-            began = time.monotonic()
-            ended = run(place, COMMANDS[command])
-            self.seconds[command] = time.monotonic() - began
-            assert ended.code == 0, ended.errors
-            self.expected[command], self.operations[command] = digests(place), ended.operations
-            if command == "barrier":
-                older = [*OLDER, *COMMANDS[command][-2:]]
-                assert run(place, older).code == 0
-                (self.home / "older").mkdir()
-                for name in older[-2:]:
-                    shutil.copy(place / name, self.home / "older" / name)
+        """Runs a command without a fault, twice: the second time as every fork after it, with all imported."""
+        for _ in range(2):
+            with self.place() as place:
+                began = time.monotonic()
+                ended = run(place, COMMANDS[command])
+                self.seconds[command] = time.monotonic() - began
+                assert ended.code == 0, ended.errors
+                self.operations[command], modules = json.loads(ended.facts)
+                self.expected[command] = digests(place)
+            for name in modules:
+                if name.split(".")[0] in ("lmc_fast", "transformers", "matplotlib", "safetensors", "tqdm", "scipy"):
+                    import_module(name)
+        files = COMMANDS[command][-2:]
+        shutil.rmtree(self.home / "older", ignore_errors=True)
+        (self.home / "older").mkdir()
+        if files == ["c.json", "c.png"]:  # there are older ones
+            with self.place() as place:
+                name, *rest = COMMANDS[command]
+                assert run(place, [name, "b", "a", *rest[2:]]).code == 0
+                for file in files:
+                    shutil.copy(place / file, self.home / "older" / file)
 
     @contextmanager
     def place(self, at: Path | None = None) -> Iterator[Path]:
@@ -111,8 +144,7 @@ class Bench:
     def fault(self, command: str, inject: Inject, codes: set[int]) -> list[str]:
         """What is wrong after one fault and a second try."""
         with self.place() as place:
-            if command == "barrier":  # over older curves
-                shutil.copytree(self.home / "older", place, dirs_exist_ok=True)
+            shutil.copytree(self.home / "older", place, dirs_exist_ok=True)
             before = digests(place)
             ended = inject(place, COMMANDS[command])
             return [*self._after(command, place, ended, before, codes), *self._again(command, place)]
@@ -137,11 +169,12 @@ class Bench:
 
     def _again(self, command: str, place: Path) -> list[str]:
         words = COMMANDS[command]
-        published = (place / "out").exists()
-        if (place / "out.partial" / "state.safetensors").exists() or (published and command.startswith("align")):
+        published, kept = (place / "out").exists(), place / "out.partial"
+        states = [kept / "store", *kept.glob("state*.safetensors")]
+        if any(state.exists() for state in states) or (published and words[0] in RESUMED):
             words = [*words, "--resume"]
         ended = run(place, words)
-        done = published and ("not empty" in ended.errors or "nothing to resume" in ended.errors)
+        done = published and "not empty" in ended.errors
         if ended.code and not done:
             return [f"the next run ends with {ended.code}: {ended.errors}"]
         now, expected = digests(place), self.expected[command]
@@ -151,6 +184,11 @@ class Bench:
         return [f"the next run differs in {', '.join(wrong)}"] if wrong else []
 
 
+def _model(seed: int, config: dict[str, int]) -> GPTNeoXForCausalLM:
+    torch.manual_seed(seed)
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**config))
+
+
 def run(
     place: Path,
     command: list[str],
@@ -158,7 +196,7 @@ def run(
     during: Callable[[int], None] | None = None,
 ) -> Ended:
     """A command in a fork, in `place`; `during` is given its process id."""
-    errors, counts = os.pipe(), os.pipe()
+    errors, told = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
         code = 70
@@ -167,22 +205,26 @@ def run(
             os.dup2(errors[1], 2)
             sys.stdout, sys.stderr = (open(fd, "w", closefd=False) for fd in (1, 2))  # noqa: SIM115
             os.chdir(place)
-            align.SAVE_SECONDS = align.SAVE_SHARE = 0  # a state after every step
+            for module in (align, heal):
+                module.SAVE_SECONDS = module.SAVE_SHARE = 0  # a state after every step
             counting = faults()
             code = lmc_fast(command)
             sys.stderr.flush()
             counting.how = "count"
-            os.write(counts[1], str(counting.count).encode())
+            for end in (2, errors[1]):  # else who reads of errors to the end waits for who waits to be read
+                os.close(end)
+            with open(told[1], "w") as facts:
+                json.dump([counting.written, sorted(sys.modules)], facts)
         finally:
             os._exit(code)
-    for _, end in (errors, counts):
+    for _, end in (errors, told):
         os.close(end)
     if during:
         during(child)
-    with os.fdopen(errors[0], "rb") as said, os.fdopen(counts[0], "rb") as counted:
-        text, count = said.read().decode(errors="replace"), counted.read()
+    with os.fdopen(errors[0], "rb") as said, os.fdopen(told[0], "rb") as facts:
+        text, found = said.read().decode(errors="replace"), facts.read()
     status = os.waitpid(child, 0)[1]
-    return Ended(os.waitstatus_to_exitcode(status), text, int(count or 0))
+    return Ended(os.waitstatus_to_exitcode(status), text, found)
 
 
 def digests(place: Path) -> Files:
@@ -194,7 +236,7 @@ def digests(place: Path) -> Files:
         content = file.read_bytes()
         if file.name == "report.json":
             report = json.loads(content)
-            report.pop("costs")
+            report.pop("costs", None)
             content = json.dumps(report).encode()
         found[str(file.relative_to(place))] = hashlib.sha256(content).hexdigest()
     return found
@@ -220,63 +262,87 @@ def limited_to(size: int) -> Inject:
     return partial(run, faults=limited)
 
 
+def places_of(operations: list[int]) -> list[int]:
+    """Which operations to put a fault at, counted from 1: all, but of writes to one open file in a row three."""
+    found, done = [], 0
+    for file, group in groupby(operations):
+        count = len(list(group))
+        chosen = {0, count // 2, count - 1} if file else range(count)
+        found += [done + 1 + k for k in sorted(chosen)]
+        done += count
+    return found
+
+
 def points(kind: str, bench: Bench, command: str, share: float) -> list[tuple[Inject, set[int]]]:
     """Faults of a kind for a command, and the exit codes that they may end with."""
-    operations, seconds, pick = bench.operations[command], bench.seconds[command], bench.pick
+    places, seconds, pick = places_of(bench.operations[command]), bench.seconds[command], bench.pick
 
     def some(most: int) -> list[int]:
         count = max(2, round(most * share))
-        return sorted(pick.sample(range(1, operations + 1), min(count, operations)))
+        return sorted(pick.sample(places, min(count, len(places))))
 
     if kind == "kill":
-        return [(at_operation(n, "kill"), {-signal.SIGKILL}) for n in some(operations)]
+        return [(at_operation(n, "kill"), {-signal.SIGKILL}) for n in some(len(places))]
     if kind == "full":
-        return [(at_operation(n, "full"), {0, 2}) for n in some(operations)]
+        return [(at_operation(n, "full"), {0, 2}) for n in some(min(15, len(places)))]
     if kind == "limit":
-        return [(limited_to(2**power), {0, 2}) for power in range(4, 18, max(1, round(1 / (3 * share))))]
-    count = max(2, round(20 * share))
+        return [(limited_to(2**power), {0, 2}) for power in range(4, 18, max(2, round(1 / (3 * share))))]
+    count = max(2, round(6 * share))
     moments = [pick.uniform(0, seconds) for _ in range(count)]
     if kind == "moment":
         return [(signalled_after(at, signal.SIGKILL), {0, -signal.SIGKILL}) for at in moments]
-    both = (signal.SIGINT, signal.SIGTERM)
-    ends = {0, 130, 143, -signal.SIGINT, -signal.SIGTERM}  # before the command has handlers, the signal's own
-    return [(signalled_after(at, both[i % 2]), ends) for i, at in enumerate(moments)]
+    sent = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    ends = {0, *(128 + number for number in sent), *(-number for number in sent)}  # the latter before it has handlers
+    return [(signalled_after(at, sent[i % 3]), ends) for i, at in enumerate(moments)]
 
 
-def measure(share: float, commands: list[str] | None = None, kinds: list[str] | None = None) -> list[Row]:
-    """One row for each command and kind. share: of all points."""
-    rows = []
+def measure(share: float, commands: list[str] | None = None, kinds: list[str] | None = None) -> Iterator[Row]:
+    """A row for each command and kind. share: of all points."""
     with tempfile.TemporaryDirectory() as home:
         bench = Bench.create(Path(home))
         for command in commands or list(COMMANDS):
             bench.prepare(command)
-            for kind in kinds or ("kill", "moment", "signal", "full", "limit"):
+            for kind in kinds or KINDS:
+                began = time.monotonic()
                 found = [bench.fault(command, *point) for point in points(kind, bench, command, share)]
                 wrong = [line for lines in found for line in lines]
-                rows.append({"command": command, "kind": kind, "points": len(found), "wrong": len(wrong)})
-                print(f"{command:22} {kind:7} {len(found):4} points, {len(wrong)} wrong", flush=True)
+                seconds = time.monotonic() - began
+                print(f"{command:26} {kind:7} {len(found):4} points, {len(wrong)} wrong, {seconds:.0f} s", flush=True)
                 for line in wrong[:5]:
                     print(f"    {line}", flush=True)
-    return rows
+                counts = {"operations": len(bench.operations[command]), "points": len(found), "wrong": len(wrong)}
+                yield {"command": command, "kind": kind, **counts}
 
 
 def main() -> int:
     parser = options(__doc__)
+    parser.add_argument("--only", nargs="+", choices=COMMANDS, metavar="COMMAND", help=f"of {', '.join(COMMANDS)}")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = measure(0.03 if args.quick else 1.0)
+    wanted, origin, kept = args.only or list(COMMANDS), provenance(*SOURCES), RESULTS / "crash.csv"
+    rows = [] if args.quick or "dirty" in origin["commit"] else _measured_at(kept, origin["commit"])
+    for command in wanted:
+        left = [kind for kind in KINDS if (command, kind) not in {(row["command"], row["kind"]) for row in rows}]
+        for row in measure(0.03 if args.quick else 1.0, [command], left) if left else ():
+            rows.append(row | origin)
+            if not args.quick:
+                write_csv(kept, rows)
     if args.json:
-        origin = provenance("lmc_fast", "benchmarks/crash.py", "benchmarks/faults.py")
-        write_json(args.json, [origin | row for row in rows])
-    wrong = sum(row["wrong"] for row in rows)
+        write_json(args.json, rows)
+    asked = [row for row in rows if row["command"] in wanted]
     few = [
         kind
         for kind, least in PROMISED.items()
-        if not args.quick and sum(row["points"] for row in rows if row["kind"] == kind) < least
+        if not args.quick and not args.only and sum(row["points"] for row in asked if row["kind"] == kind) < least
     ]
     for kind in few:
         print(f"fewer points of kind {kind} than promised")
-    return 1 if args.check and (wrong or few) else 0
+    return 1 if args.check and (few or any(row["wrong"] for row in asked)) else 0
+
+
+def _measured_at(file: Path, commit: str) -> list[Row]:
+    numbers = ("operations", "points", "wrong")
+    return [row | {key: int(row[key]) for key in numbers} for row in read_csv(file) if row["commit"] == commit]
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ class Faults:
 
     def __init__(self, at: int = 0, how: str = "count"):
         self.at, self.how, self.count = at, how, 0
+        self.written: list[int] = []  # for each operation the number of the open file that it writes to, else 0
+        self._opened = 0
         self._home = os.getcwd()
         sys.addaudithook(self._audit)
         self._patch(os, "fsync", True)
@@ -32,13 +34,17 @@ class Faults:
 
         def opened(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
             handle = real(file, mode, *arguments, **options)
-            return _Counted(handle, self) if set(mode) & set("wax+") and self._is_here(file) else handle
+            if not (set(mode) & set("wax+") and self._is_here(file)):
+                return handle
+            self._opened += 1
+            return _Counted(handle, self, self._opened)
 
         io.open = builtins.open = opened  # type: ignore[assignment]
 
-    def happens(self, needs_room: bool) -> None:
-        """One operation."""
+    def happens(self, needs_room: bool, into: int = 0) -> None:
+        """One operation. into: the open file that it writes to."""
         self.count += 1
+        self.written.append(into)
         if self.how == "kill" and self.count == self.at:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.how == "full" and self.count >= self.at and needs_room:
@@ -73,12 +79,12 @@ class Faults:
 class _Counted:
     """A file whose writes count; a full disk takes half of the last one."""
 
-    def __init__(self, handle: Any, faults: Faults):
-        self._handle, self._faults = handle, faults
+    def __init__(self, handle: Any, faults: Faults, number: int):
+        self._handle, self._faults, self._number = handle, faults, number
 
     def write(self, content: Any) -> int:
         try:
-            self._faults.happens(True)
+            self._faults.happens(True, self._number)
         except OSError:
             self._handle.write(content[: len(content) // 2])
             self._handle.flush()

@@ -12,6 +12,6 @@ from benchmarks.crash import measure
 
 @pytest.mark.parametrize("command", ["align", "merge"])
 def test_nothing_is_lost(command, capfd):
-    rows = measure(0.0, [command], ["kill", "full"])
+    rows = list(measure(0.0, [command], ["kill", "full"]))
     assert [row["points"] for row in rows] == [2, 2]
     assert not any(row["wrong"] for row in rows), capfd.readouterr().out

@@ -5,12 +5,22 @@ import re
 import sys
 from pathlib import Path
 
+import griffe
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = re.compile(r"^>>> (?:.+\n?)+", re.M)
 OUTSIDE = re.compile(
     r"\[([^\]]*)\]\((?:\.\./)+((?:benchmarks|examples|bridges|tests|lmc_fast)/[^)#]*|README\.md)[^)]*\)"
 )
+
+
+class Fenced(griffe.Extension):
+    """Examples in docstrings, which begin with >>> and end with the paragraph, are code and not quotations."""
+
+    def on_object(self, *, obj, **_):
+        if obj.docstring:
+            obj.docstring.value = EXAMPLE.sub(r"```pycon\n\g<0>\n```", obj.docstring.value)
 
 
 def on_files(files, config):

@@ -57,6 +57,10 @@ class Alignment:
 
     members: one element for each model. matched: the same as closed-form matching left them, before learning. info:
     JSON: method, schedule, history. Made as Alignment(a, b, matched, info), with an element for each model in front.
+
+    >>> alignment = lmc.Alignment.load("DIR/alignment.safetensors")
+    >>> len(alignment.members), alignment.info["method"]
+    (2, 'dual')
     """
 
     def __init__(self, *parts: Any, matched: Sequence[Transform] | None = None, info: dict[str, Any] | None = None):

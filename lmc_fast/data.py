@@ -25,7 +25,11 @@ MASKED_SHARE = 0.15  # of the tokens that a masked language model has to guess
 
 
 def read_data(path: str | Path, model: Model, length: int, at_least: int = 1) -> Data:
-    """What fits the model's task: sequences of `length` tokens, the same with some masked, or labelled images."""
+    """What fits the model's task: sequences of `length` tokens, the same with some masked, or labelled images.
+
+    >>> lmc.read_data("text.txt", lmc.Model("A"), 16).dtype
+    torch.int64
+    """
     if model.spec.image:
         return read_images(path, model, at_least)
     tokens = read_tokens(path, model, length, at_least)
@@ -125,6 +129,9 @@ def read_tokens(path: str | Path, model: Model, length: int, at_least: int = 1) 
     """Token ids cut into contiguous sequences: (n, length) int64. Text is cut by the checkpoint's own tokenizer.
 
     Raises LmcError for a missing, unreadable, empty or too short file, or ids outside the vocabulary.
+
+    >>> lmc.read_tokens("text.txt", lmc.Model("A"), 16).shape[1]
+    16
     """
     file = Path(path)
     if not os.path.exists(file):

@@ -9,6 +9,12 @@ class LmcError(Exception):
     """Something the user can mend. The message is one sentence that names the culprit and the remedy.
 
     Names in it come from files: what would act on a terminal (line breaks, escape codes) is shown as an escape.
+
+    >>> try:
+    ...     lmc.open_pair("A", "nowhere/at/all")
+    ... except lmc.LmcError as error:
+    ...     print("nowhere/at/all" in str(error))
+    True
     """
 
     def __init__(self, message: str = ""):
@@ -19,6 +25,14 @@ class Cancelled(LmcError):
     """What was given as `cancel` said that the work is to end. The message says what is kept and how to go on.
 
     alignment: what was learned until then (an Alignment), where learning was cancelled; `align` can start from it.
+
+    >>> pair = lmc.open_pair("A", "B")
+    >>> tokens = lmc.read_tokens("text.txt", pair.a, 16)
+    >>> try:
+    ...     lmc.align(pair, tokens, steps=9, batch=2, cancel=lambda: True)
+    ... except lmc.Cancelled as stopped:
+    ...     print(stopped.alignment)
+    None
     """
 
     alignment: Any = None

@@ -17,6 +17,10 @@ class Examples:
 
     Images: inputs (n, c, size, size) float, targets (n,) int64. Masked text: inputs and targets (n, T) int64, the
     target -1 wherever nothing is to be predicted.
+
+    >>> images, labels = torch.rand(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
+    >>> len(lmc.Examples(images, labels)[2:5])
+    3
     """
 
     inputs: Tensor

@@ -34,6 +34,10 @@ def read_images(path: str | Path, model: Model, at_least: int = 1) -> Examples:
     classes are its subfolders in the order of their names; images are resized.
 
     Raises LmcError for a missing or unreadable file, another image size, or labels that are not classes.
+
+    >>> examples = lmc.read_images("images.npz", lmc.Model("IMAGES"))
+    >>> examples.inputs.shape, examples.targets.shape
+    (torch.Size([6, 3, 8, 8]), torch.Size([6]))
     """
     image = model.spec.image
     if image is None:

@@ -25,7 +25,11 @@ INSTRUCTIONS = "LMC_FAST_ISA"
 
 @dataclass(frozen=True)
 class Backends:
-    """What `backends()` reports."""
+    """What `backends()` reports.
+
+    >>> lmc.backends().cpu in ("torch", "C++ (generic)", "C++ (avx2)", "C++ (avx512)")
+    True
+    """
 
     extension: bool  # the C++ solvers are built and importable
     isa: str  # instruction set they run: "avx512", "avx2", "generic", or "none" without the extension
@@ -48,7 +52,11 @@ class Backends:
 
 
 def backends() -> Backends:
-    """The active implementations. Reports only: never warns, never builds."""
+    """The active implementations. Reports only: never warns, never builds.
+
+    >>> lmc.backends().threads == torch.get_num_threads()
+    True
+    """
     native = import_extension()
     return Backends(
         extension=native is not None,

@@ -26,7 +26,11 @@ M = TypeVar("M", bound="Models")
 
 @dataclass(frozen=True)
 class Models:
-    """Checkpoints of one architecture; nothing is loaded yet. `warnings`: what is not as it might be expected."""
+    """Checkpoints of one architecture; nothing is loaded yet. `warnings`: what is not as it might be expected.
+
+    >>> lmc.open_models(["A", "B", "C"]).names
+    ['a', 'b', 'c']
+    """
 
     members: tuple[Model, ...]
     warnings: tuple[str, ...] = ()
@@ -61,7 +65,11 @@ class Models:
 
 
 class Pair(Models):
-    """Two of them: the endpoints A and B."""
+    """Two of them: the endpoints A and B.
+
+    >>> lmc.open_pair("A", "B").names
+    ['a', 'b']
+    """
 
     def __init__(self, a: Model, b: Model, warnings: tuple[str, ...] = ()):
         super().__init__((a, b), warnings)
@@ -73,6 +81,10 @@ def open_pair(a: Place, b: Place, headers_only: bool = False) -> Pair:
 
     headers_only: do not download weights, which cannot be read then. Raises LmcError if either is unusable or they do
     not match.
+
+    >>> pair = lmc.open_pair("A", "B")
+    >>> pair.a.spec.family
+    'gpt_neox'
     """
     one, two = Model(a, headers_only), Model(b, headers_only)
     try:
@@ -82,7 +94,11 @@ def open_pair(a: Place, b: Place, headers_only: bool = False) -> Pair:
 
 
 def open_models(sources: Sequence[Place], headers_only: bool = False) -> Models:
-    """As `open_pair`, of any number of checkpoints; of two it is a Pair. The error names the one that does not fit."""
+    """As `open_pair`, of any number of checkpoints; of two it is a Pair. The error names the one that does not fit.
+
+    >>> len(lmc.open_models(["A", "B", "C"]).members)
+    3
+    """
     names = member_names(len(sources))
     if len(names) == 2:
         return open_pair(sources[0], sources[1], headers_only)

@@ -85,7 +85,14 @@ class Stage:
 
 
 class Meter:
-    """What a run cost, for report.json: time and peak memory of each stage, and `facts` that stages add."""
+    """What a run cost, for report.json: time and peak memory of each stage, and `facts` that stages add.
+
+    >>> meter = lmc.Meter()
+    >>> with meter.stage("reading"):
+    ...     model = lmc.Model("A")
+    >>> meter.stages[0].name, meter.stages[0].peak_rss > 0
+    ('reading', True)
+    """
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)

@@ -41,7 +41,11 @@ class Strategy(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """How a pair is learned within a budget, and what to expect. Bytes and seconds; loads are per step."""
+    """How a pair is learned within a budget, and what to expect. Bytes and seconds; loads are per step.
+
+    >>> print(lmc.plan("A", "B", memory="2GiB", length=16).table()[0])
+    memory on this CPU, budget 2 GiB
+    """
 
     budget: int
     total: int  # of memory: everything that is always there, and the phase that needs most

@@ -40,6 +40,12 @@ class TooSmall(LmcError):
 
     uncertain: bytes by which the process may be larger when it is started again; the sentence counts them in, so that
     the budget it names works.
+
+    >>> try:
+    ...     lmc.plan("A", "B", memory="1MiB", length=16)
+    ... except lmc.TooSmall as error:
+    ...     print(error.smallest > 1 << 20)
+    True
     """
 
     def __init__(self, budget: int, smallest: int, uncertain: int = 0, learning: bool = False):

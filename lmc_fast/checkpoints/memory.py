@@ -24,7 +24,14 @@ _STRETCH, _SAMPLE = 1 << 20, 1 << 12
 
 @dataclass(frozen=True)
 class Stock:
-    """A stock model in memory: transformers' config, and what save_pretrained would write, by name."""
+    """A stock model in memory: transformers' config, and what save_pretrained would write, by name.
+
+    >>> pair = lmc.open_pair("A", "B")
+    >>> alignment = lmc.Alignment.load("DIR/alignment.safetensors")
+    >>> stock = lmc.export(pair, alignment, in_memory=True)[1]
+    >>> stock.config.model_type, type(stock.model()).__name__
+    ('gpt_neox', 'GPTNeoXForCausalLM')
+    """
 
     config: Any
     state_dict: dict[str, Tensor]

@@ -115,6 +115,10 @@ class Model:
     float or of another shape than the config says.
 
     place: a directory, a hub id, a transformers model, or (config, state dict); the last two are not copied.
+
+    >>> model = lmc.Model("A")
+    >>> model.spec.layers, model.spec.width, model.dtype
+    (2, 24, torch.float32)
     """
 
     def __init__(self, place: Place, headers_only: bool = False):

@@ -17,7 +17,12 @@ DEFINITION = "barrier = max over the grid of L(lambda) - [(1 - lambda) L(A) + la
 
 @dataclass(frozen=True)
 class Curve:
-    """Losses (nats per token) on a grid of lambda from 0 (A) to 1 (B). Raises LmcError for one that is not finite."""
+    """Losses (nats per token) on a grid of lambda from 0 (A) to 1 (B). Raises LmcError for one that is not finite.
+
+    >>> curve = lmc.Curve([0.0, 0.5, 1.0], [3.0, 3.6, 3.2])
+    >>> f"{curve.barrier:.2f} at {curve.at}"
+    '0.50 at 0.5'
+    """
 
     lambdas: list[float]
     losses: list[float]

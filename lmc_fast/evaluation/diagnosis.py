@@ -62,6 +62,11 @@ class Diagnosis:
     """losses in nats per prediction: of A, B, the middle, the ensemble of both, and the middle at its best temperature.
 
     parts: excess if only the attention, the FFN or what lies outside the blocks is averaged. advice: sentences.
+
+    >>> pair = lmc.open_pair("A", "B")
+    >>> found = lmc.diagnose(pair, lmc.read_tokens("held-out.txt", pair.a, 16), sequences=4)
+    >>> sorted(found.losses)
+    ['a', 'b', 'calibrated', 'ensemble', 'middle']
     """
 
     losses: dict[str, float]

@@ -31,6 +31,11 @@ SIMPLEX_DEFINITION = (
 class Simplex:
     """Losses (nats per token) at places between models. places: a share of each model; ensemble: loss of the mixture of
     their predictions, which no average of weights is expected to beat.
+
+    >>> places = [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1 / 3, 1 / 3, 1 / 3)]
+    >>> found = lmc.Simplex(["a", "b", "c"], places, [3.0, 3.1, 3.2, 3.3], ensemble=2.9)
+    >>> f"{found.centroid:.2f}"
+    '0.20'
     """
 
     names: list[str]

@@ -27,6 +27,11 @@ def interp_linear(
     turned: x R, where a caller has it already. route: one of ROUTES, or None for kernels.dispatch's choice.
 
     Raises ValueError for a route that is unknown, or "concat" where A and B do not lie side by side or L is there.
+
+    >>> x, a, b = torch.randn(3, 8), torch.randn(5, 8), torch.randn(5, 8)
+    >>> y = lmc.interp_linear(x, a, b, 0.25)
+    >>> torch.allclose(y, x @ (0.75 * a + 0.25 * b).T, atol=1e-5)
+    True
     """
     if route is None:
         route = choose(x.numel() // x.shape[-1], a.shape[1], a.dtype, a.device).route

@@ -32,6 +32,12 @@ class Schedule:
     """How to learn. benchmarks/learning.py measures the defaults against their neighbours.
 
     Raises LmcError for a field that makes no sense.
+
+    >>> lmc.Schedule(steps=300).batch
+    16
+    >>> lmc.Schedule(low=0.7, high=0.6)
+    Traceback (most recent call last):
+    lmc_fast.errors.LmcError: lambda is drawn from low to high, with 0 <= low <= high <= 1; 0.7 to 0.6 is no such range
     """
 
     steps: int = 1200  # 0: matching alone

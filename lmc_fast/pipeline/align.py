@@ -81,24 +81,24 @@ def align(
     scheme, of more than two: "joint": all are learned together, on all that lies between them; "hierarchical": pairs,
     then the averages of pairs, and so on, with so many steps for each; "universe": closed-form matching of all alone;
     "mergemany": the same by weights alone. start: of joint learning, "universe", or "hierarchical" with as many steps.
-    tokens: calibration data, see data.read_data: text (n, T) of integers, also numpy's, or examples.
-    method: one of METHODS; the last two use no gradients. schedule, or its fields as `options` (steps, batch, ...): how
-    to learn; `sides` follows from the method.
-    validation (m, T): what the run is steered by, see learning.steering: no state is returned that is worse on it than
-    what matching found. By default a part of `tokens` is held out for it.
-    activations: how much activation evidence counts beside the weights in the matching that learning starts from.
-    memory: bytes that this process (on a GPU: its memory there) may take; the pair is then prepared on disk, beside the
-    state file, and streams through. None: whole models are held.
-    progress: called in every stage, see Progress. cancel: called, or a threading.Event looked at, at the same moments;
-    where it says True, the work ends.
-    state_file: written about every SAVE_SECONDS and on interruption; if it exists, the run goes on from there, to the
-    same result as if it had not stopped. meter: told what each stage takes.
-    base: an alignment of the same models to learn from, instead of what matching finds. blocks: numbers of those whose
-    heads and units learning may change, by default all; the stream, which all share, may turn in any case.
+    tokens: calibration data, see data.read_data: text (n, T) of integers, also numpy's, or examples. method: one of
+    METHODS; the last two use no gradients. schedule, or its fields as `options` (steps, batch, ...): how to learn;
+    `sides` follows from the method. validation (m, T): what the run is steered by, see learning.steering: nothing worse
+    on it than what matching found is returned. By default a part of `tokens` is held out for it. activations: how much
+    activation evidence counts beside the weights in the matching that learning starts from. memory: bytes that this
+    process (on a GPU: its memory there) may take; the pair is then prepared on disk, beside the state file, and streams
+    through. None: whole models are held. progress: called in every stage, see Progress. cancel: called, or a
+    threading.Event looked at, then; True ends the work. state_file: written about every SAVE_SECONDS and on
+    interruption; if it exists, the run goes on from there, to the same result. meter: told what each stage takes. base:
+    an alignment of the same models to learn from, instead of what matching finds. blocks: numbers of those whose heads
+    and units learning may change, the stream, which all share, may always turn.
 
-    Raises LmcError for a bad method, schedule, option or state file, a budget that is too small and for a loss that
-    becomes NaN or infinite, and Cancelled, an LmcError, where `cancel` says so: the state is kept, and the error's
-    `alignment` is what was learned until then.
+    Raises LmcError for arguments that make no sense, a budget that is too small and a loss that is not finite, and
+    Cancelled where `cancel` says so: the state is kept, and the error's `alignment` is what was learned until then.
+
+    >>> pair = lmc.open_pair("A", "B")
+    >>> lmc.align(pair, lmc.read_tokens("text.txt", pair.a, 16), steps=2, batch=2).info["method"]
+    'dual'
     """
     require_settings(method, activations)
     require_scheme(scheme, start)

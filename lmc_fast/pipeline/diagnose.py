@@ -36,6 +36,11 @@ def diagnose(
 
     tokens: held-out data, of which at most `sequences` inputs are taken, spread evenly. Four models are held in
     float32, and their streams of the sample behind every block. progress, cancel: as in `align`. Raises LmcError.
+
+    >>> pair = lmc.open_pair("A", "B")
+    >>> found = lmc.diagnose(pair, lmc.read_tokens("held-out.txt", pair.a, 16), sequences=4)
+    >>> len(found.blocks), all(isinstance(sentence, str) for sentence in found.advice)
+    (2, True)
     """
     require_task(pair.spec)
     device = require_device(device)

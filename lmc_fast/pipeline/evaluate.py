@@ -78,6 +78,12 @@ def barrier(
     Of more than two: of every edge, at the centroid and at places inside, with the loss of their ensemble (a Simplex).
     One block of all is held at a time. memory: bytes that this may take; None: what is convenient. progress, cancel:
     as in `align`. Raises LmcError.
+
+    >>> pair = lmc.open_pair("A", "B")
+    >>> alignment = lmc.Alignment.load("DIR/alignment.safetensors")
+    >>> curve = lmc.barrier(pair, lmc.read_tokens("held-out.txt", pair.a, 16), alignment, points=3)
+    >>> len(curve.losses), curve.barrier >= 0
+    (3, True)
     """
     require_points(points)
     require_device(device)
@@ -155,6 +161,10 @@ def verify(
     tokens: data to compare on, by default random token ids or images. memory: bytes that this may take.
 
     Raises LmcError.
+
+    >>> difference, same = lmc.verify("A", "DIR/a")
+    >>> same, lmc.verify("A", "B")[1]
+    (True, False)
     """
     require_device(device)
     x, y = Model(a), Model(b)

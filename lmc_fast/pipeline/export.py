@@ -66,6 +66,15 @@ def export(
 
     Raises LmcError, and leaves nothing behind, if `out` exists and is not empty, if the alignment is none of these
     models, or if what was written does not keep its function.
+
+    >>> pair = lmc.open_pair("A", "B")
+    >>> tokens = lmc.read_tokens("text.txt", pair.a, 16)
+    >>> alignment = lmc.align(pair, tokens, steps=2, batch=2)
+    >>> proof = lmc.export(pair, alignment, "EXPORT")
+    >>> proof["a"].kl < 1e-9
+    True
+    >>> lmc.export(pair, alignment, in_memory=True)[0].model().num_parameters() > 10_000
+    True
     """
     require_fitting(pair, alignment)
     if (out is None) != in_memory:

@@ -24,6 +24,12 @@ def extend(pair: Models, tokens: Given, alignment: Alignment, steps: int, **how:
     `matched` stays what the first run began with.
 
     Raises LmcError as `align` does, and where nothing was learned before.
+
+    >>> pair = lmc.open_pair("A", "B")
+    >>> tokens = lmc.read_tokens("text.txt", pair.a, 16)
+    >>> first = lmc.align(pair, tokens, steps=2, batch=2)
+    >>> len(lmc.extend(pair, tokens, first, 3).info["history"]["loss"])
+    5
     """
     before = alignment.info
     if "history" not in before or before.get("method") not in METHODS:

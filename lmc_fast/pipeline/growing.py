@@ -39,6 +39,9 @@ def grow(
     of the written weights, by default its own.
 
     Raises LmcError where it cannot be grown, with the reason, or is no smaller; and as `export` does.
+
+    >>> lmc.grow("SMALL", "A").spec.layers
+    2
     """
     device = require_device(device)
     pair = open_pair(model, like)

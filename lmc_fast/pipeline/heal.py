@@ -68,6 +68,11 @@ def heal(
 
     Everything is held in float32: the model five times, and each endpoint. A run that was stopped goes on with
     `resume`, to the same bits. Raises LmcError.
+
+    >>> tokens = lmc.read_tokens("text.txt", lmc.Model("A"), 16)
+    >>> report = lmc.heal("DIR/merged", ["DIR/a", "DIR/b"], tokens, "HEALED", steps=2, batch=2, start="average")
+    >>> report["start"]
+    'average'
     """
     names = [AVERAGE, *(chr(ord("a") + k) for k in range(len(endpoints)))]
     if len(endpoints) < 2 or len(endpoints) > 26:

@@ -30,6 +30,9 @@ class Inspection:
     groups: the symmetries of the architecture, each with the reason why it can be used or not. notes: what is unusual
     about the checkpoint; other, other_notes: the same of the second. problem: why both cannot be aligned (None: they
     can); grown: how models of different sizes are grown to one; warnings: what is not as it might be expected.
+
+    >>> lmc.inspect("A").model.spec.family
+    'gpt_neox'
     """
 
     model: Model
@@ -62,6 +65,10 @@ def inspect(path: str | Path, other: str | Path | None = None, data: str | Path 
     """What a checkpoint (a directory or a hub id) is, which symmetries it has, and whether `other` can be aligned with
     it. Only headers are read, unless blocks are to be added to one of them: data is a file, as for read_data, that
     tells where. Raises LmcError where one of them is not usable.
+
+    >>> found = lmc.inspect("A", "B")
+    >>> found.problem is None, [group.name for group in found.groups if group.legal][:2]
+    (True, ['norm absorption', 'residual rotation'])
     """
     model = Model(path, headers_only=data is None)
     alone = Inspection(model, legal_groups(model.spec), tuple(notes_on(model)))
@@ -97,6 +104,10 @@ def plan(
     default 128 or as many as the model has positions.
 
     Raises LmcError for a pair that cannot be aligned, and TooSmall where no plan fits, with the smallest that does.
+
+    >>> found = lmc.plan("A", "B", memory="2GiB", length=16)
+    >>> found.total <= found.budget == 2 << 30
+    True
     """
     for name, value in (("tokens", tokens), ("length", length)):
         if value is not None and value < 1:

@@ -102,6 +102,10 @@ def merge(
 
     Raises LmcError if the checkpoints do not match, weights make no sense, `out` exists and is not empty, or a weight
     overflows.
+
+    >>> record = lmc.merge("DIR/a", "DIR/b", "MERGED", 0.25)
+    >>> record["weights"], record["method"]
+    ([0.75, 0.25], 'linear')
     """
     places = [a, b] if isinstance(a, str | Path) else list(a)
     out = out if isinstance(a, str | Path) else b

@@ -23,6 +23,13 @@ class Progress:
     stage: matching, preparing, learning, measuring, writing or verifying. A step of learning is one of the schedule;
     of other stages it is a piece of the work, and while matching `steps` is an estimate. eta: seconds that are left of
     the stage, as far as is known: from the plan before the first step, then from what steps took. note: for people.
+
+    >>> pair = lmc.open_pair("A", "B")
+    >>> tokens = lmc.read_tokens("text.txt", pair.a, 16)
+    >>> seen: list[lmc.Progress] = []
+    >>> alignment = lmc.align(pair, tokens, steps=2, batch=2, progress=seen.append)
+    >>> seen[-1].stage, seen[-1].step, seen[-1].steps
+    ('learning', 2, 2)
     """
 
     step: int

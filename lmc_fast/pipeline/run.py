@@ -86,6 +86,12 @@ def run(
     processes share the work; all but the first return an empty report.
 
     Raises LmcError as `align` and `export` do; what was learned until then stays in out.partial.
+
+    >>> pair = lmc.open_pair("A", "B")
+    >>> tokens = lmc.read_tokens("text.txt", pair.a, 16)
+    >>> report = lmc.run(pair, tokens, "RUN", steps=2, batch=2)
+    >>> [curve["name"] for curve in report["curves"]], report["proof"]["a"]["kl"] < 1e-9
+    (['naive', 'matched', 'learned'], True)
     """
     tokens = as_data(tokens, pair.a)
     validation, test = (None if x is None else as_data(x, pair.a) for x in (validation, test))

@@ -22,6 +22,11 @@ def cayley(X: Tensor) -> Tensor:  # (..., n, n) -> (..., n, n)
 
     Raises TypeError or ValueError for a wrong dtype or shape or a non-finite entry, torch.linalg.LinAlgError where
     I - X/2 is singular.
+
+    >>> W = torch.randn(5, 8, 8)
+    >>> Q = lmc.cayley(W - W.mT)  # five rotations
+    >>> torch.allclose(Q @ Q.mT, torch.eye(8), atol=1e-5)
+    True
     """
     Q: Tensor = _Cayley.apply(as_batch(X, "cayley"))  # type: ignore[no-untyped-call]
     return Q if X.dim() == 3 else Q.reshape(X.shape)

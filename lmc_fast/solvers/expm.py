@@ -33,6 +33,11 @@ def expm(X: Tensor) -> Tensor:  # (..., n, n) -> (..., n, n)
 
     Raises TypeError or ValueError for a wrong dtype or shape, a non-finite entry, or ‖X‖₁ > 1/ε (no digit would be
     right); OverflowError where exp(X) does not fit the dtype.
+
+    >>> X = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+    >>> lmc.expm(X)
+    tensor([[1., 1.],
+            [0., 1.]])
     """
     E: Tensor = _Expm.apply(as_batch(X, "expm"))  # type: ignore[no-untyped-call]
     return E.reshape(X.shape)

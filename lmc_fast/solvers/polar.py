@@ -19,6 +19,11 @@ def polar(
 
     Raises ValueError unless X is exactly skew (else cayley(X)ᵀ is not its inverse) and the shapes agree; otherwise as
     `cayley` and `expm`.
+
+    >>> V, W = torch.randn(2, 8, 8, dtype=torch.float64)
+    >>> M, back = lmc.polar(W - W.mT, 0.1 * (V + V.mT))
+    >>> torch.allclose(M @ back, torch.eye(8, dtype=torch.float64))
+    True
     """
     if X.shape != H.shape:
         raise ValueError(f"polar: X has shape {tuple(X.shape)}, H has {tuple(H.shape)}; they must agree")

@@ -11,7 +11,12 @@ _ALIBI = "ALiBi's slope belongs to the head's index"
 
 @dataclass(frozen=True)
 class Group:
-    """One factor of the symmetry group. `what` names it; `why` gives the reason, above all when it is not legal."""
+    """One factor of the symmetry group. `what` names it; `why` gives the reason, above all when it is not legal.
+
+    >>> stream = lmc.inspect("A").groups[1]
+    >>> stream.legal, stream.what
+    (True, 'O(24) fixing the ones vector')
+    """
 
     name: str
     legal: bool

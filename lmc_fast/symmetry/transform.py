@@ -21,6 +21,10 @@ class Transform:
     canonical form.
 
     model: of the spaces that a model has once (stream, head_units). blocks: of each block's own.
+
+    >>> g = lmc.Alignment.load("DIR/alignment.safetensors").a
+    >>> sorted(g.compose(g.inverse()).model)
+    ['stream']
     """
 
     model: dict[str, Element]

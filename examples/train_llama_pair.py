@@ -8,60 +8,19 @@ trained models, DIR/aligned what lmc_fast made of them; the last lines printed a
 """
 
 import argparse
-import math
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from train_pair import batches, evaluate, next_token_loss
-from transformers import LlamaConfig, LlamaForCausalLM
+from train_small_pair import train
 from transformers.utils.logging import disable_progress_bar
 
 import lmc_fast as lmc
 
 DATA = Path(__file__).resolve().parent / "pair"
 SEEDS = {"a": 1, "b": 2}
-
-
-def build(vocab: int, block: int) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=344,
-        max_position_embeddings=block,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return LlamaForCausalLM(config)
-
-
-def train(ids: torch.Tensor, val: torch.Tensor, vocab: int, seed: int, args: argparse.Namespace) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    model = build(vocab, args.block)
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
-        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
-    stream = batches(ids, args.block, args.batch, torch.Generator().manual_seed(1000 + seed))
-    for step in range(args.steps):
-        share = min(1.0, (step + 1) / 60) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / args.steps)))
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * share
-        loss = next_token_loss(model, next(stream))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if (step + 1) % 100 == 0:
-            print(f"step {step + 1:5d}  val {evaluate(model, val[: 64 * args.block], args.block):.3f}", flush=True)
-    return model
 
 
 def main() -> None:
@@ -77,11 +36,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     disable_progress_bar()
     ids = {part: torch.from_numpy(np.load(DATA / f"{part}.npy").astype(np.int64)) for part in ("train", "val", "test")}
-    vocab = int(max(part.max() for part in ids.values())) + 1
+    args.vocab = int(max(part.max() for part in ids.values())) + 1
     start = time.perf_counter()
     for name, seed in SEEDS.items():
         if not (args.out / name / "config.json").exists():
-            train(ids["train"], ids["val"], vocab, seed, args).save_pretrained(args.out / name)
+            train("llama", ids["train"], ids["val"], seed, args).save_pretrained(args.out / name)
     trained = time.perf_counter() - start
 
     pair = lmc.open_pair(args.out / "a", args.out / "b")

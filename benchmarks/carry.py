@@ -4,9 +4,10 @@
 
 b is trained on for 150 steps on Python code (examples/fine_tune.py: the interpreter's own library, of which nothing is
 kept), all weights once, and once by an adapter of rank 16. `lmc-fast carry` brings both to a, with an alignment from
-weights alone, one from activations on that code, and one learned on documentation. The share that a receives is how
-much its loss on code falls, in parts of how much b's fell. All losses are measured by transformers in float32; the
-adapter is loaded by peft where that is installed, and else by hooks that add what peft would.
+weights alone, one from activations on that code, and one learned on documentation; for that one also with --evenly, in
+the aligned basis, and the fine-tune of one kind of matrix at a time. The share that a receives is how much its loss on
+code falls, in parts of how much b's fell. All losses are measured by transformers in float32; the adapter is loaded by
+peft where that is installed, and else by hooks that add what peft would.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from benchmarks.common import RESULTS, ROOT, Row, lmc_fast, options, provenance, write_csv, write_json
 
@@ -36,7 +37,17 @@ from examples.fine_tune import PAIR, documentation, fine_tune, measured, python_
 SHARE, RISE = 0.35, 0.2  # of b's gain on code that a receives at least; nats that a may lose on documentation
 SAME = 0.02  # how far an adapter may be from the full difference of the same adapter, in parts of the gain
 EXACT = 1e-10
-WEIGHTS = (0.75, 0.9, 1.0)  # of what is added to a
+WEIGHTS = (0.75, 1.0)  # of what is added to a
+ADAPTER_RATE = 1e-3  # chosen by another pair of the same shape: at 3e-3 ten times less of the gain arrives
+WAYS = {"evenly": ["--evenly"], "evenly, aligned basis": ["--evenly", "--basis", "aligned"]}
+PARTS = {  # how the names of tensors end, of transformers' GPT-NeoX
+    "embedding": ("embed_in.weight",),
+    "head": ("embed_out.weight",),
+    "queries, keys, values": ("query_key_value.weight", "query_key_value.bias"),
+    "attention's outputs": ("attention.dense.weight", "attention.dense.bias"),
+    "into FFN units": ("dense_h_to_4h.weight", "dense_h_to_4h.bias"),
+    "out of FFN units": ("dense_4h_to_h.weight", "dense_4h_to_h.bias"),
+}
 MODULES = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 ALPHA = 32
 ALIGNMENTS = {  # how b is aligned to a
@@ -68,7 +79,7 @@ def train_adapter(model: Path, out: Path, ids: Tensor, steps: int, rank: int) ->
     for name in adapted:
         parent, _, last = name.rpartition(".")
         setattr(child.get_submodule(parent), last, Lora(child.get_submodule(name), rank))
-    train(child, ids, steps, rate=3e-3)
+    train(child, ids, steps, ADAPTER_RATE)
     tensors = {}
     for name in adapted:
         layer = child.get_submodule(name)
@@ -119,6 +130,16 @@ def unaligned(a: Path, b: Path, child: Path) -> nn.Module:
     return model
 
 
+def part_of(child: Path, base: Path, names: tuple[str, ...], out: Path) -> Path:
+    """The child of which only tensors with such names differ from its base."""
+    model, trained = (AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32) for p in (base, child))
+    chosen = {name: t for name, t in trained.state_dict().items() if name.endswith(names)}
+    model.load_state_dict(chosen, strict=False)
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(base).save_pretrained(out)
+    return out
+
+
 def run(*arguments: object) -> str:
     """What a command says, which must succeed."""
     status, _, text, errors = lmc_fast(*arguments)
@@ -161,14 +182,14 @@ class Measurement:
             row |= {"share": round((self.a[1] - code) / gain, 4), "rise": round(text - self.a[0], 4)}
         self.rows.append(row | {"by": by or "transformers"})
         shown = f"{row['share']:8.0%}{row['rise']:+9.3f}" if gain is not None else ""
-        print(f"{case:34}{alignment:12}{text:15.3f}{code:8.3f}{shown}", flush=True)
+        print(f"{case:42}{alignment:12}{text:15.3f}{code:8.3f}{shown}", flush=True)
         return self.rows[-1]
 
 
 def measure(args: argparse.Namespace, scratch: Path) -> list[Row]:
     steps, began = 15 if args.quick else 150, time.perf_counter()
     found = Measurement(args.quick)
-    print(f"{'':34}{'alignment':12}{'documentation':>15}{'code':>8}{'share':>8}{'rise':>9}")
+    print(f"{'':42}{'alignment':12}{'documentation':>15}{'code':>8}{'share':>8}{'rise':>9}")
     found.add("a", "-", PAIR / "a")
     found.add("b", "-", PAIR / "b")
     child = fine_tune(PAIR / "b", scratch / "child", found.train, steps)
@@ -191,6 +212,14 @@ def measure(args: argparse.Namespace, scratch: Path) -> list[Row]:
             out = scratch / f"{name}-{weight}"
             run(*carry, child, *more, "--weight", weight, "--out", out)
             found.add(f"a + {weight:g} x fine-tune", name, out, gain)
+        if name == "learned":
+            for way, flags in WAYS.items():
+                run(*carry, child, *more, *flags, "--out", scratch / way)
+                found.add(f"a + 1 x fine-tune, {way}", name, scratch / way, gain)
+            for part, names in PARTS.items():
+                alone = part_of(child, PAIR / "b", names, scratch / f"{part} alone")
+                run(*carry, alone, *more, "--out", scratch / part)
+                found.add(f"a + 1 x {part} alone", name, scratch / part, gain)
         run(*carry, adapter, *more, "--full", "--out", scratch / f"{name}-full")
         found.add("a + full difference of adapter", name, scratch / f"{name}-full", lora_gain)
         run(*carry, adapter, *more, "--out", scratch / f"{name}-adapter")

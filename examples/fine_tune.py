@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("carry-out"))
     parser.add_argument("--alignment", type=Path, help="of the pair, made before, beside a/ and b/")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--weight", type=float, default=0.75, help="how much of what was learned is added to a")
+    parser.add_argument("--weight", type=float, default=1.0, help="how much of what was learned is added to a")
     args = parser.parse_args()
     disable_progress_bar()
     torch.set_num_threads(1)

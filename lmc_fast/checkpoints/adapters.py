@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -136,6 +137,18 @@ class Adapter:
         blocks = weights.blocks
         assert isinstance(blocks, LazyBlocks)
         return Weights(weights.spec, ends, blocks.map(lambda i, w: _plus(w, found.get(i, {}))), tables)
+
+    def weighted(self, shares: Sequence[Mapping[str, float]]) -> Adapter:
+        """The same with what it adds to a slot of block i times shares[i][slot], by default 1."""
+        other = copy(self)
+        other.modules = [self._weighted(m, {} if m.block is None else shares[m.block]) for m in self.modules]
+        return other
+
+    def _weighted(self, module: Module, shares: Mapping[str, float]) -> Module:
+        if all(shares.get(slot, 1.0) == 1 for slot in module.entry.slots):
+            return module
+        changes = module.changes(self.model)
+        return module.of({slot: change.scaled(shares.get(slot, 1.0)) for slot, change in changes.items()}, self.model)
 
     def write(self, directory: Path, modules: list[Module], base: str) -> None:
         """The same adapter with other factors, for the model `base`."""

@@ -163,6 +163,10 @@ def parser() -> argparse.ArgumentParser:
     text = "what to add to, e.g. DIR/a (default: a checkpoint is written as it is, an adapter for the other endpoint)"
     sub.add_argument("--onto", metavar="ALIGNED", help=text)
     sub.add_argument("--weight", type=float, default=1.0, help="times what was trained is added (default: 1)")
+    text = "where to add: aligned, as DIR/b is; matched, as matching alone laid it; auto, what is nearer (default)"
+    sub.add_argument("--basis", choices=("auto", "aligned", "matched"), default="auto", help=text)
+    text = "add all in full (default: what reads into heads, units or experts counts as far as these matrices agree)"
+    sub.add_argument("--evenly", action="store_true", help=text)
     text = "the checkpoint it was trained from (default: where it was when it was aligned, else the aligned one)"
     sub.add_argument("--endpoint", metavar="CHECKPOINT", help=text)
     sub.add_argument("--full", action="store_true", help="write the checkpoint that an adapter makes, not an adapter")

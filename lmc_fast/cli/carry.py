@@ -30,11 +30,16 @@ def carry_command(args: argparse.Namespace, console: Console) -> int:
         onto=args.onto,
         weight=args.weight,
         full=args.full,
+        basis=args.basis,
+        evenly=args.evenly,
         dtype=None if args.dtype is None else getattr(torch, args.dtype),
         tokens=tokens,
         device=args.device,
         memory=None if args.memory is None else parse_bytes(args.memory),
     )
+    if report.get("agreement"):
+        told = ", ".join(f"{slot} {share:.0%}" for slot, share in report["agreement"].items())
+        console.say(f"in the {report['basis']} basis; counted as far as the matrices agree (mean over blocks): {told}")
     if "adapters" in report:
         ranks = ", ".join(map(str, report["ranks"]))
         console.say(f"{report['modules']} modules of rank {ranks}, exact: checked against {report['endpoint']}")

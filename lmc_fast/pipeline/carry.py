@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from ..pair import in_common, pair_of, unlike
 from ..symmetry import canonicalize, check_legal
 from ..symmetry.grown import GrownModel
 from .carry_adapters import carry_adapters
+from .carry_basis import Addition, Agreement, agreement, distance_between, mean_agreement, place_in, share_of
 from .endpoints import Endpoint, Known
 from .evaluate import compare
 from .room import endpoint_bytes, largest_file, require_room
@@ -65,6 +65,8 @@ def carry(
     onto: str | Path | None = None,
     weight: float = 1.0,
     full: bool = False,
+    basis: str = "auto",
+    evenly: bool = False,
     dtype: torch.dtype | None = None,
     tokens: Data | None = None,
     device: torch.device | str = "cpu",
@@ -72,29 +74,34 @@ def carry(
 ) -> dict[str, Any]:
     """Brings what was trained on an endpoint into the aligned basis, where it can be added to the other endpoint.
 
-    alignment: the file that `align` wrote; best beside a/ and b/. child: a checkpoint fine-tuned from the endpoint
-    `member` ("a" or "b"), or the directory of a LoRA adapter for it. out: the directory to create.
+        alignment: the file that `align` wrote; best beside a/ and b/. child: a checkpoint fine-tuned from the endpoint
+        `member` ("a" or "b"), or the directory of a LoRA adapter for it. out: the directory to create.
 
-    Of a checkpoint C, `out` becomes the stock checkpoint C' = g C, which computes what C does; with `onto`, an aligned
-    checkpoint T, it becomes T + weight (C' - B') with B' the aligned endpoint. Of an adapter `out` becomes an adapter
-    of the same rank for `onto` (by default the other aligned endpoint), which changes B' as the given one changes B;
-    `full` takes the adapter as the checkpoint that it makes of its endpoint.
+        Of a checkpoint C, `out` becomes the stock checkpoint C' = g C, which computes what C does; with `onto`, an aligned
+        checkpoint T, it becomes T + weight (C' - B') with B' the aligned endpoint. Of an adapter `out` becomes an adapter
+        of the same rank for `onto` (by default the other aligned endpoint), which changes B' as the given one changes B;
+        `full` takes the adapter as the checkpoint that it makes of its endpoint.
 
-    endpoint: the original checkpoint; by default where it was when it was aligned, else the aligned one beside
-    `alignment`. dtype: of what is written, by default that of the child, of `onto`, or of the adapter. tokens: data to
-    prove on that C' computes what C does, by default random; transformers runs both. memory: bytes this may take.
+        basis: of C' and B' where they are added to `onto`: "aligned", as DIR/b is; "matched", where matching alone laid b
+        on the other endpoint; "auto", the one of both in which B' is nearer to `onto`. evenly: every difference is added
+        in full; by default, those of matrices that read into heads, units or experts count as much as the same matrices of
+        `onto` and B' agree (their cosine): see carry_basis.
 
-    Returns what was done: "distance" (of the child from its endpoint, 1 being that of unrelated weights), "proof", and
-    with `onto` how far `out` is from it ("moved"). Raises LmcError, and leaves nothing behind, where something does not
-    fit together: a child of another model, an adapter that cannot be carried exactly, a target that is not aligned.
+        endpoint: the original checkpoint; by default where it was when it was aligned, else the aligned one beside
+        `alignment`. dtype: of what is written, by default that of the child, of `onto`, or of the adapter. tokens: data to
+        prove on that C' computes what C does, by default random; transformers runs both. memory: bytes this may take.
+
+        Returns what was done: "distance" (of the child from its endpoint, 1 being that of unrelated weights), "proof", and
+    with `onto` how far `out` is from it ("moved"), the "basis" and by slot the mean "agreement". Raises LmcError, and
+    leaves nothing behind, where something does not fit together: a child of another model, an adapter that cannot be
+    carried exactly, a target that is not aligned.
 
     >>> done = lmc.carry("DIR/alignment.safetensors", "CHILD", "CARRIED", member="b")
     >>> done["distance"] < 0.1
     True
     """
     require_device(device)
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-        raise LmcError(f"weight {weight!r} is not a finite number")
+    how = Addition(weight, basis, evenly)
     file, target = user_path(alignment), user_path(out)
     require_apart((target, partial_of(target)), (file, child, endpoint, onto))
     check_target(target)
@@ -104,7 +111,7 @@ def carry(
     if is_adapter(place):
         base = _base_of_adapter(known, member, endpoint)
         if not full:
-            return carry_adapters(known, member, base, place, target, onto=onto, weight=weight, dtype=dtype)
+            return carry_adapters(known, member, base, place, target, onto=onto, how=how, dtype=dtype)
         if adapter_directories(place) != [place]:
             raise LmcError(f"{child} holds several adapters; carry them one by one with --full")
         source, found = Child(str(child), base.model, Adapter(place, base.model.original)), base
@@ -114,7 +121,7 @@ def carry(
         source, found = Child(str(child), known.fitted(Model(child), member)), known.endpoint(member, endpoint)
     if weight != 1 and onto is None:
         raise LmcError("a weight is one of what is added; give --onto, too")
-    return _carry_checkpoint(known, member, source, found, target, onto, weight, dtype, tokens, device, memory)
+    return _carry_checkpoint(known, member, source, found, target, onto, how, dtype, tokens, device, memory)
 
 
 def _base_of_adapter(known: Known, member: str, given: str | Path | None) -> Endpoint:
@@ -135,7 +142,7 @@ def _carry_checkpoint(
     base: Endpoint,
     target: Path,
     onto: str | Path | None,
-    weight: float,
+    how: Addition,
     dtype: torch.dtype | None,
     tokens: Data | None,
     device: torch.device | str,
@@ -154,6 +161,15 @@ def _carry_checkpoint(
     distance = distance_between(moved(), base.aligned())
     _judge(known, member, child, base, distance, moved)
     basis = None if onto is None else known.target(onto)
+    found, shares = None, None
+    if basis is not None:
+        _fitting(basis, child)
+        found = place_in(known, how.basis, member, base, basis)
+        element, base = found.element, found.base
+        check_legal(element, child.model.spec)
+        shares = None if how.evenly else agreement(basis, base)
+        if shares is not None and child.adapter is not None:
+            child = replace(child, adapter=child.adapter.weighted(shares))
     names, needed = _planned(child, basis, dtype)
     require_room(partial_of(target), needed, largest_file(child.model, dtype))
     report = {"child": child.source, "from": member, "endpoint": base.model.source, "distance": distance}
@@ -162,10 +178,12 @@ def _carry_checkpoint(
         export_weights(moved(), child.model, place, dtype if basis is None else torch.float32)
         proof = _prove(child, place, work / "merged", tokens, device, memory)
         report["proof"] = proof
-        if basis is not None:
+        if basis is not None and found is not None:
             remove_own(place, checkpoint_names(child.model.path))
-            report |= {"onto": basis.model.source, "weight": weight}
-            report["moved"] = _write_sum(basis, child, moved, base, weight, work, dtype, tokens, device, memory)
+            report |= {"onto": basis.model.source, "weight": how.weight, "basis": found.basis}
+            report |= {"agreement": None if shares is None else mean_agreement(shares)}
+            total = partial(_sum, weight=how.weight, shares=None if child.adapter is not None else shares)
+            report["moved"] = _write_sum(basis, child, moved, base, total, work, dtype, tokens, device, memory)
         for model in (child.model, base.model, *(() if basis is None else (basis.model,))):
             model.checkpoint.identity.require_unchanged()
     return report | {"out": str(target)}
@@ -209,61 +227,55 @@ def _write_sum(
     child: Child,
     moved: Callable[[], Weights],
     base: Endpoint,
-    weight: float,
+    add: Callable[[Weights, Weights, Weights], Weights],
     work: Path,
     dtype: torch.dtype | None,
     tokens: Data | None,
     device: torch.device | str,
     memory: int | None,
 ) -> dict[str, Any]:
-    """Writes basis + weight (child - base). Returns how far its function is from that of the basis."""
-    try:
-        pair = pair_of(basis.model, child.model, grow=False)
-    except LmcError as error:
-        raise LmcError(f"{child.source} cannot be added to {basis.model.source}: {error}") from error
-    model = in_common(pair.a, base.model)[0]
+    """Writes what `add` makes of basis, child and base. Returns how far its function is from that of the basis."""
+    model = in_common(_fitting(basis, child), base.model)[0]
     total = Endpoint(model, basis.element).aligned()
-    export_weights(_sum(total, moved(), base.aligned(), weight), model, work, dtype)
+    export_weights(add(total, moved(), base.aligned()), model, work, dtype)
     sample = None if tokens is None else tokens[:PROOF_SEQUENCES]
     return compare(basis.model, Model(work), sample, device, memory)[0].to_json()
 
 
-def _sum(basis: Weights, child: Weights, base: Weights, weight: float) -> Weights:
-    """basis + weight (child - base), one block, or one run of a table's rows, at a time."""
+def _fitting(basis: Endpoint, child: Child) -> Model:
+    """The model of `basis` as far as the child has it, too. Raises LmcError where they do not fit together."""
+    try:
+        return pair_of(basis.model, child.model, grow=False).a
+    except LmcError as error:
+        raise LmcError(f"{child.source} cannot be added to {basis.model.source}: {error}") from error
 
-    def add(x: Slots, y: Slots, z: Slots) -> Slots:
+
+def _sum(basis: Weights, child: Weights, base: Weights, weight: float, shares: Agreement | None) -> Weights:
+    """basis + weight (child - base), one block, or one run of a table's rows, at a time. shares: of the weight, by
+    block and slot.
+    """
+
+    def add(x: Slots, y: Slots, z: Slots, part: Mapping[str, float]) -> Slots:
         return {
-            name: x.pop(name) + weight * (_cut(y.pop(name), t) - _cut(z.pop(name), t)) for name, t in list(x.items())
+            name: x.pop(name) + weight * share_of(part, name) * (_cut(y.pop(name), t) - _cut(z.pop(name), t))
+            for name, t in list(x.items())
         }
+
+    def block(i: int) -> Slots:
+        return add(basis.blocks[i], child.blocks[i], base.blocks[i], {} if shares is None else shares[i])
 
     def run(name: str, start: int, stop: int) -> Tensor:
         x, y, z = (w.tables[name].rows(start, stop) for w in (basis, child, base))
         return x + weight * (y - z)
 
-    blocks = LazyBlocks(len(basis.blocks), lambda i: add(basis.blocks[i], child.blocks[i], base.blocks[i]))
     tables = {name: Table(table.shape, partial(run, name)) for name, table in basis.tables.items()}
-    return Weights(basis.spec, add(dict(basis.ends), dict(child.ends), dict(base.ends)), blocks, tables)
+    ends = add(dict(basis.ends), dict(child.ends), dict(base.ends), {})
+    return Weights(basis.spec, ends, LazyBlocks(len(basis.blocks), block), tables)
 
 
 def _cut(t: Tensor, like: Tensor) -> Tensor:
     """A head's bias may have more entries than that of a model with a smaller vocabulary."""
     return t[: len(like)] if t.dim() else t
-
-
-def distance_between(x: Weights, y: Weights) -> float:
-    """How far the matrices of two models' blocks are apart: 0 where they are the same, about 1 for unrelated ones.
-
-    √(|x - y|² / (|x|² + |y|²)), of all of them together.
-    """
-    apart = size = 0.0
-    for i in range(len(x.blocks)):
-        one, other = x.blocks[i], y.blocks[i]
-        for name in [name for name, t in one.items() if t.dim() > 1]:
-            a, b = one.pop(name), other.pop(name)
-            apart += float((a - b).square().sum())
-            size += float(a.square().sum() + b.square().sum())
-        del one, other
-    return math.sqrt(apart / size) if size else 0.0
 
 
 def _require_alike(base: Endpoint, child: Child) -> None:

@@ -14,9 +14,11 @@ from ..checkpoints.lazy import TABLES
 from ..checkpoints.low_rank import LowRank
 from ..errors import LmcError
 from ..output import Names, atomic_directory
+from ..pair import in_common, unlike
 from ..symmetry import canonicalize, check_legal
 from ..symmetry.low_rank import canonical_change, moved_change
 from ..symmetry.transform import Transform
+from .carry_basis import Addition, agreement, mean_agreement, place_in
 from .endpoints import Endpoint, Known
 
 _ROUNDING = 16  # times the dtype's: of two factors, each rounded, and the sums over the rank
@@ -32,7 +34,7 @@ def carry_adapters(
     target: Path,
     *,
     onto: str | Path | None,
-    weight: float,
+    how: Addition,
     dtype: torch.dtype | None,
 ) -> dict[str, Any]:
     """Writes the adapters that lie in `source` anew for the aligned basis, in directories of the same names.
@@ -56,18 +58,25 @@ def carry_adapters(
             f"{base.model.source} was grown to the size of the other endpoint, and an adapter is one for its own size; "
             f"{_REMEDY}"
         )
-    check_legal(base.element, base.model.spec)
+    problem = unlike(*(model.spec for model in in_common(base.model, basis.model)))
+    if problem:
+        raise LmcError(f"an adapter of {base.model.source} cannot be one of {basis.model.source}: {problem}")
+    found = place_in(known, how.basis, member, base, basis)
+    base, element, weight = found.base, found.element, how.weight
+    check_legal(element, base.model.spec)
     places = adapter_directories(source)
     adapters = [Adapter(place, base.model) for place in places]
     for adapter in adapters:
         _require_base(known, member, adapter)
+    shares = None if how.evenly else agreement(basis, base)
+    adapters = adapters if shares is None else [adapter.weighted(shares) for adapter in adapters]
     inside = [place.relative_to(source) for place in places]
     names: dict[str, Names | None] = dict(NAMES) if source in places else {}
     names |= {str(path): NAMES for path in inside if path.parts}
     biased = False
     with atomic_directory(target, names) as work:
         for adapter, path in zip(adapters, inside, strict=True):
-            modules = carried_modules(adapter, base.element, weight, dtype)
+            modules = carried_modules(adapter, element, weight, dtype)
             biased |= _writes_biases(adapter, modules)
             adapter.write(work / path, modules, str(basis.model.path.absolute()))
             _require_exact(adapter, Adapter(work / path, base.model), base, weight)
@@ -81,6 +90,8 @@ def carry_adapters(
         "endpoint": base.model.source,
         "onto": str(onto),
         "weight": weight,
+        "basis": found.basis,
+        "agreement": None if shares is None else mean_agreement(shares),
         "out": str(target),
     }
 

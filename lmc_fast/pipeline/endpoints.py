@@ -55,6 +55,15 @@ class Known:
     def element(self, name: str) -> Transform:
         return self.alignment.members[self.names.index(name)]
 
+    def matched(self, name: str) -> Transform:
+        """Where matching left it, before learning."""
+        return self.alignment.matched[self.names.index(name)]
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether anything was learned after matching."""
+        return "history" in self.alignment.info
+
     def digests(self, name: str) -> dict[str, str] | None:
         """Of the endpoint's files; None where the alignment does not say."""
         found = self._of("members", name)

@@ -77,7 +77,7 @@ def test_a_child_keeps_its_function_and_is_added_to_the_other_endpoint(
     assert 0 < report["distance"] < 0.2
     expected = log_probabilities(child, tokens)
     assert (log_probabilities(tmp_path / "out", tokens) - expected).abs().max() < 2e-5 * expected.abs().max()
-    onto = {"onto": aligned / "a", "weight": 0.5}
+    onto = {"onto": aligned / "a", "weight": 0.5, "evenly": True}
     report = lmc.carry(aligned / "alignment.safetensors", child, tmp_path / "sum", member="b", **onto)
     assert report["moved"]["kl"] > 1e-6 and sorted(f.name for f in (tmp_path / "sum").iterdir()) == sorted(
         f.name for f in (aligned / "a").iterdir()
@@ -86,6 +86,38 @@ def test_a_child_keeps_its_function_and_is_added_to_the_other_endpoint(
     assert found.keys() == a.keys()
     for name, t in found.items():
         assert (t - (a[name] + 0.5 * (c[name] - b[name]))).abs().max() < 1e-5, name
+
+
+def test_a_matrix_counts_as_far_as_it_agrees(home, child_of, make_checkpoint, tmp_path):
+    aligned, child = home("llama-tied-biased"), child_of(make_checkpoint("llama-tied-biased", 2))
+    lmc.carry(aligned / "alignment.safetensors", child, tmp_path / "c", member="b")
+    report = lmc.carry(aligned / "alignment.safetensors", child, tmp_path / "sum", member="b", onto=aligned / "a")
+    a, b, c, found = (state(d) for d in (aligned / "a", aligned / "b", tmp_path / "c", tmp_path / "sum"))
+    slots = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "gate_proj": "gate", "up_proj": "up"}
+    assert report["basis"] == "aligned" and report["agreement"].keys() == set(slots.values())
+    for name, t in found.items():
+        *_, layer, part = name.split(".")
+        weight = name.removesuffix(part) + "weight"
+        share = torch.cosine_similarity(a[weight].flatten(), b[weight].flatten(), 0).clamp(0) if layer in slots else 1
+        assert (t - (a[name] + share * (c[name] - b[name]))).abs().max() < 1e-5, name
+
+
+def test_the_basis_in_which_both_endpoints_are_nearer(make_checkpoint, child_of, tokens, tmp_path):
+    pair = lmc.open_pair(make_checkpoint("neox", 2), make_checkpoint("neox", 2))
+    planted, astray = random_element(pair.spec, 3), random_element(pair.spec, 4)
+    info = {"inputs": made_from(pair, torch.zeros(1, 4, dtype=torch.int64), None), "history": {}}
+    lmc.export(pair, Alignment(planted, astray, (planted, planted), info), tmp_path / "one")
+    file, child = tmp_path / "one" / "alignment.safetensors", child_of(make_checkpoint("neox", 2))
+    expected, found = log_probabilities(child, tokens), {}
+    for basis in ("auto", "matched", "aligned"):
+        how = {"member": "b", "onto": tmp_path / "one" / "a", "basis": basis, "dtype": torch.float32}
+        found[basis] = lmc.carry(file, child, tmp_path / basis, **how)["basis"]
+        off = (log_probabilities(tmp_path / basis, tokens) - expected).abs().max() / expected.abs().max()
+        assert (off < 2e-5) == (basis != "aligned")
+    assert found == {"auto": "matched", "matched": "matched", "aligned": "aligned"}
+    with pytest.raises(LmcError, match="basis 'learned' is unknown; choose one of auto, aligned, matched"):
+        lmc.carry(file, child, tmp_path / "out", member="b", onto=tmp_path / "one" / "a", basis="learned")
+    assert clean(tmp_path)
 
 
 def test_an_endpoint_itself_is_aligned_on_the_way(home, child_of, make_checkpoint, tmp_path):

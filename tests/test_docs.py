@@ -53,6 +53,11 @@ def test_every_page_is_on_the_site_and_every_name_in_the_reference():
     assert sorted(shown) == sorted(set(lmc.__all__) - {"__version__"})
 
 
+def test_the_citation_has_the_version():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == lmc.__version__ and f"## {lmc.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
 def test_every_variable_of_ours_is_documented():
     found = set()
     for file in (ROOT / "lmc_fast").rglob("*.py"):

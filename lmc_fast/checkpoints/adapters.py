@@ -54,6 +54,7 @@ _KNOWN = {
     *("qalora_group_size", "runtime_config", "lora_bias", "bias", "modules_to_save"),
 }
 _SLOW = re.compile(r"\)[*+{]")  # in a pattern of modules
+_REPEATS, _MOST_REPEATS = re.compile(r"[*+{]"), 4  # of n characters each, up to n^4 ways to match are tried
 _START_ONLY = (True, False, None, "gaussian", "orthogonal", "eva")  # ways to begin that leave the base as it is
 
 Place = tuple[Entry, int | None, str]  # of a weight: its row of the family's table, its block, its name there
@@ -163,7 +164,8 @@ class Adapter:
                 tensors[stem + names["bias"]] = bias
         for name, t in tensors.items():
             if not t.isfinite().all():
-                raise LmcError(f"{name} of the carried adapter overflows in {t.dtype}; use --dtype float32")
+                remedy = "use a smaller --weight" if t.dtype.itemsize >= 4 else "use --dtype float32"
+                raise LmcError(f"{name} of the carried adapter overflows in {t.dtype}; {remedy}")
         config = self.config | {"base_model_name_or_path": base, "revision": None}
         if biased:
             config |= {"lora_bias": True, "init_lora_weights": True}
@@ -257,9 +259,9 @@ class Adapter:
             patterns = self.config.get(pattern) or {}
             if not isinstance(patterns, dict):
                 raise LmcError(f"{file}: {pattern} is no object; save the adapter again")
-            slow = next((k for k in patterns if _SLOW.search(k)), None)
+            slow = next((k for k in patterns if _SLOW.search(k) or len(_REPEATS.findall(k)) > _MOST_REPEATS), None)
             if slow is not None:
-                raise LmcError(f"{file}: {pattern} holds {slow!r}, a repeated group, which can take for ever; {_MERGE}")
+                raise LmcError(f"{file}: {pattern} holds {slow!r}, whose repetitions can take for ever; {_MERGE}")
             try:
                 key = next((k for k in patterns if re.match(rf"(.*\.)?({k})$", path)), None)
             except re.error as error:

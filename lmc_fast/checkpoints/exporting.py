@@ -77,7 +77,8 @@ def _stored(weights: Weights, like: Model, dtype: torch.dtype | None) -> Iterato
 def _checked(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     tensor = tensor.to("cpu", dtype)
     if not tensor.isfinite().all():
-        raise LmcError(f"tensor {name} overflows in {str(dtype).removeprefix('torch.')}; export with --dtype float32")
+        remedy = "look for huge weights" if dtype.itemsize >= 4 else "export with --dtype float32"
+        raise LmcError(f"tensor {name} overflows in {str(dtype).removeprefix('torch.')}; {remedy}")
     return tensor
 
 

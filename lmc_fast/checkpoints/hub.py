@@ -34,6 +34,7 @@ _SMALL = ("config.json", "adapter_config.json", *COMPANIONS)
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _SITE = r"(?:hf://|https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)"
 _REPOSITORY = re.compile(rf"(?:{_SITE})?(?P<id>{_NAME}(?:/{_NAME})?)(?:(?:/tree/|@)(?P<revision>[^\s?#@]+?))?/?")
+HUB_SECONDS = 10.0  # to wait for the hub's first answer
 _log = logging.getLogger("lmc_fast")
 
 
@@ -167,11 +168,13 @@ def weight_files(names: set[str], get: Callable[[str], Path]) -> list[str]:
 
 
 def _names(repository: Repository) -> set[str] | None:
-    """All files of a repository; None where the hub cannot be reached."""
+    """All files of a repository; None where the hub cannot be reached, which one question tells."""
     import huggingface_hub as hub
 
     try:
-        return set(hub.list_repo_files(repository.id, revision=repository.revision))
+        # unlike list_repo_files, this does not ask for half a minute in vain: the name may only be mistyped
+        found = hub.model_info(repository.id, revision=repository.revision, timeout=HUB_SECONDS)
+        return {file.rfilename for file in found.siblings or ()}
     except Exception as error:
         if _answered(error):
             raise
@@ -223,7 +226,10 @@ def _told(repository: Repository) -> Iterator[None]:
         text = f"{repository.id} is gated: accept its terms on {page}, then log in with hf auth login"
         raise LmcError(text) from error
     except errors.RepositoryNotFoundError as error:
-        text = f"the hub has no repository {repository.id}, or it is private: check the name, or hf auth login"
+        text = (
+            f"there is no directory {repository}, and the hub has no repository {repository.id}, or it is private: "
+            "check the name, or hf auth login"
+        )
         raise LmcError(text) from error
     except errors.RevisionNotFoundError as error:
         text = f"{repository.id} has no revision {repository.revision or 'main'}; {page}/tree/main lists them"
@@ -236,6 +242,6 @@ def _told(repository: Repository) -> Iterator[None]:
         if _answered(error):
             raise LmcError(f"the hub does not deliver {repository} ({type(error).__name__}); see {page}") from error
         raise LmcError(
-            f"{repository} is no local directory and not in the local cache, and the hub cannot be reached "
-            f"({type(error).__name__}); connect, or give a directory"
+            f"there is no directory {repository}, and as a name on the hub it is not in the local cache, and the hub "
+            "cannot be reached; check the path, or connect"
         ) from error

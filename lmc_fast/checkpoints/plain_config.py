@@ -17,6 +17,7 @@ _HEAD_SIZE_AS_GIVEN = (
     *("hunyuan_v1_dense", "ministral", "smollm3"),
 )
 _WITHOUT_PADDING = ("falcon", "gpt2", "gpt_neox", "gptj", "bloom")  # their embeddings know no padding token
+_CHUNKED = ("bert", "roberta")  # their FFN is computed in runs of chunk_size_feed_forward positions
 _LARGEST = 2**31 - 1
 _PLACES = ("image_size", "patch_size", "num_channels")
 
@@ -51,6 +52,9 @@ def require_plain(config: dict[str, Any], file: Path) -> None:
             refuse(key, "1 or 2")
     if config.get("head_dim", 0) is None and config.get("model_type") in _HEAD_SIZE_AS_GIVEN:
         refuse("head_dim", "a positive whole number, or absent")
+    chunk = config.get("chunk_size_feed_forward", 0)
+    if config.get("model_type") in _CHUNKED and not (type(chunk) is int and chunk <= 1):
+        refuse("chunk_size_feed_forward", "0, which computes the same for inputs of every length")
     _require_tokens(config, file)
 
 

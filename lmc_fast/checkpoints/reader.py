@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LmcError
-from ..files import read_object
+from ..files import read_object, require_regular
 from .hub import GGUF, INDEX_BYTES, PICKLED, SINGLE, Repository, download, find, headers
 from .identity import Identity
 from .pickled import PickledFile
@@ -146,9 +146,9 @@ class Checkpoint:
                 )
             return self._indexed(chosen, ends) if chosen.endswith(listing) else ([chosen], set())
         for single, ending in ((SINGLE, ends), (PICKLED, ".bin")):
-            if (self.path / single).is_file():
+            if _is_there(self.path / single):
                 return [single], set()
-            if (self.path / f"{single}.index.json").is_file():
+            if _is_there(self.path / f"{single}.index.json"):
                 return self._indexed(f"{single}.index.json", ending)
         raise LmcError(f"{self.path} has no {SINGLE}, no {PICKLED} and no index of either")
 
@@ -167,6 +167,13 @@ class Checkpoint:
         if not isinstance(content.get("metadata"), dict):  # transformers does without the rest, but not without this
             raise LmcError(f"{index} has no metadata, without which transformers does not load it; download it again")
         return sorted(set(weight_map.values())), set(weight_map)
+
+
+def _is_there(file: Path) -> bool:
+    """Whether a file can be read. Raises LmcError for what stands in its place: pipes, devices."""
+    if file.exists() and not file.is_dir():  # a directory is passed over, as transformers does
+        require_regular(file)
+    return file.is_file()
 
 
 def refuse_quantised(config: dict[str, Any], source: str) -> None:

@@ -31,7 +31,7 @@ def diagnose_command(args: argparse.Namespace, console: Console) -> int:
     require_apart(places, (args.a, args.b, args.data, args.alignment))
     pair = open_pair(args.a, args.b)
     tokens = read_data(args.data, pair.a, sequence_length(pair.a, args.length))
-    alignment = None if args.alignment is None else Alignment.load(args.alignment, pair.spec)
+    alignment = None if args.alignment is None else Alignment.load(args.alignment, pair.spec, 2)
     with console.progress() as shown:
         found = diagnose(pair, tokens, alignment, sequences=args.sequences, device=args.device, progress=shown)
     losses = found.losses

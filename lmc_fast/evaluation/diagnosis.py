@@ -7,6 +7,7 @@ features (Jordan et al., arXiv 2211.08403).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ from ..engine.block import block
 from ..engine.head import capped
 from ..engine.model import embed, head_input, labels, model_inputs, target_rows
 from ..engine.slots import Slots
+from ..errors import LmcError
 from ..examples import Data
 from ..symmetry import Transform
 from ..symmetry.elements import Dense, Wreath
@@ -30,6 +32,7 @@ from ..symmetry.elements import Dense, Wreath
 MIDDLE = 0.5
 SPACES = ("units", "heads", "experts")
 _TEMPERATURES = [2.0 ** (i / 10) for i in range(-10, 11)]
+_NAMES = {"a": "A", "b": "B", "r": "B as it was", "m": "their middle"}  # of what walks
 _FFN = ("up", "gate", "down", "router", "switch", "experts", "ffn")
 
 
@@ -140,6 +143,10 @@ def diagnose_weights(
     losses = {name: walk.loss(models[key].ends, streams[key][-1]) for name, key in (("a", "a"), ("b", "b"))}
     found = _heads(walk, a, b, middle, [streams[key][-1] for key in "abm"])
     losses |= {name: found[name] for name in ("middle", "ensemble", "calibrated")}
+    for name, text in _NAMES.items():
+        if not all(x.isfinite().all() for x in streams[name]):
+            raise _overflows(f"the stream of {text}")
+    _require_finite(losses)
     both = [(a, streams["a"], losses["a"]), (b, streams["b"], losses["b"])]
     reports = []
     for i in range(spec.layers):
@@ -148,7 +155,22 @@ def diagnose_weights(
         own = sum(_rest(walk, w, walk.through(middle.blocks[i], at[i], i), i + 1) - loss for w, at, loss in both)
         reports.append(_report(spec, i, models, {k: s[i + 1] for k, s in streams.items()}, own / 2, relative))
     parts = {name: _part(walk, both, middle, name) for name in ("attention", "ffn", "ends")}
-    return Diagnosis(losses, found["temperature"], parts, _angle(relative.stream), reports)
+    diagnosis = Diagnosis(losses, found["temperature"], parts, _angle(relative.stream), reports)
+    _require_finite(diagnosis.to_json())
+    return diagnosis
+
+
+def _require_finite(found: Any, name: str = "") -> None:
+    """Raises LmcError for a figure, in dicts and lists in each other, that is none."""
+    if isinstance(found, dict | list):
+        for key, value in found.items() if isinstance(found, dict) else enumerate(found):
+            _require_finite(value, f"{name} {key}".strip())
+    elif isinstance(found, float) and not math.isfinite(found):
+        raise _overflows(f"what was measured ({name})")
+
+
+def _overflows(what: str) -> LmcError:
+    return LmcError(f"{what} is not finite: numbers overflow; look for huge weights")
 
 
 def _rest(walk: Walk, w: Weights, x: Tensor, first: int) -> float:

@@ -60,6 +60,8 @@ class Healer:
             loss.backward()
             losses += loss.item()
         if not math.isfinite(losses):
+            if not self.done:
+                raise ArithmeticError(f"the loss is {losses} before the first step: look for huge weights")
             raise ArithmeticError(f"the loss became {losses} at step {self.done + 1}; try a smaller rate")
         self._adam.param_groups[0]["lr"] = self.rate * self.schedule.rate(self.done)
         self._adam.step()

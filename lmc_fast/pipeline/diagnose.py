@@ -15,6 +15,7 @@ from ..evaluation.diagnosis import Diagnosis, diagnose_weights
 from ..examples import Data
 from ..pair import Pair
 from ..symmetry import Transform, canonicalize
+from .evaluate import require_fitting
 from .held_out import evenly
 from .placing import placed
 from .progress import Cancel, Progress, Watch
@@ -43,6 +44,8 @@ def diagnose(
     (2, True)
     """
     require_task(pair.spec)
+    if alignment is not None:
+        require_fitting(pair, alignment)
     device = require_device(device)
     watch = Watch(progress, cancel)
     pair = placed(pair, tokens, device, alignment.info.get("grown") if alignment else None)

@@ -134,10 +134,25 @@ def _count(models: Models, points: int) -> int:
 
 
 def require_fitting(models: Models, alignment: Alignment) -> None:
-    """Raises LmcError unless there is an element for each model."""
+    """Raises LmcError unless there is an element for each model, in their order; warns where it was made for others."""
     count = len(alignment.members)
     if count != len(models.members):
         raise LmcError(f"this alignment is of {count} models, not of {len(models.members)}; give that of these models")
+    inputs = alignment.info.get("inputs")
+    made_for = inputs.get("members") if isinstance(inputs, dict) else None
+    if not isinstance(made_for, list):
+        return
+    found = [model.checkpoint.identity.digests() for model in models.members]
+    wrong = [
+        x for x, y in zip(found, made_for, strict=False) if isinstance(y, dict) and x.keys() == y.keys() and x != y
+    ]
+    if wrong and sorted(map(str, found)) == sorted(map(str, made_for)):
+        raise LmcError(
+            "this alignment is of these models in another order; give them in the order they were aligned in"
+        )
+    if wrong:
+        source = models.members[found.index(wrong[0])].source
+        _log.warning("this alignment was made for another checkpoint than %s: what it does to it is not flat", source)
 
 
 def require_points(points: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -31,6 +32,7 @@ from ..symmetry.checksum import understood
 from ..symmetry.storage import load_tensors, save_tensors
 from .held_out import evenly
 from .progress import Cancel, Progress, Watch
+from .resume import telling_what_is_kept
 from .room import endpoint_bytes, largest_file, require_room
 
 AVERAGE = "average"  # the name of the merged model among the starts
@@ -97,8 +99,10 @@ def heal(
     held = healing_bytes(endpoint_bytes(models.a, torch.float32) // 4, len(endpoints))
     _log.info("healing holds about %s of weights, beside the work itself", show_bytes(held))
     work = _Directory(target, models, run, resume)
-    with device_errors(), work:
+    work.require_room(models, dtype)
+    with device_errors(), work, telling_what_is_kept(work.path, work.state_file):
         saved, before = work.saved()
+        controls = job.controls()
         trials: dict[str, float] = dict(before.get("trials", {}))
         chosen = start
         if start == "auto":
@@ -110,11 +114,10 @@ def heal(
         history, weights = job.learn(chosen, saved, before, partial(work.save_learned, trials))
         best = best_of(history)
         report: dict[str, Any] = {**run, "started_from": chosen, "trials": trials, "written_step": best}
-        report |= {"losses": history, "loss_after": history[best], "controls": job.controls()}
+        report |= {"losses": history, "loss_after": history[best], "controls": controls}
         model = models.members[names.index(chosen)]
-        require_room(work.path, endpoint_bytes(model, dtype), largest_file(model, dtype))
         export_weights(weights, model, work.result, dtype)
-        read = loss_of(Model(work.result).load(torch.float32, device), job.held_out)
+        read = job.loss_of(Model(work.result).load(torch.float32, device))
         _require_same(read, history[best], dtype or model.dtype)
         write_whole(work.result / _REPORT, to_json(report, indent=2) + "\n")
         with uninterrupted():
@@ -156,6 +159,9 @@ class _Job:
             who = (names.index(name) - 1,) if name else tuple(range(len(names) - 1))
             self._data.append((part, who))
             self.held_out.append(evenly(part if held is None else held))
+        count = sum(len(part) for part, _ in self._data)
+        if schedule.batch > max(count, Schedule.batch):
+            raise LmcError(f"a batch of {schedule.batch} is more than all {count} inputs; give a smaller --batch")
         length = max(1, inputs_of(self._data[0][0])[0].numel())
         self._micro = max(1, min(4, _TOKENS // length))
         self._teachers = [model.load(torch.float32, device) for model in models.members[1:]]
@@ -163,7 +169,16 @@ class _Job:
     def controls(self) -> dict[str, float]:
         """Held-out losses of the merged model and of the endpoints, as they are."""
         weights = [self._start(AVERAGE), *self._teachers]
-        return {name: loss_of(w, self.held_out) for name, w in zip(self._names, weights, strict=True)}
+        return {name: self.loss_of(w) for name, w in zip(self._names, weights, strict=True)}
+
+    def loss_of(self, weights: Weights) -> float:
+        """On what is held out. Raises LmcError where it is no number."""
+        loss = loss_of(weights, self.held_out)
+        if not math.isfinite(loss):
+            raise LmcError(
+                f"the held-out loss is {loss}: numbers overflow; look for huge weights, or try a smaller rate"
+            )
+        return loss
 
     def trial(self, name: str) -> float:
         """Held-out loss after some steps from a start."""
@@ -173,7 +188,7 @@ class _Job:
         for step in range(schedule.steps):
             self._watch.at(step, schedule.steps, note=f"from {name}")
             _step(healer)
-        return loss_of(healer.student, self.held_out)
+        return self.loss_of(healer.student)
 
     def learn(
         self,
@@ -203,7 +218,7 @@ class _Job:
             while True:
                 done = healer.done
                 if (done % every == 0 or done == steps) and done not in losses:
-                    losses[done] = loss_of(healer.student, self.held_out)
+                    losses[done] = self.loss_of(healer.student)
                     if best_of(losses) == done:
                         best = {n: t.detach().clone() for n, t in healer.leaves.items()}
                 self._watch.at(done, steps, loss=loss)
@@ -247,22 +262,29 @@ class _Directory(Workspace):
         more: dict[str, Any] = {_STATE: None, **workspace_names(_STATE, None)}
         super().__init__(target, names, more, (_STATE,), resume)
         self.require_free()
-        self._run, self._file = run, self.path / _STATE
+        self._run, self.state_file = run, self.path / _STATE
         if resume and not self.path.exists():
             raise LmcError(f"nothing to resume: there is no {self.path}; start without --resume")
 
+    def require_room(self, models: Models, dtype: torch.dtype | None) -> None:
+        """Raises LmcError where the disk has less room than the output, or two states, may take."""
+        state = 4 * max(endpoint_bytes(model, torch.float32) for model in models.members)  # weights, moments and best
+        written = max(endpoint_bytes(model, dtype) for model in models.members)
+        kept = self.state_file.stat().st_size if self.state_file.exists() else 0
+        require_room(self.path, state + max(state, written) - kept, max(map(largest_file, models.members)))
+
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Raises LmcError where the state is that of another run."""
-        if not self._file.exists():
+        if not self.state_file.exists():
             return {}, {}
-        tensors, before = load_tensors(self._file)
+        tensors, before = load_tensors(self.state_file)
         for key, value in self._run.items():
-            if before.get("run", {}).get(key) != value:
+            if key != "rate" and before.get("run", {}).get(key) != value:
                 raise LmcError(f"cannot resume: {key} is not what the run began with; repeat models, data and options")
         return tensors, before
 
     def save(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        save_tensors(self._file, tensors, {"run": self._run, **facts})
+        save_tensors(self.state_file, tensors, {"run": self._run, **facts})
 
     def save_learned(
         self, trials: dict[str, float], tensors: dict[str, Tensor], losses: dict[int, float], step: int

@@ -235,7 +235,10 @@ def _mixed(
         rows = (model.checkpoint.read_rows(disk, start, min(start + size, shape[0])) for model, disk in having)
         mixed = _mix(rows, shares).to(dtype)
         if not mixed.isfinite().all():
-            raise LmcError(f"tensor {having[0][1]} overflows in {_name(dtype)}; merge with --dtype float32")
+            remedy = (
+                "look for huge weights, or give smaller shares" if dtype.itemsize >= 4 else "merge with --dtype float32"
+            )
+            raise LmcError(f"tensor {having[0][1]} overflows in {_name(dtype)}; {remedy}")
         yield mixed
 
 

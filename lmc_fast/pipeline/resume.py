@@ -1,11 +1,15 @@
-"""Whether a run that goes on is the run that was interrupted."""
+"""How an interrupted run goes on, and whether what goes on is that run."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from ..errors import LmcError
+from ..errors import Cancelled, LmcError
 from ..examples import Data, digest
+from ..interrupts import Interrupted, number_of
 from ..members import member_names
 from ..pair import Models
 
@@ -53,3 +57,19 @@ def require_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
         if key not in free and after.get(key) != value:
             raise LmcError(f"cannot resume: {key} was {value}, now it is {after.get(key)}; repeat the same options")
     _require_same_inputs(saved["inputs"], now["inputs"])
+
+
+@contextmanager
+def telling_what_is_kept(directory: Path, state: Path) -> Iterator[None]:
+    """An interruption, or what was cancelled, says how to go on where there is something to go on with."""
+    try:
+        yield
+    except (KeyboardInterrupt, Cancelled) as error:
+        if not state.exists():
+            raise
+        kept = f"the state is in {directory}: go on with"
+        if isinstance(error, Cancelled):
+            told = Cancelled(f"{error}; {kept} resume=True")
+            told.alignment = error.alignment
+            raise told from None
+        raise Interrupted(number_of(error), f"{kept} --resume") from None

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,13 @@ from ..budget.stages import POINTS
 from ..checkpoints import notes_on
 from ..data import Given, as_data, split_validation
 from ..engine.evaluate import Score
-from ..errors import Cancelled
 from ..evaluation import Curve, Simplex
 from ..evaluation.curve import DEFINITION, plot_curves
 from ..evaluation.plots import plot_learning
 from ..evaluation.simplex import SIMPLEX_DEFINITION
 from ..examples import Data, inputs_of
 from ..files import read_object, to_json
-from ..interrupts import Interrupted, number_of, uninterrupted
+from ..interrupts import uninterrupted
 from ..learning import parallel
 from ..learning.learner import History
 from ..learning.schedule import METHODS, Schedule
@@ -40,6 +38,7 @@ from .export import export_into, prove, require_unchanged
 from .page import page
 from .placing import placed
 from .progress import Cancel, Progress, Watch
+from .resume import telling_what_is_kept
 from .room import alignment_bytes, endpoint_bytes, largest_file, require_room, state_bytes
 from .run_directory import RunDirectory, export_names, state_file_of
 
@@ -133,7 +132,7 @@ def run(
             by_gradients = method in METHODS and scheme not in CLOSED_SCHEMES
             learns = Schedule.of(method, schedule, options) if by_gradients else None
             _require_room(pair, directory, learns, torch.device(device), memory, dtype)
-        with directory, _telling_what_is_kept(directory):
+        with directory, telling_what_is_kept(directory.path, directory.state_file):
             if directory.finished:
                 _log.info("%s was complete already; what was left of the run is removed", directory.target)
                 return read_object(directory.target / "report.json", 1 << 30)
@@ -196,22 +195,6 @@ def _require_room(
         writes = max(2 * state + store, state + writes)
     largest = max(largest_file(model, dtype) for model in pair.members)
     require_room(directory.path, writes - directory.kept_bytes(), largest)
-
-
-@contextmanager
-def _telling_what_is_kept(directory: RunDirectory) -> Iterator[None]:
-    """An interruption, or what was cancelled, says how to go on where there is something to go on with."""
-    try:
-        yield
-    except (KeyboardInterrupt, Cancelled) as error:
-        if not directory.state_file.exists():
-            raise
-        kept = f"the state is in {directory.path}: go on with"
-        if isinstance(error, Cancelled):
-            told = Cancelled(f"{error}; {kept} resume=True")
-            told.alignment = error.alignment
-            raise told from None
-        raise Interrupted(number_of(error), f"{kept} --resume") from None
 
 
 def measure(

@@ -12,6 +12,7 @@ from ..errors import LmcError
 Row = tuple[float, ...]  # a weight for each model
 ByBlock = Mapping[str, float | Sequence[float]]
 _AFTER = ("final_norm", "head", "pooler", "relation")  # slots behind the last block begin like this
+_LARGEST = 1e6
 _NAMES = "embed, head, a block's number or a range such as 0-3"
 
 
@@ -57,6 +58,8 @@ class Rule:
         row = tuple(map(float, given))
         if len(row) != self.count:
             raise LmcError(f"{where} has {len(row)} numbers for {self.count} models; give one for each")
+        if any(abs(weight) > _LARGEST for weight in row):
+            raise LmcError(f"{where} {shown} are larger than any that make sense; give weights of 1 and thereabouts")
         total = math.fsum(row)
         if self.average and total <= 0:
             raise LmcError(f"{where} sum to {total:g}, so that they share nothing out; give weights that sum to 1")
@@ -82,7 +85,7 @@ def shares_by_block(rule: Rule, weights: Row, given: ByBlock, layers: int, where
         if key in ("embed", "head"):
             ends[key] = row
             continue
-        found = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", str(key))
+        found = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", str(key))
         if not found:
             raise LmcError(f"{where} has weights of {key!r}, which is nothing that a model has; its names are {_NAMES}")
         first, last = int(found[1]), int(found[2] or found[1])

@@ -14,7 +14,7 @@ from ..architectures.axes import BLOCK_SPACES, MODEL_SPACES
 from ..checkpoints.tensor_file import HEADER_BYTES, TensorFile
 from ..checkpoints.writer import save_tensor_file
 from ..errors import LmcError
-from ..files import parse_json, to_json
+from ..files import parse_json, require_regular, to_json
 from ..output import atomic_file
 from .checksum import checksum
 from .elements import Dense, Element, Scale, Wreath, orthogonal, units
@@ -132,12 +132,15 @@ def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `save_tensors` wrote. Raises LmcError for a file that it did not write, or that was damaged or edited."""
     if not file.exists():
         raise LmcError(f"{file} does not exist")
+    require_regular(file)
     try:
         handle = TensorFile(file, HEADER_BYTES)
+        if "lmc_fast" not in handle.metadata:
+            raise LmcError("it has no metadata of its own")
         text = handle.metadata["lmc_fast"]
         metadata = parse_json(text, file)
         tensors = {name: handle.read(name) for name in handle.names}
-    except (LmcError, KeyError) as error:
+    except LmcError as error:
         raise LmcError(f"{file} is damaged or not a file of lmc_fast ({error})") from error
     if not isinstance(metadata, dict):
         raise LmcError(f"{file} is damaged or not a file of lmc_fast (its metadata are no object)")

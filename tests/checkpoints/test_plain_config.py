@@ -1,12 +1,14 @@
 """Options with which transformers fails, often only when it computes, are refused when config.json is read."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 from checkpoints_tiny import edit_config
 
 from lmc_fast import LmcError
 from lmc_fast.checkpoints import Model
+from lmc_fast.checkpoints.plain_config import require_plain
 
 
 @pytest.mark.parametrize(
@@ -60,3 +62,12 @@ def test_a_head_size_of_null_counts_where_models_take_it_as_given(make_checkpoin
         edit_config(tmp_path / "odd", model_type=kind, head_dim=None, architectures=None)
         with pytest.raises(LmcError, match="head_dim is None"):
             Model(tmp_path / "odd")
+
+
+@pytest.mark.parametrize("value", [2, 1000, 0.5, "1", None, True])
+def test_a_feed_forward_in_chunks_that_do_not_fit_every_length(value):
+    for fine in ({}, {"chunk_size_feed_forward": 0}, {"chunk_size_feed_forward": 1}):
+        require_plain({"model_type": "bert", **fine}, Path("config.json"))
+    require_plain({"model_type": "llama", "chunk_size_feed_forward": value}, Path("config.json"))  # has none
+    with pytest.raises(LmcError, match=r"config\.json: chunk_size_feed_forward is"):
+        require_plain({"model_type": "bert", "chunk_size_feed_forward": value}, Path("config.json"))

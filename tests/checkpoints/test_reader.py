@@ -1,6 +1,7 @@
 """Damaged, strange and hostile checkpoints: each is refused in one sentence that names the culprit."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -46,6 +47,15 @@ def test_missing_directory_and_file_instead_of_directory(tmp_path):
         refused(name, "does not exist")
     (tmp_path / "file").write_text("x")
     refused(tmp_path / "file", "is a file")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"])
+def test_a_pipe_where_weights_are_looked_for(name, copy):
+    directory = copy()
+    for file in directory.glob("model*"):
+        file.unlink()
+    os.mkfifo(directory / name)
+    refused(directory, name, "is a pipe")
 
 
 def test_unreachable_hub_id():

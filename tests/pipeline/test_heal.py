@@ -119,6 +119,7 @@ def test_refusals(models, text, tmp_path, make_checkpoint, capsys):
     refused("rate must be", rate=math.nan)
     refused("steps must be", steps=-1)
     refused("give at least one", steps=0)
+    refused("a batch of 1000000000 is more than all", batch=10**9)
     refused("architectures differ", endpoints=[models[1], make_checkpoint("neox", 1)])
     refused("outside the vocabulary", data=blocks + VOCAB)
     refused("nothing to resume", resume=True)

@@ -46,3 +46,19 @@ def test_no_curves(case, tmp_path):
     with pytest.raises(lmc.LmcError, match="2 points make no curve"):
         lmc.run(pair, tokens, tmp_path / "more", method="weight", points=2)
     assert not list(tmp_path.glob("more*"))
+
+
+def test_an_alignment_of_other_models_is_told(make_checkpoint, case, caplog):
+    (pair, tokens, alignment), third = case, make_checkpoint("neox", 3)
+    a, b = pair.homes
+    of_three = lmc.align(lmc.open_models([a, b, third]), tokens, scheme="mergemany")
+    for look in (lmc.barrier, lmc.diagnose):
+        with pytest.raises(lmc.LmcError, match="of these models in another order"):
+            look(lmc.open_pair(b, a), tokens, alignment)
+        with pytest.raises(lmc.LmcError, match="of 3 models, not of 2"):
+            look(pair, tokens, of_three)
+        caplog.clear()
+        look(pair, tokens, alignment)
+        assert "another checkpoint" not in caplog.text
+        look(lmc.open_pair(a, third), tokens, alignment)
+        assert f"made for another checkpoint than {third}" in caplog.text

@@ -213,6 +213,8 @@ def test_the_card_tells_the_barrier_that_a_report_beside_the_models_tells(make_c
         ({"weights": [1, -1], "extrapolate": True}, "sum to 0"),
         ({"weights": [1, float("nan")]}, "2 finite numbers"),
         ({"weights": "12"}, "2 finite numbers"),
+        ({"weights": [1e308, 1e308]}, "larger than any that make sense"),
+        ({"weights_by_block": {"\u0661": 0.5}}, "nothing that a model has"),
         ({"weight": 0.5, "weights": [1, 1]}, "both given"),
         ({"weight": 1.5}, "weight 1.5"),
         ({"base": 0}, "say how much"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lmc_fast import Curve, Difference, LmcError, Schedule, align, barrier, merge, open_pair, verify
+from lmc_fast import Curve, Difference, LmcError, Schedule, align, barrier, diagnose, heal, merge, open_pair, verify
 from lmc_fast.cli import main
 from lmc_fast.learning.learner import Learner
 
@@ -68,7 +68,7 @@ def test_a_curve_that_overflows_between_finite_ends_has_no_barrier(finite_ends, 
 
 
 @pytest.mark.parametrize("factor", [1e8, 1e15, 1e30, 1e45])
-def test_huge_weights_are_refused_in_one_sentence(factor, changed, make_checkpoint, tokens):
+def test_huge_weights_are_refused_in_one_sentence(factor, changed, make_checkpoint, tokens, tmp_path):
     plain, huge = make_checkpoint("neox", 2), changed("huge", 1, scaled(factor))
     for ends, name in (((huge, plain), r"0 \(endpoint A"), ((plain, huge), r"0\.\d|1 \(endpoint B")):
         with pytest.raises(LmcError, match=f"the loss at lambda ({name})"):
@@ -77,6 +77,11 @@ def test_huge_weights_are_refused_in_one_sentence(factor, changed, make_checkpoi
             align(open_pair(*ends), tokens, validation=tokens, steps=1, batch=1)
     with pytest.raises(LmcError, match="loss of the first checkpoint is nan"):
         verify(huge, plain, tokens)
+    with pytest.raises(LmcError, match="not finite: numbers overflow"):
+        diagnose(open_pair(plain, huge), tokens)
+    with pytest.raises(LmcError, match="look for huge weights"):
+        heal(plain, [huge, plain], tokens, tmp_path / "out", steps=1, batch=1)
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_the_average_of_huge_numbers_is_finite(changed, tmp_path):

@@ -21,6 +21,7 @@ from .images import read_images
 from .tokenizer import load_tokenizer, tokenizer_errors
 
 Given = Data | np.ndarray[Any, Any]  # what is in memory already
+LABELLED = ("label", "tags")  # tasks of texts that come with a label, or with one for each token
 MASKED_SHARE = 0.15  # of the tokens that a masked language model has to guess
 
 
@@ -32,8 +33,40 @@ def read_data(path: str | Path, model: Model, length: int, at_least: int = 1) ->
     """
     if model.spec.image:
         return read_images(path, model, at_least)
+    if model.spec.task in LABELLED:
+        return read_labelled(path, model, at_least)
     tokens = read_tokens(path, model, length, at_least)
     return mask_tokens(tokens, mask_id(model)) if model.spec.task == "masked" else tokens
+
+
+def read_labelled(path: str | Path, model: Model, at_least: int = 1) -> Examples:
+    """Texts with labels: a .npz of `tokens` (n, T) and `labels` (n,), or (n, T) of tokens, -1 where there is none.
+
+    Raises LmcError for another file, and for what the model does not read.
+    """
+    file = Path(path)
+    remedy = "give a .npz file of token ids `tokens` (n, T) and `labels`"
+    if not os.path.exists(file):
+        raise LmcError(f"{file} does not exist; {remedy}")
+    require_memory(require_regular(file, remedy), file)
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            found = Examples(*(_tensor(arrays[name], f"{file}: {name}") for name in ("tokens", "labels")))
+    except LmcError:
+        raise
+    except Exception as error:  # numpy raises a dozen kinds for a damaged file
+        raise LmcError(f"{file} is not readable ({error}); {remedy}") from error
+    if len(found.inputs) != len(found.targets) or len(found.inputs) < at_least:
+        raise LmcError(
+            f"{file} has {len(found.inputs)} texts and {len(found.targets)} labels; "
+            f"as many of each, and at least {at_least}, are needed"
+        )
+    try:
+        data = as_data(found, model)
+    except LmcError as error:
+        raise LmcError(f"{file}: {error}") from error
+    assert isinstance(data, Examples)
+    return data
 
 
 def sequence_length(model: Model, wanted: int | None = None) -> int:
@@ -47,17 +80,18 @@ def as_data(given: Given, model: Model) -> Data:
     """
     spec = model.spec
     if not isinstance(given, Examples):
-        if spec.image or spec.task == "masked":
+        if spec.image or spec.task in ("masked", *LABELLED):
             raise LmcError(f"{spec.family} needs inputs and targets: give Examples(inputs, targets)")
         return _ids(_tensor(given, "the data"), model)
     if not spec.image and spec.task == "causal":
         raise LmcError(f"{spec.family} predicts the next token: give token ids (n, T), not Examples")
     inputs, targets = _tensor(given.inputs, "inputs"), _tensor(given.targets, "targets")
     inputs = _images(inputs, model) if spec.image else _ids(inputs, model)
-    shape = inputs.shape[:1] if spec.image else inputs.shape
+    whole = bool(spec.image) or spec.task == "label"
+    shape = inputs.shape[:1] if whole else inputs.shape
     if targets.shape != shape or targets.is_floating_point():
         raise LmcError(f"targets must be integers of shape {list(shape)}, not {targets.dtype} of {list(targets.shape)}")
-    _require_ids(targets if spec.image else targets[targets != -1], "a target", spec.vocab)
+    _require_ids(targets if whole else targets[targets != -1], "a target", spec.vocab)
     return Examples(inputs, targets.long())
 
 

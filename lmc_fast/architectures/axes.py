@@ -91,13 +91,13 @@ _TABLE: dict[str, tuple[Axis, ...]] = {
     "embed_norm_bias": (_WRITE,),
     "final_norm_bias": (_WRITE,),
     "head": (_FREE, (Index(None), *_READ)),  # it may read several vectors side by side
+    "pooler": (_FREE, _READ),
 }
 _WITH_HEAD_TRANSFORM = {
     "head_transform": (_axis(HEAD_UNITS), _READ),
     "head_norm": (_axis(HEAD_UNITS, move=Move.ORDER),),
     "head_norm_bias": (_axis(HEAD_UNITS),),
     "head": (_FREE, _axis(HEAD_UNITS, move=Move.CONTRA)),
-    "pooler": (_FREE, _READ),
 }
 _WITH_GAIN_PER_HEAD = {
     "q_norm": (_axis("heads", "queries", "qk", move=Move.ORDER),),
@@ -116,6 +116,8 @@ END_WRITERS = tuple(slot for slot, axes in _TABLE.items() if axes == (_WRITE, _F
 
 def axes_of(spec: Spec, slot: str) -> tuple[Axis, ...]:
     """The axes of a slot of this spec, () where no symmetry moves it."""
+    if spec.headless and slot == "head":  # the identity stays what it is
+        return ()
     return _axes(slot, spec.head_transform, spec.attention.qk_norm == "full")
 
 

@@ -14,7 +14,17 @@ _LARGEST = 2**31 - 1
 _LARGEST_HEAD = 2**16
 _SIZES = (
     *("num_attention_heads", "n_head", "num_key_value_heads", "num_kv_heads", "head_dim", "hidden_size", "n_embd"),
-    *("n_heads", "num_heads", "d_model", "n_layers", "num_layers", "max_seq_len", "expansion_ratio"),
+    *(
+        "n_heads",
+        "num_heads",
+        "d_model",
+        "dim",
+        "hidden_dim",
+        "n_layers",
+        "num_layers",
+        "max_seq_len",
+        "expansion_ratio",
+    ),
     *("num_hidden_layers", "n_layer", "vocab_size", "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
     *("max_position_embeddings", "n_positions", "original_max_position_embeddings", "word_embed_proj_dim"),
     *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"),

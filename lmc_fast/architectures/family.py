@@ -41,6 +41,15 @@ class Fold:
 
 
 @dataclass(frozen=True)
+class Head:
+    """What classes of a family have behind the final norm instead of its usual head: classifiers, or nothing."""
+
+    endings: tuple[str, ...]  # class names end in one of these
+    change: Callable[[Spec, Any], Spec]  # the usual head's spec and the config -> this one's
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
 class Family:
     """One model family: how its config becomes a Spec, and the table of its tensors."""
 
@@ -52,7 +61,24 @@ class Family:
     buffers: tuple[str, ...] = ()  # regular expressions of stored tensors that carry no weights
     architectures: tuple[str, ...] = ("ForCausalLM", "LMHeadModel", "Model")  # class names end in one of these
     folds: tuple[Fold, ...] = ()
+    heads: tuple[Head, ...] = ()  # the other ones
     other_names: tuple[tuple[str, str], ...] = ()  # (here, there): parts of names that some checkpoints spell otherwise
+
+    def of_class(self, name: str) -> Family | None:
+        """The family with the head that a class of this name has; None where it is none of its classes."""
+        if name.endswith(self.architectures):
+            return self
+        head = next((head for head in self.heads if name.endswith(head.endings)), None)
+        return None if head is None else self.with_head(head, name)
+
+    def with_head(self, head: Head, name: str) -> Family:
+        ends = tuple(entry for entry in self.ends if not entry.slots[0].startswith(_HEADS)) + head.entries
+        usual = self.spec
+
+        def spec(config: Any) -> Spec:
+            return head.change(usual(config), config)
+
+        return replace(self, spec=spec, ends=ends, architectures=(name,), heads=())
 
     def ties(self, spec: Spec) -> list[tuple[Entry, Entry]]:
         """(copy, original) of the ends that tie_word_embeddings makes one: the head, a bias that is stored twice."""
@@ -77,6 +103,9 @@ class Family:
                 else:
                     rows.append((e.name.format(i=i), e, i))
         return rows
+
+
+_HEADS = ("head", "pooler", "relation")  # slots behind the final norm begin like this
 
 
 def linear(name: str, slot: str) -> tuple[Entry, Entry]:

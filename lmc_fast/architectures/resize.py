@@ -13,10 +13,17 @@ Sizes = dict[str, int]
 
 _KEYS = {  # of config.json, as far as the family has them
     "blocks": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-    "width": ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"),
+    "width": ("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim"),
     "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
     "key/value groups": ("num_key_value_heads", "num_kv_heads"),
-    "FFN units": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "shared_expert_intermediate_size"),
+    "FFN units": (
+        "intermediate_size",
+        "n_inner",
+        "hidden_dim",
+        "ffn_dim",
+        "ffn_hidden_size",
+        "shared_expert_intermediate_size",
+    ),
     "units of an expert": ("intermediate_size", "moe_intermediate_size"),
 }
 _RATIOS = range(1, 65)

@@ -13,6 +13,8 @@ ends   embed (V, d) · positions (P, d) · types (t, d) · patch (d, c·p²), pa
        head_transform (d, d), head_transform_bias, head_norm, head_norm_bias (d,)
        pooler (d, d), pooler_bias (d,), relation (2, d), relation_bias (2,)
 
+A model without a head yields the stream behind its final norm: its head is the identity, and no tensor of a file.
+
 with d width, H heads, G key/value groups, e head_dim, f units, V vocab (or classes), P position rows, E experts,
 x an expert's width, c channels, p patch size. A mixture's always active expert is the ordinary up, gate and down.
 """
@@ -154,12 +156,19 @@ class Spec:
     embed_scale: float = 1.0  # factor on token embeddings
     branch_scale: float = 1.0  # factor on what each branch adds to the stream
     head_scale: float = 1.0  # factor on logits, in front of their soft cap
-    task: str = "causal"  # "causal" or "masked" language model, "image" classifier, "features" of an image or a text
+    # "causal" or "masked" language model, "image" classifier, classifier of a text ("label") or of its tokens
+    # ("tags"), "features" of an image or a text
+    task: str = "causal"
+    headless: bool = False  # its output is what a head would read, and so is the basis of the stream
     image: ImageInput | None = None
     front: int = 0  # class and distillation tokens before the patches
-    pooling: str = ""  # what the head reads: "" every token, "cls", "cls+mean" of the patches, "end" token's place
-    end_token: int = -1  # of pooling "end"; -1: the largest id
-    head_transform: bool = False  # dense, activation and LayerNorm before the head
+    # what the head reads: "" every token, "cls", "cls+mean" of the patches, "mean" of all tokens, the "end" token's
+    # place, the "last" token that is no padding; "raw" the stream as it is and, below it, its normed first row
+    pooling: str = ""
+    end_token: int = -1  # of pooling "end" the token, -1: the largest id; of "last" the padding, -1: none
+    head_transform: bool = False  # dense, activation and perhaps LayerNorm before the head
+    head_activation: str = ""  # of that; empty: the FFN's
+    head_normed: bool = True
     head_softcap: float = 0.0  # c tanh(s/c) on the model's logits; 0: none
 
     def changed(self, **values: Any) -> Spec:
@@ -193,7 +202,10 @@ class Spec:
         if self.image:
             linear["patch"] = (d, self.image.channels * self.image.patch**2)
         if self.head_transform:
-            linear |= {"head_transform": (d, d), "pooler": (d, d), "relation": (2, d)}
+            linear["head_transform"] = (d, d)
+        for slot, shape in (("pooler", (d, d)), ("relation", (2, d))):
+            if slot in self.biases:
+                linear[slot] = shape
         shapes: dict[str, tuple[int, ...]] = dict(linear)
         shapes |= {f"{slot}_bias": shape[:1] for slot, shape in linear.items() if slot in self.biases}
         if experts.count:
@@ -217,7 +229,8 @@ class Spec:
     def _norms(self) -> list[str]:
         norms = ["attn_norm"] + (["ffn_norm"] if not self.norms.shared else [])
         names = {"pre": norms, "branch": [*POST_NORMS], "sandwich": [*norms, *POST_NORMS], "post": [*POST_NORMS]}
-        ends = (["embed_norm"] if self.norms.embedded else []) + (["head_norm"] if self.head_transform else [])
+        ends = ["embed_norm"] if self.norms.embedded else []
+        ends += ["head_norm"] if self.head_transform and self.head_normed else []
         return names[self.norms.placement] + ends + ([] if self.norms.placement == "post" else ["final_norm"])
 
     @property

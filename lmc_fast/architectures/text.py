@@ -1,4 +1,4 @@
-"""Text encoders: BERT, RoBERTa (norms after each branch, masked-token head), and CLIP's text tower."""
+"""Text encoders: BERT and RoBERTa with their relatives (norms after each branch), DistilBERT, ELECTRA, CLIP's tower."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from ..errors import LmcError
 from .family import Entry, Family, linear
+from .heads import encoder_heads, no_head
 from .spec import FFN, Attention, Norms, Spec
 from .vision import clip_block
 
@@ -42,15 +43,56 @@ def _encoder(config: Any, **features: Any) -> Spec:
 
 
 def _roberta(config: Any) -> Spec:
-    if config.hidden_act != "gelu":
-        raise LmcError(
-            f"hidden_act is {config.hidden_act!r}; RoBERTa's head uses gelu whatever it is, so must its blocks"
-        )
     if not isinstance(config.pad_token_id, int) or config.pad_token_id < 0:
         raise LmcError(f"pad_token_id is {config.pad_token_id!r}; RoBERTa counts its positions from there")
     offset = config.pad_token_id + 1
     positions = config.max_position_embeddings - offset
-    return _encoder(config, max_positions=positions, position_offset=offset, pad_token=config.pad_token_id)
+    return _encoder(
+        config,
+        max_positions=positions,
+        position_offset=offset,
+        pad_token=config.pad_token_id,
+        head_activation="gelu",
+    )
+
+
+def _megatron(config: Any) -> Spec:
+    return _encoder(config, norms={"placement": "pre", "embedded": False})
+
+
+def _ernie(config: Any) -> Spec:
+    if config.use_task_id:
+        raise LmcError("ERNIE with use_task_id=true is not supported; use a checkpoint without task embeddings")
+    return _encoder(config)
+
+
+def _electra(config: Any) -> Spec:
+    if config.embedding_size != config.hidden_size:
+        raise LmcError(
+            f"ELECTRA with embeddings of width {config.embedding_size} in a stream of {config.hidden_size} is not "
+            "supported: they lie in a space of their own; use a checkpoint in which both are alike"
+        )
+    return _encoder(config, head_activation="gelu")
+
+
+def _distilbert(config: Any) -> Spec:
+    if config.sinusoidal_pos_embds:
+        raise LmcError("DistilBERT with sinusoidal_pos_embds=true is not supported; use one with learned positions")
+    return Spec(
+        family="distilbert",
+        layers=config.n_layers,
+        width=config.dim,
+        vocab=config.vocab_size,
+        attention=Attention(config.n_heads, config.n_heads, config.dim // config.n_heads, causal=False),
+        ffn=FFN(width=config.hidden_dim, activation=config.activation),
+        max_positions=config.max_position_embeddings,
+        norms=Norms(kind="layernorm", eps=1e-12, placement="post", embedded=True),
+        tied=config.tie_word_embeddings,
+        biases=_LINEAR | {"head", "head_transform"},
+        position_table=True,
+        task="masked",
+        head_transform=True,
+    )
 
 
 def _clip_text(config: Any) -> Spec:
@@ -81,31 +123,36 @@ def _clip_text(config: Any) -> Spec:
     )
 
 
-def _ends(home: str, head: tuple[Entry, ...]) -> tuple[Entry, ...]:
+def _trunk(home: str) -> tuple[Entry, ...]:
+    embeddings = f"{home}.embeddings."
     return (
-        Entry(f"{home}.embeddings.word_embeddings.weight", ("embed",)),
-        Entry(f"{home}.embeddings.position_embeddings.weight", ("positions",)),
-        Entry(f"{home}.embeddings.token_type_embeddings.weight", ("types",)),
-        *linear(f"{home}.embeddings.LayerNorm", "embed_norm"),
-        Entry(f"{home}.pooler.dense.weight", ("pooler",), optional=True),
-        Entry(f"{home}.pooler.dense.bias", ("pooler_bias",), optional=True),
-        *head,
+        Entry(embeddings + "word_embeddings.weight", ("embed",)),
+        Entry(embeddings + "position_embeddings.weight", ("positions",)),
+        Entry(embeddings + "token_type_embeddings.weight", ("types",)),
+        *linear(embeddings + "LayerNorm", "embed_norm"),
     )
 
 
-def _block(home: str) -> tuple[Entry, ...]:
-    layer = f"{home}.encoder.layer.{{i}}."
-    names = {
-        "q": "attention.self.query",
-        "k": "attention.self.key",
-        "v": "attention.self.value",
-        "o": "attention.output.dense",
-        "attn_post_norm": "attention.output.LayerNorm",
-        "up": "intermediate.dense",
-        "down": "output.dense",
-        "ffn_post_norm": "output.LayerNorm",
-    }
+def _pooler(home: str) -> tuple[Entry, ...]:
+    return tuple(Entry(e.name, e.slots, optional=True) for e in linear(f"{home}.pooler.dense", "pooler"))
+
+
+def _layers(layer: str, **names: str) -> tuple[Entry, ...]:
     return tuple(e for slot, name in names.items() for e in linear(layer + name, slot))
+
+
+_QKVO = {
+    "q": "attention.self.query",
+    "k": "attention.self.key",
+    "v": "attention.self.value",
+    "o": "attention.output.dense",
+}
+_FFN = {"up": "intermediate.dense", "down": "output.dense"}
+_POST_NORMS = {"attn_post_norm": "attention.output.LayerNorm", "ffn_post_norm": "output.LayerNorm"}
+
+
+def _block(home: str, norms: dict[str, str]) -> tuple[Entry, ...]:
+    return _layers(f"{home}.encoder.layer.{{i}}.", **_QKVO, **_FFN, **norms)
 
 
 def _untied(spec: Spec) -> bool:
@@ -129,27 +176,100 @@ _ROBERTA_HEAD = (
     Entry("lm_head.bias", ("head_bias",)),
     Entry("lm_head.decoder.bias", ("head_bias",), when=_untied),
 )
+_DENSE_CLASSIFIER = (*linear("classifier.dense", "head_transform"), *linear("classifier.out_proj", "head"))
 _MASKED = ("ForMaskedLM", "ForPreTraining")
 _BUFFERS = (r"embeddings\.position_ids$",)
 
-FAMILIES = (
-    Family(
-        name="bert",
-        spec=_encoder,
-        prefix="bert.",
-        ends=_ends("bert", _BERT_HEAD),
-        block=_block("bert"),
+
+def _bert(
+    name: str, home: str, spec: Any = _encoder, block: tuple[Entry, ...] = (), ends: tuple[Entry, ...] = ()
+) -> Family:
+    return Family(
+        name=name,
+        spec=spec,
+        prefix=f"{home}.",
+        ends=(ends or _trunk(home)) + _pooler(home) + _BERT_HEAD,
+        block=block or _block(home, _POST_NORMS),
         buffers=_BUFFERS,
         architectures=_MASKED,
+        heads=encoder_heads(
+            (*linear(f"{home}.pooler.dense", "head_transform"), *linear("classifier", "head")), "tanh", home=home
+        ),
+    )
+
+
+def _roberta_like(name: str, home: str = "roberta") -> Family:
+    return Family(
+        name=name,
+        spec=_roberta,
+        prefix=f"{home}.",
+        ends=_trunk(home) + _pooler(home) + _ROBERTA_HEAD,
+        block=_block(home, _POST_NORMS),
+        buffers=_BUFFERS,
+        architectures=_MASKED,
+        heads=encoder_heads(_DENSE_CLASSIFIER, "tanh", home=home),
+    )
+
+
+_MEGATRON_NORMS = {"attn_norm": "attention.ln", "ffn_norm": "ln"}
+_MEGATRON_ENDS = tuple(e for e in _trunk("bert") if not e.slots[0].startswith("embed_norm"))
+_DISTIL = "distilbert.embeddings."
+
+FAMILIES = (
+    _bert("bert", "bert"),
+    _bert("ernie", "ernie", _ernie),
+    _bert(
+        "megatron-bert",
+        "bert",
+        _megatron,
+        _block("bert", _MEGATRON_NORMS),
+        _MEGATRON_ENDS + linear("bert.encoder.ln", "final_norm"),
+    ),
+    _roberta_like("roberta"),
+    _roberta_like("xlm-roberta"),
+    _roberta_like("camembert"),
+    _roberta_like("data2vec-text", "data2vec_text"),
+    Family(
+        name="electra",
+        spec=_electra,
+        prefix="electra.",
+        ends=(
+            *_trunk("electra"),
+            *linear("generator_predictions.dense", "head_transform"),
+            *linear("generator_predictions.LayerNorm", "head_norm"),
+            *linear("generator_lm_head", "head"),
+        ),
+        block=_block("electra", _POST_NORMS),
+        buffers=_BUFFERS,
+        architectures=("ForMaskedLM",),
+        heads=encoder_heads(_DENSE_CLASSIFIER, "gelu"),
     ),
     Family(
-        name="roberta",
-        spec=_roberta,
-        prefix="roberta.",
-        ends=_ends("roberta", _ROBERTA_HEAD),
-        block=_block("roberta"),
+        name="distilbert",
+        spec=_distilbert,
+        prefix="distilbert.",
+        ends=(
+            Entry(_DISTIL + "word_embeddings.weight", ("embed",)),
+            Entry(_DISTIL + "position_embeddings.weight", ("positions",)),
+            *linear(_DISTIL + "LayerNorm", "embed_norm"),
+            *linear("vocab_transform", "head_transform"),
+            *linear("vocab_layer_norm", "head_norm"),
+            *linear("vocab_projector", "head"),
+        ),
+        block=_layers(
+            "distilbert.transformer.layer.{i}.",
+            q="attention.q_lin",
+            k="attention.k_lin",
+            v="attention.v_lin",
+            o="attention.out_lin",
+            attn_post_norm="sa_layer_norm",
+            up="ffn.lin1",
+            down="ffn.lin2",
+            ffn_post_norm="output_layer_norm",
+        ),
         buffers=_BUFFERS,
-        architectures=_MASKED,
+        architectures=("ForMaskedLM",),
+        heads=encoder_heads((*linear("pre_classifier", "head_transform"), *linear("classifier", "head")), "relu"),
     ),
     Family(
         name="clip_text_model",
@@ -164,5 +284,6 @@ FAMILIES = (
         block=clip_block("text_model"),
         buffers=_BUFFERS,
         architectures=("CLIPTextModelWithProjection",),
+        heads=(no_head("CLIPTextModel", pooling="end"),),
     ),
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..errors import LmcError
 from .family import Entry, Family, linear
+from .heads import no_head
 from .layouts import PatchConvolution, Plain, Shaped, Stacked
 from .spec import FFN, Attention, ImageInput, Norms, Spec
 
@@ -157,7 +158,24 @@ _CLIP = "vision_model.embeddings."
 _CLASSIFIER = ("ForImageClassification",)
 
 FAMILIES = (
-    Family("vit", vision_spec, _vit_ends("vit"), _vit_block("vit"), "vit.", architectures=_CLASSIFIER),
+    Family(
+        "vit",
+        vision_spec,
+        _vit_ends("vit"),
+        _vit_block("vit"),
+        "vit.",
+        architectures=_CLASSIFIER,
+        heads=(no_head("ViTModel", "vit"),),
+    ),
+    Family(
+        "vit_msn",
+        vision_spec,
+        _vit_ends("vit"),
+        _vit_block("vit"),
+        "vit.",
+        architectures=_CLASSIFIER,
+        heads=(no_head("ViTMSNModel"),),
+    ),
     Family(
         "deit",
         lambda config: vision_spec(config, front=2),
@@ -165,8 +183,17 @@ FAMILIES = (
         _vit_block("deit"),
         "deit.",
         architectures=_CLASSIFIER,
+        heads=(no_head("DeiTModel", "deit"),),
     ),
-    Family("dinov2", _dinov2, _vit_ends("dinov2"), _DINO_BLOCK, "dinov2.", architectures=_CLASSIFIER),
+    Family(
+        "dinov2",
+        _dinov2,
+        _vit_ends("dinov2"),
+        _DINO_BLOCK,
+        "dinov2.",
+        architectures=_CLASSIFIER,
+        heads=(no_head("Dinov2Model", pooling="cls"),),
+    ),
     Family(
         name="clip_vision_model",
         spec=_clip_vision,
@@ -182,5 +209,6 @@ FAMILIES = (
         block=clip_block("vision_model"),
         buffers=(r"embeddings\.position_ids$",),
         architectures=("CLIPVisionModelWithProjection",),
+        heads=(no_head("CLIPVisionModel", pooling="raw"),),
     ),
 )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..architectures import FAMILIES, Family, Fold, Spec
 from ..architectures.checks import check_kind, check_sizes, check_spec
+from ..architectures.heads import NO_HEAD
 from ..architectures.layouts import OfExpert, Plain
 from ..errors import LmcError
 from .coverage import cover
@@ -228,7 +229,9 @@ class Model:
         tables = {}
         for slot in TABLES:
             shape = self.spec.shape(slot)
-            if shape:
+            if shape and slot == "head" and self.spec.headless:
+                tables[slot] = _identity(shape[0], dtype, device)
+            elif shape:
                 tables[slot] = self._table(slot, (shape[0], shape[1]), dtype, device)
         return Weights(replace(self.spec, tied=False), self._load(None, dtype, device), blocks, tables)
 
@@ -257,6 +260,15 @@ class Model:
         return _each(slots, Tensor.contiguous)
 
 
+def _identity(size: int, dtype: torch.dtype, device: torch.device | str) -> Table:
+    """The head of a model that has none."""
+
+    def rows(start: int, stop: int) -> Tensor:
+        return torch.eye(size, dtype=dtype, device=device)[start:stop]
+
+    return Table((size, size), rows)
+
+
 def read_config(checkpoint: Checkpoint) -> tuple[Family, Any]:
     """The family, its configuration as transformers reads it, and what that makes of the model.
 
@@ -281,10 +293,12 @@ def read_config(checkpoint: Checkpoint) -> tuple[Family, Any]:
     names = checkpoint.config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise LmcError(f"{file}: architectures is {names!r}, not a list of class names")
-    if names and not any(name.endswith(family.architectures) for name in names):
-        ends = " or ".join(family.architectures)
+    found = [one for one in map(family.of_class, names) if one]
+    if names and not found:
+        ends = " or ".join((*family.architectures, *(end for head in family.heads for end in head.endings)))
         wanted = "causal language model" if "ForCausalLM" in family.architectures else f"{kind} model with its head"
         raise LmcError(f"{checkpoint.path}: {names[0]} is not a {wanted}; give a checkpoint of a class named ...{ends}")
+    family = found[0] if found else family
     _require_countable(checkpoint)
     require_plain(checkpoint.config, file)
     try:
@@ -298,7 +312,16 @@ def read_config(checkpoint: Checkpoint) -> tuple[Family, Any]:
             config = AutoConfig.from_pretrained(checkpoint.home, trust_remote_code=False)
     except Exception as error:  # transformers validates with many exception types
         raise LmcError(f"{file} is refused by transformers: {_last_line(error)}") from error
+    if names and _lacks_head(names[0], family, checkpoint) and not getattr(config, "tie_word_embeddings", False):
+        family = family.with_head(NO_HEAD, names[0])
     return family, config
+
+
+def _lacks_head(name: str, family: Family, checkpoint: Checkpoint | MemoryCheckpoint) -> bool:
+    """Of a class that may be read as a decoder's trunk or, where its head is tied, as the whole."""
+    trunk = name.endswith("Model") and "Head" not in name and "ForCausalLM" in family.architectures
+    heads = [entry.name for entry in family.ends if entry.slots == ("head",)]
+    return trunk and not any(head in checkpoint for head in heads)
 
 
 def spec_of(family: Family, config: Any, file: Path) -> Spec:

@@ -55,4 +55,4 @@ class Console:
 
 def unit_of(pair: Models) -> str:
     """What a prediction of these models is about."""
-    return {"image": "images", "masked": "masked tokens"}.get(pair.spec.task, "tokens")
+    return {"image": "images", "masked": "masked tokens", "label": "texts"}.get(pair.spec.task, "tokens")

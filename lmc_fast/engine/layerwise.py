@@ -49,7 +49,7 @@ def embed_some(weights: Weights, inputs: Tensor) -> Tensor:
 
 
 def head_inputs(weights: Weights, data: Data, batch: int) -> Tensor:
-    """What the head reads wherever `data` asks for a prediction, or of towers for every input: (n, d).
+    """What the head reads wherever `data` asks for a prediction, or of features for every input (and token): (n, d).
 
     As model.prediction_rows, but with one block at a time in memory, and `batch` inputs going through it together.
     """
@@ -60,4 +60,5 @@ def head_inputs(weights: Weights, data: Data, batch: int) -> Tensor:
     for index in range(spec.layers):
         walk.advance_all(index)
     read = [head_input(spec, weights.ends, x, y) for x, y in zip(walk.streams, inputs, strict=True)]
-    return torch.cat([x if whole else target_rows(x, part) for x, part in zip(read, parts, strict=True)])
+    rows = [x.flatten(0, -2) if whole else target_rows(x, part) for x, part in zip(read, parts, strict=True)]
+    return torch.cat(rows)

@@ -61,21 +61,48 @@ def final_stream(weights: Weights, inputs: Tensor) -> Tensor:
 
 
 def head_input(spec: Spec, w: Slots, x: Tensor, inputs: Tensor) -> Tensor:
-    """Stream behind the last block -> what the head reads: (batch, T, d), or (batch, d or 2d) one vector for all."""
+    """Stream behind the last block -> what the head reads: (batch, T, d), or (batch, d or 2d) one vector for all.
+
+    Without a head (batch, T + 1, d) where there is a pooled output: it lies below the others.
+    """
+    if spec.pooling == "raw":
+        return torch.cat([x, norm(spec, w, "final_norm", x[:, :1])], dim=1)
     x = x if spec.norms.placement == "post" else norm(spec, w, "final_norm", x)
     if spec.head_scale != 1:
         x = x * spec.head_scale
+    if spec.headless:
+        return _with_pooled(spec, w, x, inputs)
+    x = _pooled(spec, x, inputs)
     if spec.head_transform:
-        x = ACTIVATIONS[spec.ffn.activation](F.linear(x, w["head_transform"], w["head_transform_bias"]))
-        return norm(spec, w, "head_norm", x)
+        activation = ACTIVATIONS[spec.head_activation or spec.ffn.activation]
+        x = activation(F.linear(x, w["head_transform"], w.get("head_transform_bias")))
+        return norm(spec, w, "head_norm", x) if spec.head_normed else x
+    return x
+
+
+def _with_pooled(spec: Spec, w: Slots, x: Tensor, inputs: Tensor) -> Tensor:
+    """The normed stream and, below it, what the model makes one vector of each input, if it does."""
+    if "pooler" in w:
+        return torch.cat([x, F.linear(x[:, :1], w["pooler"], w["pooler_bias"]).tanh()], dim=1)
+    return torch.cat([x, _pooled(spec, x, inputs)[:, None]], dim=1) if spec.pooling else x
+
+
+def _pooled(spec: Spec, x: Tensor, inputs: Tensor) -> Tensor:
+    """Of the normed stream (batch, T, d), what is read of it: all, or one vector for each input."""
     if spec.pooling == "cls":
         return x[:, 0]
+    if spec.pooling == "mean":
+        return x.mean(1)
     if spec.pooling == "cls+mean":
         return torch.cat([x[:, 0], x[:, spec.front :].mean(1)], dim=-1)
     if spec.pooling == "end":
         end = inputs.argmax(1) if spec.end_token < 0 else (inputs == spec.end_token).int().argmax(1)
-        return x[torch.arange(len(x), device=x.device), end]
-    return x
+    elif spec.pooling == "last":
+        places = torch.arange(inputs.shape[1], device=x.device)
+        end = (places * (inputs != spec.end_token)).argmax(1)
+    else:
+        return x
+    return x[torch.arange(len(x), device=x.device), end]
 
 
 def last_hidden(weights: Weights, inputs: Tensor) -> Tensor:

@@ -144,9 +144,9 @@ class Pass:
         """Whether the head's rows are interpolated as weights, and not applied to a stream for each member.
 
         In multiply-adds for each of the head's weights, of N tokens: a further stream takes N (2 N with gradients),
-        weights take d (N + 2 d).
+        weights take d (N + 2 d). Behind a transform the head reads channels that no rotation moves.
         """
-        if not self.turns or shares[0] == 1:
+        if not self.turns or shares[0] == 1 or self.spec.head_transform:
             return True
         tokens = sum(item.count for item in self.items if item.shares == shares)
         return self.route == "weight" and tokens > WHOLE_HEAD[self.learns] * self.spec.width

@@ -37,7 +37,7 @@ def curve_between(
     known |= {end: found[end] for end in (0.0, 1.0) if end in found}
     scores = [(known | found)[place] for place in lambdas]
     accuracies = None
-    if isinstance(tokens, Examples) and a.spec.task == "image":
+    if isinstance(tokens, Examples) and a.spec.task in ("image", "label", "tags"):
         accuracies = [score.accuracy for score in scores]
     errors = _errors(lambdas, [score.inputs for score in scores])
     return Curve(lambdas, [score.loss for score in scores], name, accuracies, errors)

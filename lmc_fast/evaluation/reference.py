@@ -26,7 +26,20 @@ from ..errors import LmcError
 from ..examples import Data, inputs_of
 
 _AUTO = {"causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM", "image": "AutoModelForImageClassification"}
-OUTPUTS = ("logits", "image_embeds", "text_embeds")
+
+
+def output_of(out: Any) -> Tensor:
+    """What a class without a language model's head computes: (n, V), or (n, T, V) of tokens.
+
+    Of models without any head: the last hidden state, and below it the pooled output, if there is one.
+    """
+    for name in ("logits", "image_embeds", "text_embeds"):
+        if getattr(out, name, None) is not None:
+            return getattr(out, name)
+    if getattr(out, "start_logits", None) is not None:
+        return torch.stack([out.start_logits, out.end_logits], -1)
+    hidden, pooled = out.last_hidden_state, getattr(out, "pooler_output", None)
+    return hidden if pooled is None else torch.cat([hidden, pooled[:, None]], 1)
 
 
 class Unreadable(Exception):
@@ -223,7 +236,7 @@ class Reference:
     def head_inputs(self, data: Data, batch: int) -> Tensor:
         """As Answering; of models whose whole output is small, that."""
         if self.head is None:
-            return torch.cat([self._outputs(inputs_of(part)) for part in data.split(batch)])
+            return torch.cat([self._picked(self._outputs(inputs_of(part)), part) for part in data.split(batch)])
         return torch.cat(
             [target_rows(self._hidden(model_inputs(part)), part) for part in data.to(self.device).split(batch)]
         )
@@ -256,8 +269,10 @@ class Reference:
         """Logits or features (n, V) of token ids (n, T) or images (n, c, size, size)."""
         name, dtype = ("pixel_values", self._dtype) if inputs.is_floating_point() else ("input_ids", torch.int64)
         with _unreadable():
-            out = self.model(**{name: inputs.to(self.device, dtype)})
-            return next(found for name in OUTPUTS if (found := getattr(out, name, None)) is not None)
+            return output_of(self.model(**{name: inputs.to(self.device, dtype)}))
+
+    def _picked(self, out: Tensor, data: Data) -> Tensor:
+        return out.flatten(0, -2) if self.task == "features" else target_rows(out, data)
 
     def _hidden(self, tokens: Tensor) -> Tensor:
         """Token ids (n, T) -> what the trunk of a language model gives its head (n, T, d)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -10,8 +10,8 @@ from torch import Tensor
 from ..checkpoints import Stock
 from ..engine.model import model_inputs, target_rows
 from ..errors import LmcError
-from ..examples import Data
-from .reference import OUTPUTS, Unreadable, quiet, version
+from ..examples import Data, inputs_of
+from .reference import Unreadable, output_of, quiet, version
 
 
 class WholeReference:
@@ -51,8 +51,8 @@ class WholeReference:
             yield start, rows[:, start : start + columns]
 
     def _rows(self, data: Data) -> Tensor:
-        inputs = model_inputs(data)
+        inputs = inputs_of(data) if self.task == "features" else model_inputs(data)
         name, dtype = ("pixel_values", self._dtype) if inputs.is_floating_point() else ("input_ids", torch.int64)
-        out = self.model(**{name: inputs.to(dtype=dtype)})
-        found: Sequence[Tensor] = [y for key in OUTPUTS if (y := getattr(out, key, None)) is not None]
-        return target_rows(found[0], data)[..., : self._columns]
+        found = output_of(self.model(**{name: inputs.to(dtype=dtype)}))
+        rows = found.flatten(0, -2) if self.task == "features" else target_rows(found, data)
+        return rows[..., : self._columns]

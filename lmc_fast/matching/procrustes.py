@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..architectures import Spec
 from ..solvers import solve_assignments
-from ..symmetry.groups import FIXING_ONES, ORTHOGONAL, PERMUTATION, query_key_maps, residual_group, value_maps
+from ..symmetry.groups import FIXED, FIXING_ONES, ORTHOGONAL, PERMUTATION, query_key_maps, residual_group, value_maps
 from ..symmetry.transform import rotary_map
 
 
@@ -43,6 +43,8 @@ def nearest_signed_permutation(x: Tensor, gains: Tensor | None = None, one_sign:
 def residual_rotation(spec: Spec, x: Tensor, gains: Tensor | None = None) -> Tensor:
     """The legal residual element R that maximises tr(Rᵀ x), and tr(|R|ᵀ gains) where gains lie in the stream."""
     group = residual_group(spec)
+    if group == FIXED:
+        return torch.eye(len(x), dtype=x.dtype, device=x.device)
     if group == FIXING_ONES:
         return nearest_rotation_fixing_ones(x)
     if group == ORTHOGONAL:

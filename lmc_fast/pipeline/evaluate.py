@@ -15,7 +15,7 @@ from ..budget.devices import device_errors, require_device
 from ..budget.meter import UNCERTAIN, counted_bytes, return_freed_memory
 from ..budget.stages import POINTS, Stages, TooSmall
 from ..checkpoints import Model, Place
-from ..data import Given, as_data
+from ..data import LABELLED, Given, as_data
 from ..engine.evaluate import Score
 from ..errors import LmcError
 from ..evaluation import Curve, Difference, Simplex, curve_between, difference, simplex_between
@@ -234,4 +234,9 @@ def _inputs(x: Model, y: Model) -> Data:
         return Examples(torch.randn(shape, generator=generator), torch.randint(spec.vocab, (8,), generator=generator))
     length = min(128, spec.max_positions, y.spec.max_positions)
     tokens = torch.randint(spec.table or spec.vocab, (8, length), generator=generator)
-    return Examples(tokens, tokens) if spec.task == "masked" else tokens
+    if spec.task == "masked":
+        return Examples(tokens, tokens)
+    if spec.task in LABELLED:
+        shape = tokens.shape if spec.task == "tags" else (len(tokens),)
+        return Examples(tokens, torch.randint(spec.vocab, shape, generator=generator))
+    return tokens

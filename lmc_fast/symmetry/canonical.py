@@ -22,7 +22,7 @@ from ..errors import LmcError
 from .groups import folds_value_bias, hides_head_mean, hides_key_bias, resolves_embedding
 
 LAYER_SCALES = (("attn_scale", "o"), ("ffn_scale", "down"))  # (factor on what a branch adds, its writer)
-_BEFORE_HEAD = ("final_norm", "head_norm")
+HEAD_READERS = ("head_transform", "pooler")  # of the final norm, where the head reads a transform of it
 _MOST_SHARE = 0.75  # of a squared gain that the variance behind a norm may be, for the table to be solved well
 
 
@@ -48,7 +48,9 @@ def canonicalize(weights: Weights, like: Weights | None = None) -> Weights:
 def norm_read_by(spec: Spec, slot: str) -> str | None:
     """The norm whose gain moves into a slot, because the slot alone, or with others, reads what it yields."""
     if slot == "head":
-        return next((name for name in _BEFORE_HEAD if name in spec.shapes), None)
+        return _norm_before_head(spec)
+    if slot in ("head_transform", "pooler"):
+        return "final_norm" if slot in HEAD_READERS and folds_final_norm(spec) else None
     if slot not in BLOCK_READERS:
         return None
     norm = "attn_norm" if spec.norms.shared or slot in ATTN_READERS else "ffn_norm"
@@ -57,6 +59,8 @@ def norm_read_by(spec: Spec, slot: str) -> str | None:
 
 def centred_axis(spec: Spec, slot: str) -> int | None:
     """The axis of a matrix along which its mean is subtracted: the stream's, or one that no output can see."""
+    if spec.pooling == "raw":
+        return None  # every channel's mean is seen
     layernorm, placement = spec.norms.kind == "layernorm", spec.norms.placement
     if slot in ("o", "down"):
         return 0 if layernorm and placement in ("pre", "post") else None
@@ -114,7 +118,9 @@ class Survey:
 def canonical_ends(spec: Spec, ends: Slots, survey: Survey) -> Slots:
     """Embeddings, final norm and head in canonical form, each row of a table by itself; the input is not changed."""
     w = dict(ends)
-    norm = _norm_before_head(ends)
+    norm = _norm_before_head(spec)
+    if folds_final_norm(spec):
+        _absorb(w, "final_norm", HEAD_READERS)
     if norm:
         w["head"] = w["head"] * _for_reader(w[norm], w["head"])
         w[norm] = torch.ones_like(w[norm])
@@ -138,7 +144,7 @@ def _survey(weights: Weights, like: Weights | None = None) -> Survey:
     spec, ends = weights.spec, {name: t.double() for name, t in weights.small_ends.items()}
     head = weights.table("head")
     assert head is not None
-    norm, bias, gain_of_embed = _norm_before_head(ends), ends.get("head_bias"), None
+    norm, bias, gain_of_embed = _norm_before_head(spec), ends.get("head_bias"), None
     shift = ends.get(f"{norm}_bias")
     norm_bias = shift
     if norm and shift is not None:
@@ -163,8 +169,15 @@ def _survey(weights: Weights, like: Weights | None = None) -> Survey:
     return Survey(norm_bias, bias, mean, gain_of_embed)
 
 
-def _norm_before_head(ends: Slots) -> str | None:
-    return next((name for name in _BEFORE_HEAD if name in ends), None)
+def _norm_before_head(spec: Spec) -> str | None:
+    """The norm whose gain the head takes: none where a transform stands between, or where nothing is a head."""
+    name = "head_norm" if spec.head_transform else "final_norm"
+    return name if name in spec.shapes and not spec.headless else None
+
+
+def folds_final_norm(spec: Spec) -> bool:
+    """The final norm's gain goes into a transform in front of the head."""
+    return spec.head_transform and "final_norm" in spec.shapes
 
 
 def _for_reader(of_norm: Tensor, reader: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ ORTHOGONAL = "orthogonal"  # O(d)
 FIXING_ONES = "orthogonal, fixing the ones vector"  # R 1 = ±1
 SIGNED = "signed permutation"
 PERMUTATION = "permutation"  # one permutation, or its negative
+FIXED = "identity"
 
 
 def residual_group(spec: Spec) -> str:
@@ -37,6 +38,8 @@ def residual_group(spec: Spec) -> str:
     A norm's gain in the stream's own path cannot be folded away, and only moves with coordinates. One norm of token
     embeddings alone can: the embedding table is solved anew behind it (see canonical).
     """
+    if spec.headless:
+        return FIXED
     if spec.norms.placement == "pre" and not _stream_is_normed(spec):
         return FIXING_ONES if spec.norms.kind == "layernorm" else ORTHOGONAL
     return PERMUTATION if spec.norms.kind == "layernorm" else SIGNED
@@ -137,6 +140,8 @@ def _absorption(spec: Spec) -> tuple[bool, str, str]:
 
 def _residual(spec: Spec) -> tuple[bool, str, str]:
     kind, d = residual_group(spec), spec.width
+    if kind == FIXED:
+        return False, "any change of basis", "the stream is the output: whoever reads it expects this basis"
     if kind == ORTHOGONAL:
         return True, f"O({d})", "RMSNorm sees only the length"
     if kind == FIXING_ONES:

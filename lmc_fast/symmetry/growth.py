@@ -53,8 +53,12 @@ def obstacle(small: Spec, large: Spec) -> str | None:
             f"{a.kv_heads} groups of {a.queries_per_group} heads find no room in {b.kv_heads} groups of "
             f"{b.queries_per_group}"
         )
+    if "width" in more and small.headless:
+        return "width cannot grow: the stream is the output, which would be wider"
     if "width" in more and small.norms.kind == "layernorm" and not rotates(small):
         return f"width cannot grow: LayerNorm subtracts the mean of a stream that has one ({residual_group(small)})"
+    if "width" in more and small.head_transform and small.head_normed:
+        return "width cannot grow: the norm in front of its head sees all channels"
     if "blocks" in more and small.norms.placement == "post":
         return "blocks cannot be added: behind every block a norm changes the stream"
     if "blocks" in more and place_evenly(small, large) is None:

@@ -12,6 +12,7 @@ from ..architectures.axes import HEAD_UNITS, MODEL_SPACES, STREAM, batch_of, siz
 from ..errors import LmcError
 from .elements import Dense, Element, Elements, Identity, Scale, Wreath
 from .groups import (
+    FIXED,
     FIXING_ONES,
     PERMUTATION,
     heads_move,
@@ -89,6 +90,12 @@ class _Check:
             return
         signed = isinstance(g, Wreath) and self.signs_only(g)
         self.require(signed, f"{at}: the stream has gains, so that only a signed permutation may act on it")
+        if residual_group(self.spec) == FIXED:
+            assert isinstance(g, Wreath)
+            still = bool((_image_of_ones(g) == 1).all()) and torch.equal(
+                g.places, torch.arange(len(g.places)).to(g.places)
+            )
+            self.require(still, f"{at}: the stream is the output, so that nothing may act on it")
         if residual_group(self.spec) == PERMUTATION:
             self.require(_one_sign(_image_of_ones(g)), "LayerNorm in the stream allows one sign for all channels")
 

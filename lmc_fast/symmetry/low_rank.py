@@ -13,7 +13,7 @@ from ..architectures import Spec
 from ..architectures.axes import BLOCK_READERS
 from ..checkpoints.lazy import Slots
 from ..checkpoints.low_rank import LowRank
-from .canonical import LAYER_SCALES, centred_axis, for_each_query, norm_read_by, signs_of_gain
+from .canonical import HEAD_READERS, LAYER_SCALES, centred_axis, for_each_query, norm_read_by, signs_of_gain
 from .elements import Elements
 from .groups import folds_value_bias
 from .transform import apply_to_axis
@@ -63,6 +63,8 @@ def _in_front(spec: Spec, w: Slots, slot: str, norm: str | None) -> Tensor | Non
     shift = w.get(f"{norm}_bias")
     if norm is None or shift is None or not (shift != 0).any():
         return None
-    readers = ("head",) if slot == "head" else tuple(s for s in BLOCK_READERS if norm_read_by(spec, s) == norm)
+    readers: tuple[str, ...] = tuple(s for s in BLOCK_READERS if norm_read_by(spec, s) == norm)
+    if slot == "head" or slot in HEAD_READERS:
+        readers = ("head",) if slot == "head" else HEAD_READERS
     taken = all(f"{reader}_bias" in w for reader in readers if reader in spec.shapes)
     return shift if taken else None

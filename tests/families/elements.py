@@ -19,7 +19,7 @@ from lmc_fast.symmetry.elements import Dense, Element, Wreath, orthogonal, units
 
 @dataclass(frozen=True)
 class Known:
-    residual: str  # "any", "ones", "signed", "plain"
+    residual: str  # "any", "ones", "signed", "plain", "fixed"
     qk: str = "rope"  # "rope" scaled rotations and GL on the rest, "turns", "signs"
     vo: str = "gl"  # or "signed"
     heads: bool = True
@@ -101,6 +101,23 @@ KNOWN = {
     "bert": Known("plain"),
     "bert-pretraining": Known("plain"),
     "roberta": Known("plain"),
+    **dict.fromkeys(("ernie-bert", "camembert", "data2vec-text", "electra", "distilbert"), Known("plain")),
+    "xlm-roberta": Known("plain", scale="positive"),
+    "megatron-bert": Known("ones"),
+    "vit-msn": _VIT,
+    **dict.fromkeys(("bert-label", "bert-tags", "bert-answers", "bert-score", "xlmr-label"), Known("plain")),
+    **dict.fromkeys(("electra-label", "distilbert-label"), Known("plain")),
+    "megatron-label": Known("ones"),
+    "gpt2-label": Known("ones"),
+    "llama-label": _LLAMA,
+    "llama-headless": Known("fixed", scale="any"),
+    **dict.fromkeys(
+        (
+            *("bert-headless", "megatron-headless", "xlmr-headless", "electra-headless", "distilbert-headless"),
+            *("vit-headless", "deit-headless", "dinov2-headless", "clip-vision-headless", "clip-text-headless"),
+        ),
+        Known("fixed"),
+    ),
 }
 
 
@@ -137,6 +154,8 @@ class Random:
             return rotation_fixing_ones(n, self.seed)
         if kind == "signed":
             return self.signed(n)
+        if kind == "fixed":
+            return torch.eye(n, dtype=torch.float64)
         return self.signs(1) * torch.eye(n, dtype=torch.float64)[self.places(n)]
 
     def query_key(self, kind: str, e: int, rotary: int) -> Tensor:

@@ -8,10 +8,10 @@ import transformers
 import zoo
 
 KEYS = {
-    "width": ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"),
+    "width": ("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim"),
     "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
     "groups": ("num_key_value_heads", "num_kv_heads"),
-    "ffn": ("intermediate_size", "ffn_dim", "ffn_hidden_size", "moe_intermediate_size", "n_inner"),
+    "ffn": ("intermediate_size", "hidden_dim", "ffn_dim", "ffn_hidden_size", "moe_intermediate_size", "n_inner"),
     "shared": ("shared_expert_intermediate_size",),
     "depth": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
     "experts": ("num_experts", "num_local_experts"),

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import zoo
+from elements import KNOWN
 from sizes import enlarge
 
 from lmc_fast import LmcError
@@ -15,9 +16,11 @@ from lmc_fast.symmetry.grown import GrownModel, alike
 
 EVERYTHING = {"width": 48, "heads": 2.0, "groups": 2.0, "ffn": 52, "shared": 36, "depth": 4}
 SOME = {  # where not everything can grow
-    "bert": {"ffn": 52},
-    "bert-pretraining": {"ffn": 52},
-    "roberta": {"ffn": 52},
+    **{name: {"ffn": 52} for name, known in KNOWN.items() if known.residual == "plain"},
+    **{name: {"ffn": 52, "depth": 3} for name, known in KNOWN.items() if known.residual == "fixed"},
+    **{name: {"ffn": 52} for name in ("bert-headless", "xlmr-headless", "electra-headless", "distilbert-headless")},
+    "megatron-bert": {"ffn": 52, "depth": 3},
+    "megatron-label": {"width": 48, "heads": 2.0, "ffn": 52, "depth": 3},
     "clip-vision": {"ffn": 52, "depth": 3},
     "falcon-rw": {"ffn": 108, "depth": 3},
     **{name: {"width": 48, "depth": 3} for name in ("bloom", "mpt", "mpt-clipped")},
@@ -86,6 +89,8 @@ def test_and_shrinks_back(name, tmp_path):
         ("llama", {"head_dim": 16}, "RoPE turns each dimension at its own speed"),
         ("bert", {"width": 48, "heads": 6}, "LayerNorm subtracts the mean of a stream that has one"),
         ("clip-vision", {"width": 48, "heads": 6}, "LayerNorm subtracts the mean of a stream that has one"),
+        ("megatron-bert", {"width": 48, "heads": 6}, "the norm in front of its head sees all channels"),
+        ("llama-headless", {"width": 48, "heads": 8}, "the stream is the output, which would be wider"),
         ("roberta", {"depth": 3}, "behind every block a norm changes the stream"),
         ("bloom", {"width": 48, "heads": 6}, "ALiBi's slopes depend on how many heads there are"),
         ("falcon-rw", {"width": 48}, "ALiBi's penalty depends on it"),

@@ -79,10 +79,48 @@ def test_masked_language_models_from_align_to_merge(ends, tmp_path, capsys):
     assert zoo.reference(tmp_path / "merged", zoo.inputs("bert")).shape == (3, 20, 40)
 
 
-@pytest.mark.parametrize("name", ["clip-vision", "clip-text"])
+@pytest.mark.parametrize(("name", "each"), [("bert-label", ()), ("gpt2-label", ()), ("bert-tags", (16,))])
+def test_classifiers_of_texts_from_align_to_merge(name, each, ends, tmp_path, capsys):
+    a, b = ends(name)
+    draw = np.random.default_rng(3)
+    data = tmp_path / "data.npz"
+    np.savez(data, tokens=draw.integers(0, 40, (40, 16)), labels=draw.integers(0, 5, (40, *each)))
+    options = ["--data", str(data), "--test", str(data), "--steps", "3", "--batch", "8"]
+    assert main(["align", str(a), str(b), *options, "--out", str(tmp_path / "out"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["curves"][0]["accuracies"]) == 3
+    for side, original in (("a", a), ("b", b)):
+        assert main(["verify", str(original), str(tmp_path / "out" / side), "--quiet"]) == 0
+    assert main(["verify", str(a), str(b), "--quiet"]) == 1
+    assert (
+        main(["merge", *(str(tmp_path / "out" / side) for side in "ab"), "--out", str(tmp_path / "m"), "--quiet"]) == 0
+    )
+    assert zoo.reference(tmp_path / "m", zoo.inputs(name)).shape == (3, *((20,) if each else ()), 5)
+
+
+def test_labelled_texts_that_are_refused(checkpoint_of, tmp_path):
+    model, tokens = Model(checkpoint_of("bert-label")), np.zeros((2, 8), np.int64)
+
+    def refused(words, **arrays):
+        np.savez(tmp_path / "bad.npz", **arrays)
+        with pytest.raises(lmc.LmcError, match=words):
+            read_data(tmp_path / "bad.npz", model, 8)
+
+    refused("labels", tokens=tokens)
+    refused("2 texts and 1 labels", tokens=tokens, labels=np.array([0]))
+    refused("a target is 9, outside", tokens=tokens, labels=np.array([0, 9]))
+    refused("a token id is 90, outside", tokens=tokens + 90, labels=np.array([0, 1]))
+    refused("targets must be integers of shape", tokens=tokens, labels=tokens)
+    (tmp_path / "text.txt").write_text("w1 w2")
+    for file in ("text.txt", "none.npz"):
+        with pytest.raises(lmc.LmcError, match=r"give a \.npz file of token ids"):
+            read_data(tmp_path / file, model, 8)
+
+
+@pytest.mark.parametrize("name", ["clip-vision", "clip-text", "clip-vision-headless", "bert-headless", "bert-answers"])
 def test_towers_are_matched_without_a_loss(name, ends, tmp_path):
     a, b = ends(name)
-    if name == "clip-vision":
+    if name.startswith("clip-vision"):
         data = write_images(tmp_path / "data.npz")
     else:
         data = tmp_path / "ids.npy"
@@ -202,10 +240,10 @@ def test_what_is_refused_says_what_to_do(ends, tmp_path):
         refused(a, "quantised", method, "original")
     edit_config(a, quantization_config=None, model_type="gemma3", text_config={}, vision_config={})
     refused(a, "nests several models", "text_config", "save_pretrained")
-    edit_config(a, model_type="qwen2", architectures=["Qwen2ForSequenceClassification"])
+    edit_config(a, model_type="qwen2", architectures=["Qwen2ForMultipleChoice"])
     refused(a, "not a causal language model")
     zoo.write("dinov2", tmp_path / "tower")
-    edit_config(tmp_path / "tower", architectures=["Dinov2Model"])
+    edit_config(tmp_path / "tower", architectures=["Dinov2Backbone"])
     refused(tmp_path / "tower", "not a dinov2 model with its head", "ForImageClassification")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     refused(tmp_path / "model.gguf", "GGUF", "save_pretrained")

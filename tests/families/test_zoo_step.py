@@ -28,6 +28,9 @@ def batch_of(name, spec, seed):
     if spec.task == "masked":
         target = torch.where(torch.rand(inputs.shape, generator=generator) < 0.3, inputs, -1)
         return Examples(inputs, target)
+    if spec.task == "tags":
+        target = torch.randint(spec.vocab, inputs.shape, generator=generator)
+        return Examples(inputs, target.masked_fill(torch.rand(inputs.shape, generator=generator) < 0.3, -1))
     return Examples(inputs.roll(seed, 0), torch.randint(spec.vocab, (len(inputs),), generator=generator))
 
 

@@ -35,6 +35,7 @@ def distance(x, y):
 def test_the_group_follows_from_the_features(name, checkpoint_of):
     spec, known = Model(checkpoint_of(name)).spec, KNOWN[name]
     residual = {"any": "orthogonal", "ones": "orthogonal, fixing the ones vector", "signed": "signed permutation"}
+    residual["fixed"] = "identity"
     assert residual_group(spec) == residual.get(known.residual, "permutation")
     assert query_key_maps(spec) == {"rope": "general"}.get(known.qk, known.qk)
     assert value_maps(spec) == {"gl": "general"}.get(known.vo, known.vo)
@@ -110,8 +111,10 @@ def _illegal(name, spec, element):
     def each(make):
         return torch.stack([make() for _ in range(groups)])
 
-    for kind in ("any", "ones", "signed"):
+    for kind in ("any", "ones", "signed", "plain"):
+        all_kinds = ("any", "ones", "signed", "plain")
         wider = {"any": (), "ones": ("any", "signed"), "signed": ("any", "ones"), "plain": ("any", "ones", "signed")}
+        wider["fixed"] = all_kinds
         if kind in wider[known.residual]:
             stream = orthogonal(draw.residual(kind, spec.width))
             yield f"residual {kind}", Transform(element.model | {"stream": stream}, element.blocks)

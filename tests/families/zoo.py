@@ -64,6 +64,22 @@ _BERT = {
     "type_vocab_size": 2,
     "pad_token_id": 1,
 }
+_DISTIL = {
+    "vocab_size": VOCAB,
+    "dim": 24,
+    "n_layers": 2,
+    "n_heads": 3,
+    "hidden_dim": 40,
+    "max_position_embeddings": 32,
+}
+_CLIP_TEXT = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 32,
+}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 
 
@@ -294,9 +310,7 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     "clip-text": _of(
         "CLIPTextConfig",
         "CLIPTextModelWithProjection",
-        {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40},
-        vocab_size=VOCAB,
-        max_position_embeddings=32,
+        _CLIP_TEXT,
         projection_dim=12,
         eos_token_id=0,
         bos_token_id=1,
@@ -305,20 +319,55 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     "clip-text-argmax": _of(
         "CLIPTextConfig",
         "CLIPTextModelWithProjection",
-        {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40},
-        vocab_size=VOCAB,
-        max_position_embeddings=32,
+        _CLIP_TEXT,
         projection_dim=12,
         eos_token_id=2,
     ),
     "bert": _of("BertConfig", "BertForMaskedLM", _BERT),
     "bert-pretraining": _of("BertConfig", "BertForPreTraining", _BERT),
     "roberta": _of("RobertaConfig", "RobertaForMaskedLM", _BERT),
+    "ernie-bert": _of("ErnieConfig", "ErnieForMaskedLM", _BERT),
+    "megatron-bert": _of("MegatronBertConfig", "MegatronBertForMaskedLM", _BERT),
+    "xlm-roberta": _of("XLMRobertaConfig", "XLMRobertaForMaskedLM", _BERT, hidden_act="relu"),
+    "camembert": _of("CamembertConfig", "CamembertForMaskedLM", _BERT),
+    "data2vec-text": _of("Data2VecTextConfig", "Data2VecTextForMaskedLM", _BERT),
+    "electra": _of("ElectraConfig", "ElectraForMaskedLM", _BERT, embedding_size=24),
+    "distilbert": _of("DistilBertConfig", "DistilBertForMaskedLM", _DISTIL),
+    "vit-msn": _of("ViTMSNConfig", "ViTMSNForImageClassification", _VISION, _LABELS),
+    **{
+        f"{name}-{kind}": _of(config, model, options, *([_LABELS] if kind in ("label", "tags") else []))
+        for name, config, options, models in (
+            ("bert", "BertConfig", _BERT, ("BertModel", "BertForSequenceClassification", "BertForTokenClassification")),
+            ("megatron", "MegatronBertConfig", _BERT, ("MegatronBertModel", "MegatronBertForSequenceClassification")),
+            ("xlmr", "XLMRobertaConfig", _BERT, ("XLMRobertaModel", "XLMRobertaForSequenceClassification")),
+            (
+                "electra",
+                "ElectraConfig",
+                _BERT | {"embedding_size": 24},
+                ("ElectraModel", "ElectraForSequenceClassification"),
+            ),
+            ("distilbert", "DistilBertConfig", _DISTIL, ("DistilBertModel", "DistilBertForSequenceClassification")),
+            ("llama", "LlamaConfig", _DECODER, ("LlamaModel", "LlamaForSequenceClassification")),
+            ("gpt2", "GPT2Config", _GPT | {"pad_token_id": 3}, (None, "GPT2ForSequenceClassification")),
+            ("vit", "ViTConfig", _VISION, ("ViTModel",)),
+            ("deit", "DeiTConfig", _VISION, ("DeiTModel",)),
+            ("dinov2", "Dinov2Config", _VISION | {"mlp_ratio": 2}, ("Dinov2Model",)),
+            ("clip-vision", "CLIPVisionConfig", _VISION, ("CLIPVisionModel",)),
+            ("clip-text", "CLIPTextConfig", _CLIP_TEXT | {"eos_token_id": 0}, ("CLIPTextModel",)),
+        )
+        for kind, model in zip(("headless", "label", "tags"), models, strict=False)
+        if model
+    },
+    "bert-answers": _of("BertConfig", "BertForQuestionAnswering", _BERT),
+    "bert-score": _of("BertConfig", "BertForSequenceClassification", _BERT, num_labels=1),
 }
 
 
 # nothing but names and layouts is new in these: what depends on values alone is tested with the others
 ROWS_ONLY = {
+    *("ernie-bert", "xlm-roberta", "camembert", "data2vec-text", "electra", "vit-msn", "xlmr-headless", "xlmr-label"),
+    *("electra-headless", "electra-label", "distilbert-headless", "llama-headless", "gpt2-label", "deit-headless"),
+    *("megatron-headless", "bert-answers", "bert-score", "clip-text-headless", "dinov2-headless"),
     *("ministral", "cwm", "seed-oss", "helium", "ernie", "jais2", "starcoder2", "glm", "glm4", "exaone4", "vaultgemma"),
     *(
         "granitemoe",
@@ -349,7 +398,7 @@ def write(name: str, directory: Path, seed: int = 1, dtype: torch.dtype = torch.
 def inputs(name: str) -> Tensor:
     """Random token ids, the last one 0 (CLIP's end), or random images."""
     generator = torch.Generator().manual_seed(5)
-    if name.split("-")[0] in ("vit", "deit", "dinov2") or name == "clip-vision":
+    if name.split("-")[0] in ("vit", "deit", "dinov2") or name.startswith("clip-vision"):
         return torch.randn(3, 3, 8, 8, generator=generator, dtype=torch.float64)
     least = 1 if name.startswith("clip") else 0
     tokens = torch.randint(least, VOCAB, (3, 20), generator=generator)
@@ -370,10 +419,18 @@ def reference(directory: Path, x: Tensor, dtype: torch.dtype = torch.float64) ->
             patch.undo()
         else:
             out = model(**argument)
+    return output_of(out)
+
+
+def output_of(out: Any) -> Tensor:
+    """What a class computes; of one without a head the last hidden state and, below it, the pooled output."""
     for name in ("logits", "prediction_logits", "image_embeds", "text_embeds"):
         if getattr(out, name, None) is not None:
             return getattr(out, name)
-    raise AssertionError(type(model))
+    if getattr(out, "start_logits", None) is not None:
+        return torch.stack([out.start_logits, out.end_logits], dim=-1)
+    pooled = getattr(out, "pooler_output", None)
+    return out.last_hidden_state if pooled is None else torch.cat([out.last_hidden_state, pooled[:, None]], dim=1)
 
 
 def stock(directory: Path, dtype: torch.dtype) -> nn.Module:
@@ -402,4 +459,5 @@ def _exact_positions(model: nn.Module, config: Any) -> None:
 def outcome(name: str, y: Tensor) -> Tensor:
     """What must not change: log-probabilities of language models, raw outputs of all others."""
     raw = name.split("-")[0] in ("vit", "deit", "dinov2", "clip")
+    raw |= name.split("-")[-1] in ("headless", "label", "tags", "answers", "score")
     return y if raw else y.log_softmax(-1)

@@ -237,6 +237,6 @@ def _inputs(x: Model, y: Model) -> Data:
     if spec.task == "masked":
         return Examples(tokens, tokens)
     if spec.task in LABELLED:
-        shape = tokens.shape if spec.task == "tags" else (len(tokens),)
-        return Examples(tokens, torch.randint(spec.vocab, shape, generator=generator))
+        labels = torch.randint(spec.vocab, (8, length), generator=generator)
+        return Examples(tokens, labels if spec.task == "tags" else labels[:, 0])
     return tokens

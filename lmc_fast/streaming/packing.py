@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..architectures import Spec, flat_fields
+from ..architectures import FFN, Attention, Norms, Spec, flat_fields
 from ..checkpoints.lazy import Slots
 from ..checkpoints.weights import Weights
 from ..errors import LmcError
@@ -32,9 +32,18 @@ def named(members: int) -> list[dict[str, str]]:
     return [{"name": name} for name in member_names(members)]
 
 
+_LATER = (
+    *("qk_norm_last", "blocks", "biased", "branch_scale", "head_scale", "headless", "head_activation", "head_normed"),
+)
+_PLAIN = flat_fields(Spec("", 1, 1, 1, 1, Attention(1, 1, 1), FFN(1, "gelu"), Norms("rmsnorm", 0.0)))
+
+
 def fingerprint(spec: Spec) -> str:
     """Tells architectures apart; a tied pair and its untied copy are the same."""
     fields = flat_fields(replace(spec, tied=False)) | {"biases": sorted(spec.biases)}
+    for name in _LATER:  # where they say nothing, stores that were written without them fit
+        if fields[name] == _PLAIN[name]:
+            del fields[name]
     fields["image"] = asdict(spec.image) if spec.image else None
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
 

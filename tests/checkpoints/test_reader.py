@@ -112,7 +112,7 @@ def test_unknown_architecture_quantised_and_not_a_language_model(copy):
     directory = copy()
     edit_config(directory, model_type="rwkv")
     refused(directory, "rwkv", "gpt_neox")
-    edit_config(directory, model_type="gpt_neox", architectures=["GPTNeoXForSequenceClassification"])
+    edit_config(directory, model_type="gpt_neox", architectures=["GPTNeoXForQuestionAnswering"])
     refused(directory, "not a causal language model")
     edit_config(directory, architectures=["GPTNeoXForCausalLM"], quantization_config={"quant_method": "gptq"})
     refused(directory, "quantised")

@@ -33,7 +33,7 @@ def between(first: int, second: int, lam: float, count: int) -> tuple[float, ...
 def spread(place: Place, groups: Sequence[int]) -> Place:
     """The place where every group's share is divided evenly among its members. groups: the number of each one's."""
     shares = shares_of(place)
-    return place if len(groups) == len(shares) else tuple(shares[g] / groups.count(g) for g in groups)
+    return tuple(shares[g] / groups.count(g) for g in groups)
 
 
 def inside(index: int, count: int) -> tuple[float, ...]:

@@ -94,12 +94,21 @@ def _overflow(step: int) -> Iterator[None]:
 VALIDATION_POINTS = (0.25, 0.5, 0.75)
 
 
-def validation_places(members: int) -> list[Place]:
-    """Where validation measures, ascending: three points of a line; of more members the centroid and every middle."""
+def validation_places(members: int, groups: Sequence[int] | None = None) -> list[Place]:
+    """Where validation measures, ascending: three points of a line; of more members the centroid and every middle.
+
+    groups: whose averages are brought together: three points of the line between these.
+    """
+    if groups and len(set(groups)) < members:
+        return sorted((spread(lam, groups) for lam in VALIDATION_POINTS), key=_ascending)
     if members == 2:
         return list(VALIDATION_POINTS)
     middles: list[Place] = [between(i, j, 0.5, members) for i, j in combinations(range(members), 2)]
-    return sorted([centroid(members), *middles], key=lambda place: shares_of(place)[1:])
+    return sorted([centroid(members), *middles], key=_ascending)
+
+
+def _ascending(place: Place) -> tuple[float, ...]:
+    return shares_of(place)[1:]
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,8 @@ class Learner:
 
     source: canonical endpoints, b already matched; frozen. tokens (n, T) int64, or examples. chunking: how much is held
     at a time. route: see engine.step.learn; chosen once, so that a resumed run computes the same bits. blocks: whose
-    own elements are learned, by default all. groups: of models that move as one, see Chart. Under torchrun
+    own elements are learned, by default all. groups: of models whose averages are
+    brought together, the number of each one's; by default each is alone. Under torchrun
     every process takes its share of each batch, and gradients are averaged over all predictions. Everything random
     follows from schedule.seed and the step's number, so that a restored learner goes on as if it had never stopped.
     """
@@ -160,12 +170,14 @@ class Learner:
         return len(self.source.ends)
 
     def _chart(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Chart:
-        sides = self.schedule.elements(len(set(self.groups)))
-        return Chart(self.source.spec, sides, dtype, device, groups=self.groups)
+        sides = self.schedule.elements(self.members)
+        return Chart(self.source.spec, sides, dtype, device, members=self.members)
 
     def place(self, step: int) -> Place:
         """Where a step learns."""
-        return spread(self.schedule.place(step, len(set(self.groups))), self.groups)
+        if len(set(self.groups)) < self.members:
+            return self.schedule.place_between(step, self.groups)
+        return self.schedule.place(step, self.members)
 
     @property
     def done(self) -> int:
@@ -241,7 +253,7 @@ class Learner:
             gradient = gradients[name]
             if name == "rotation":  # only the skew part of the leaf acts
                 gradient = (gradient - gradient.mT) / 2
-            matrix_rate = rate * self.schedule.matrix_rate(self.source.spec.width)
+            matrix_rate = rate * self.schedule.matrix_rate(self.source.spec.width, self.members)
             muon_step(self.chart.tensors[name], gradient, momentum, matrix_rate)
         if self._adam:
             for name, gradient in gradients.items():
@@ -259,7 +271,7 @@ class Learner:
     def corner_losses(self, tokens: Data) -> list[float]:
         """Of every member itself, in their order."""
         corners = [corner(k, self.members) for k in range(self.members)]
-        ascending = sorted(corners, key=lambda place: shares_of(place)[1:])
+        ascending = sorted(corners, key=_ascending)
         found = dict(zip(ascending, self.losses(tokens, ascending), strict=True))
         return [found[place] for place in corners]
 
@@ -268,8 +280,7 @@ class Learner:
 
         Remembers the best chart, and decides how to go on; see steering.
         """
-        places = validation_places(len(set(self.groups)))
-        places = sorted((spread(place, self.groups) for place in places), key=lambda place: shares_of(place)[1:])
+        places = validation_places(self.members, self.groups)
         with _overflow(self.done):
             losses = self.losses(tokens, places, self.chart)
         line = [sum(s * end for s, end in zip(shares_of(p), ends, strict=True)) for p in places]

@@ -11,7 +11,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LmcError
-from ..places import Place, between, inside
+from ..places import Place, between, inside, spread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +21,7 @@ METHODS = {"dual": 2, "one-sided": 1}  # that learn, and how many endpoints they
 CLOSED_FORMS = ("activation", "weight")  # methods without gradients
 WIDTH = 128  # of the models that matrix_lr is meant for; it falls as 1 / width
 WARMUP_TOKENS = 2048
+EDGE_STEPS = 6  # between many models, one step of so many is on an edge
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _PLASTIC = 0.7548776662466927  # apart from the golden ratio, which lambda follows
 _SEEDS = 1 << 32
@@ -159,27 +160,39 @@ class Schedule:
         progress = max(0, step - warmup) / max(1, self.steps - warmup)
         return warm * (self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2)
 
-    def matrix_rate(self, width: int) -> float:
-        """Radians per step for models of this width."""
-        return self.matrix_lr * min(1.0, WIDTH / width)
+    def matrix_rate(self, width: int, members: int = 2) -> float:
+        """Radians per step for so many models of this width: the more places there are, the noisier is each step."""
+        return self.matrix_lr * min(1.0, WIDTH / width) * math.sqrt(2 / members)
 
     def lam(self, step: int) -> float:
         """Lambda of a step: a golden-ratio sequence, which covers [low, high] evenly at every length."""
         return self.low + (self.high - self.low) * ((0.5 + (step + self.seed) * _GOLDEN) % 1)
 
     def place(self, step: int, members: int) -> Place:
-        """Lambda of a pair; of more members their shares, in turns around the centroid and on an edge.
+        """Lambda of a pair; of more members their shares: around the centroid, and every EDGE_STEPS-th time on an edge.
 
-        Around the centroid alone, edges would stay high; on edges alone, the centroid (docs/facts.md).
+        Around the centroid alone, edges would stay high; the more edges, the higher the centroid (docs/facts.md).
         """
         if members == 2:
             return self.lam(step)
-        turn, on_edge = divmod(step, 2)
-        if on_edge:
-            edges = list(combinations(range(members), 2))
-            return between(*edges[(turn + self.seed) % len(edges)], self.lam(turn), members)
-        shares = inside(turn + self.seed, members)
+        turn, rest = divmod(step, EDGE_STEPS)
+        if rest == EDGE_STEPS - 1:
+            return self._on_edge(turn, list(combinations(range(members), 2)), members)
+        shares = inside(step - turn + self.seed, members)
         return tuple(1 / members + (self.high - self.low) * (share - 1 / members) for share in shares)
+
+    def place_between(self, step: int, groups: Sequence[int]) -> Place:
+        """On the line between the averages of two groups, the number of each member's; every EDGE_STEPS-th time on an
+        edge within a group, so that what brought its members together is not lost.
+        """
+        turn, rest = divmod(step, EDGE_STEPS)
+        if rest == EDGE_STEPS - 1:
+            edges = [(i, j) for i, j in combinations(range(len(groups)), 2) if groups[i] == groups[j]]
+            return self._on_edge(turn, edges, len(groups))
+        return spread(self.lam(step), groups)
+
+    def _on_edge(self, turn: int, edges: Sequence[tuple[int, int]], members: int) -> Place:
+        return between(*edges[(turn + self.seed) % len(edges)], self.lam(turn), members)
 
     def elements(self, members: int) -> int:
         """How many elements are learned: one for each member, or for each but the first."""

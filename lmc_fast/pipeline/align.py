@@ -200,7 +200,8 @@ class _Job:
         below: Below | None = None,
     ) -> Alignment:
         """run: facts beside those of the job. base: elements to start from, instead of what matching finds. place:
-        empty blocks of grown models are still to be placed. below: groups of models to be aligned, instead of models.
+        empty blocks of grown models are still to be placed. below: what brought two groups of models together, whose
+        averages are aligned.
         """
         schedule, tokens, device, memory = self.schedule, self.tokens, self.device, self.memory
         meter, watch, learns, count = self.meter, self.watch, self.learns, len(pair.members)
@@ -282,7 +283,8 @@ class _Job:
         return self._result(learner, base, run, notes)
 
     def _result(self, learner: Learner, base: Sequence[Transform], run: dict[str, Any], notes: list[str]) -> Alignment:
-        moved = [t.map(Tensor.detach) for t in learner.final_chart().of_members()]
+        moved = [t.map(Tensor.detach) for t in learner.final_chart().elements()]
+        moved = [*[Transform.identity(learner.source.spec)] * (len(base) - len(moved)), *moved]
         history, schedule = learner.history, self.schedule
         info = run | {"history": asdict(history), "exported_step": history.exported, "notes": notes}
         if history.exported:

@@ -1,9 +1,8 @@
 """Bringing more than two models together level by level: pairs, then the averages of pairs, until there is one.
 
-Each level moves whole averages, so that it is an alignment of all models below it: what brings two averages together
-brings their members together, because an element acts linearly on weights. So a level matches averages, and learns as
-all models at once do, but with one element for each average and on the line between them: its teachers are the models
-themselves, which know more than their averages.
+A level matches averages and moves them whole: what brings two averages together brings their members together, because
+an element acts linearly on weights. Then it learns as all models at once do, each with an element of its own and the
+models themselves as teachers, but on the line between the two averages.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _log = logging.getLogger("lmc_fast")
 
 @dataclass(frozen=True)
 class Below:
-    """What levels below brought together: of each model its element, and the number of the group that moves as one."""
+    """What levels below brought together: of each model its element, and the number of its group."""
 
     elements: tuple[Transform, ...]
     groups: tuple[int, ...]
@@ -59,9 +58,8 @@ def by_levels(
 ) -> Alignment:
     """One element for each model, from alignments of two groups at a time; one left over waits for the next level.
 
-    align: of the models of two groups, of which each moves as one, with the file of its own state beside `state`; None:
-    of two single models. `matched` are what the last level began with. info: that of the last alignment, and "levels":
-    of all.
+    align: of the models of two groups, with the file of its own state beside `state`; None: of two single models.
+    `matched` are what the last level began with. info: that of the last alignment, and "levels": of all.
     """
     names = models.names
     identity = (Transform.identity(models.spec),)

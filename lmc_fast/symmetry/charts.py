@@ -11,7 +11,6 @@ Only continuous legal groups have coordinates. Permutations and signs are discre
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from operator import itemgetter
 
 import torch
@@ -29,9 +28,6 @@ MAX_STRETCH = 10.0  # singular values of head maps, and scales, stay within [1/1
 class Chart:
     """Learnable elements g of the group, one for each of `sides` of the models: all of them, or all but the first.
 
-    groups: of each of the models, the number of its group, the first's being 0; those of a group move as one, and count
-    as one among the sides. By default each is alone.
-
     `tensors` are the leaves, all zero at the identity: rotation (S, d, d); vo (S, L, G, e, e); qk (S, L, G, n, n) for
     the n dimensions without RoPE; pair_scale, pair_angle (S, L, G, p); unit_scale (S, L, f); expert_scale
     (S, L, E, x). S sides, L blocks, G groups, p pairs.
@@ -44,13 +40,10 @@ class Chart:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         members: int = 2,
-        groups: Sequence[int] | None = None,
     ):
-        self.groups = tuple(range(members) if groups is None else groups)
-        count = len(set(self.groups))
-        if count - sides not in (0, 1):
-            raise ValueError(f"{sides} of {count} models cannot move: all do, or all but the first")
-        self.spec, self.sides, self._first_stays = spec, sides, sides < count
+        if members - sides not in (0, 1):
+            raise ValueError(f"{sides} of {members} models cannot move: all do, or all but the first")
+        self.spec, self.sides, self.members = spec, sides, members
         per_group = (sides, spec.layers, spec.attention.kv_heads)
         shapes: dict[str, tuple[int, ...]] = {}
         if rotates(spec):
@@ -78,11 +71,6 @@ class Chart:
         streams = [_stream(r) for r in ([None] * self.sides if rotations is None else rotations)]
         return [Transform(streams[s], [sides[s] for sides in blocks]) for s in range(self.sides)]
 
-    def of_members(self) -> list[Transform]:
-        """The element of every model: the identity where none is learned."""
-        found = [Transform.identity(self.spec)] * self._first_stays + self.elements()
-        return [found[g] for g in self.groups]
-
     def relative(self) -> Transform:
         """g_A⁻¹ g_B (g_B alone for one side) of a pair: all that the loss along the line depends on."""
         (found,) = self.relatives()
@@ -91,7 +79,7 @@ class Chart:
     def relatives(self) -> list[Transform]:
         """The same of every model but the first, which the others are relative to."""
         rotations, blocks = self.rotations(), [self.blocks(i) for i in range(self.spec.layers)]
-        streams = [_stream(r) for r in rotations] or [{}] * (len(self.groups) - 1)
+        streams = [_stream(r) for r in rotations] or [{}] * (self.members - 1)
         return [Transform(stream, [block[k] for block in blocks]) for k, stream in enumerate(streams)]
 
     def rotations(self) -> list[Tensor]:
@@ -99,11 +87,11 @@ class Chart:
         r = self._rotations()
         if r is None:
             return []
-        if self._first_stays:
-            stays = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)[None]
-            r = torch.cat([stays, r])
-        first = self.groups[0]
-        return [r[g] if self._first_stays else r[first].mT @ r[g] for g in self.groups[1:]]
+        return [r[k] if self._first_stays else r[0].mT @ r[k] for k in range(not self._first_stays, self.sides)]
+
+    @property
+    def _first_stays(self) -> bool:
+        return self.sides < self.members
 
     def coordinates(self, i: int) -> dict[str, Tensor]:
         """The coordinates that belong to block i, (S, ...) each: all but the rotation's."""
@@ -113,9 +101,9 @@ class Chart:
         """The parts of `relatives` inside block i, from `coordinates(i)` or what a caller puts in their place."""
         sides = self._sides(self.coordinates(i) if coordinates is None else coordinates)
         if self._first_stays:
-            return [sides[g - 1] if g else {} for g in self.groups[1:]]
-        back = inverse_of(sides[self.groups[0]])
-        return [compose(back, sides[g]) for g in self.groups[1:]]
+            return sides
+        back = inverse_of(sides[0])
+        return [compose(back, side) for side in sides[1:]]
 
     def _rotations(self) -> Tensor | None:
         t = self.tensors

@@ -86,10 +86,10 @@ def test_one_sided_leaves_a_as_matching_left_it(make_checkpoint, tmp_path):
 @pytest.mark.parametrize("members", [3, 4])
 def test_places_between_many_cover_every_edge_and_the_centroid(members):
     schedule = Schedule(low=0.3, high=0.7, seed=5)
-    places = [schedule.place(step, members) for step in range(240)]
+    places = [schedule.place(step, members) for step in range(360)]
     assert all(math.isclose(sum(place), 1) and min(place) >= 0 for place in places)
     inner = [place for place in places if min(place) > 0]
-    assert len(inner) == 120 and all(abs(share - 1 / members) <= 0.4 for place in inner for share in place)
+    assert len(inner) == 300 and all(abs(share - 1 / members) <= 0.4 for place in inner for share in place)
     edges = {}
     for place in places:
         if min(place) == 0:
@@ -97,5 +97,14 @@ def test_places_between_many_cover_every_edge_and_the_centroid(members):
             edges.setdefault((i, j), []).append(place[j])
     assert len(edges) == members * (members - 1) / 2 and len({len(line) for line in edges.values()}) == 1
     for line in edges.values():
-        assert 0.3 <= min(line) < 0.35 and 0.65 < max(line) <= 0.7
+        assert 0.3 <= min(line) < 0.36 and 0.64 < max(line) <= 0.7
     assert schedule.place(3, 2) == schedule.lam(3)
+
+
+def test_places_between_averages_keep_what_is_within_them():
+    schedule, groups = Schedule(), (0, 0, 1, 1)
+    places = [schedule.place_between(step, groups) for step in range(120)]
+    inner = [place for place in places if min(place) > 0]
+    assert len(inner) == 100 and all(a == b and c == d and math.isclose(a + c, 0.5) for a, b, c, d in inner)
+    within = [place for place in places if min(place) == 0]
+    assert {tuple(share > 0 for share in place) for place in within} == {(1, 1, 0, 0), (0, 0, 1, 1)}

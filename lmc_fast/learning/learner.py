@@ -176,7 +176,7 @@ class Learner:
     def place(self, step: int) -> Place:
         """Where a step learns."""
         if len(set(self.groups)) < self.members:
-            return self.schedule.place_between(step, self.groups)
+            return spread(self.schedule.lam(step), self.groups)
         return self.schedule.place(step, self.members)
 
     @property

@@ -11,7 +11,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LmcError
-from ..places import Place, between, inside, spread
+from ..places import Place, between, inside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -177,22 +177,10 @@ class Schedule:
             return self.lam(step)
         turn, rest = divmod(step, EDGE_STEPS)
         if rest == EDGE_STEPS - 1:
-            return self._on_edge(turn, list(combinations(range(members), 2)), members)
+            edges = list(combinations(range(members), 2))
+            return between(*edges[(turn + self.seed) % len(edges)], self.lam(turn), members)
         shares = inside(step - turn + self.seed, members)
         return tuple(1 / members + (self.high - self.low) * (share - 1 / members) for share in shares)
-
-    def place_between(self, step: int, groups: Sequence[int]) -> Place:
-        """On the line between the averages of two groups, the number of each member's; every EDGE_STEPS-th time on an
-        edge within a group, so that what brought its members together is not lost.
-        """
-        turn, rest = divmod(step, EDGE_STEPS)
-        if rest == EDGE_STEPS - 1:
-            edges = [(i, j) for i, j in combinations(range(len(groups)), 2) if groups[i] == groups[j]]
-            return self._on_edge(turn, edges, len(groups))
-        return spread(self.lam(step), groups)
-
-    def _on_edge(self, turn: int, edges: Sequence[tuple[int, int]], members: int) -> Place:
-        return between(*edges[(turn + self.seed) % len(edges)], self.lam(turn), members)
 
     def elements(self, members: int) -> int:
         """How many elements are learned: one for each member, or for each but the first."""

@@ -99,12 +99,3 @@ def test_places_between_many_cover_every_edge_and_the_centroid(members):
     for line in edges.values():
         assert 0.3 <= min(line) < 0.36 and 0.64 < max(line) <= 0.7
     assert schedule.place(3, 2) == schedule.lam(3)
-
-
-def test_places_between_averages_keep_what_is_within_them():
-    schedule, groups = Schedule(), (0, 0, 1, 1)
-    places = [schedule.place_between(step, groups) for step in range(120)]
-    inner = [place for place in places if min(place) > 0]
-    assert len(inner) == 100 and all(a == b and c == d and math.isclose(a + c, 0.5) for a, b, c, d in inner)
-    within = [place for place in places if min(place) == 0]
-    assert {tuple(share > 0 for share in place) for place in within} == {(1, 1, 0, 0), (0, 0, 1, 1)}

@@ -117,6 +117,20 @@ def test_smaller_in_one_thing_and_larger_in_another(case):
     assert lmc.align(pair, case, method="weight").info["grown"][0]["sizes"]["width"] == 40
 
 
+def test_three_of_different_shapes(case, tmp_path):
+    write("shallow", 3, 2, hidden_size=32)
+    models = lmc.open_models(["a", "shallow", "b"])
+    assert [model.spec.width for model in models.members] == [32] * 3
+    found = lmc.align(models, case, **QUICK)
+    lmc.export(models, found, "out", torch.float32)
+    for source, name in (("a", "a"), ("shallow", "b"), ("b", "c")):
+        expected, moved = (
+            LlamaForCausalLM.from_pretrained(place)(case[:4]).logits for place in (source, f"out/{name}")
+        )
+        assert (expected.log_softmax(-1) - moved.log_softmax(-1)).abs().max() < 1e-4, name
+    assert len(lmc.barrier(lmc.open_models([f"out/{name}" for name in "abc"]), case[:8], points=3).edges) == 3
+
+
 def test_grow_writes_a_stock_model(case, tmp_path, capsys):
     assert main(["grow", "a", "--like", "b", "--data", "text.npy", "--length", "16", "--out", "wide"]) == 0
     assert "blocks 3 to 4, width 24 to 32" in capsys.readouterr().out

@@ -69,6 +69,7 @@ def test_joint_learning_lowers_the_divergence_and_starts_from_levels(four, data)
 def test_for_a_pair_every_learning_scheme_is_the_same(make_checkpoint, data):
     pair = lmc.open_models([make_checkpoint("llama", seed) for seed in (1, 2)])
     assert isinstance(pair, lmc.Pair)
+    assert same(lmc.align(lmc.open_pair(*pair.homes), data, **LEARN), lmc.align(pair, data, **LEARN))
     assert same(lmc.align(pair, data, scheme="hierarchical", **LEARN), lmc.align(pair, data, **LEARN))
     assert lmc.align(pair, data, scheme="universe").info["method"] == "matching"
 

@@ -41,7 +41,7 @@ from ..symmetry.legality import check_legal
 from ..symmetry.storage import as_stored, digest_of, load_tensors, pack, save_tensors, unpack
 from ..symmetry.transform import Transform
 from .budgeted import chunking_of, disk_bytes, on_disk, plan_learning, route_of, tokens_to_gather
-from .held_out import evenly, memorised, useless_endpoints
+from .held_out import judging, memorised, useless_endpoints
 from .matched import STATISTICS_TOKENS, match_members, scratch
 from .placing import placed
 from .progress import Cancel, Progress, Watch
@@ -350,7 +350,8 @@ def _learn(
     learner.before_update = save_if_due  # of a state whose next step is known to be possible
     try:
         watch.begin("learning", steps, learner.done, step_seconds)
-        judge = evenly(learner.tokens if validation is None else validation.to(learner.tokens.device))
+        held_out = learner.tokens if validation is None else validation.to(learner.tokens.device)
+        judge = judging(held_out, steps * learner.schedule.batch)
         ends = learner.corner_losses(judge)
         notes += useless_endpoints(learner.source.spec, ends)
         for note in notes:

@@ -12,12 +12,19 @@ from ..members import member_names
 
 SEQUENCES = 64  # of the held-out data that learning is validated on, and of the calibration data beside them
 UNIFORM = 0.9  # of log(vocabulary): an endpoint with such a loss predicts next to nothing
+FEWEST = 16  # of these sequences, in short runs
+PER_SEQUENCE = 8  # sequences learned from for each that a state is judged by: ten judgements cost less than learning
 MEMORISED = 0.2  # nats by which an endpoint is better on calibration data
 
 
 def evenly(data: Data, count: int = SEQUENCES) -> Data:
     """At most `count` sequences, spread over all of them."""
     return data[:: max(1, len(data) // count)][:count]
+
+
+def judging(data: Data, learned_from: int) -> Data:
+    """The part of `data` that states are judged by in a run that learns from so many sequences."""
+    return evenly(data, min(SEQUENCES, max(FEWEST, learned_from // PER_SEQUENCE)))
 
 
 def useless_endpoints(spec: Spec, losses: Sequence[float]) -> list[str]:

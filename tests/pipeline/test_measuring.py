@@ -6,6 +6,7 @@ import torch
 import lmc_fast as lmc
 from lmc_fast.engine import evaluate
 from lmc_fast.pipeline import run
+from lmc_fast.pipeline.held_out import judging
 
 
 @pytest.fixture
@@ -37,6 +38,14 @@ def test_a_long_test_text_is_sampled_evenly(case, monkeypatch):
     monkeypatch.setattr(run, "MEASURED", 8 * 16)
     found, exact = run.measure(pair, tokens, alignment)[1], lmc.barrier(pair, tokens[::3], alignment, 3)
     assert found.losses == pytest.approx(exact.losses, abs=2e-6)
+
+
+@pytest.mark.parametrize(("learned_from", "count"), [(2, 16), (40, 16), (400, 50), (10_000, 64)])
+def test_short_runs_are_judged_by_fewer_sequences(learned_from, count):
+    data = torch.arange(300)[:, None]
+    found = judging(data, learned_from).flatten()
+    assert len(found) == count and found[0] == 0 and found[-1] > 200  # over all of them
+    assert torch.equal(judging(data[:5], learned_from), data[:5])
 
 
 def test_no_curves(case, tmp_path):

@@ -42,7 +42,7 @@ ADAPTER_RATE = 1e-3  # chosen by another pair of the same shape: at 3e-3 ten tim
 WAYS = {"evenly": ["--evenly"], "evenly, aligned basis": ["--evenly", "--basis", "aligned"]}
 PARTS = {  # how the names of tensors end, of transformers' GPT-NeoX
     "embedding": ("embed_in.weight",),
-    "head": ("embed_out.weight",),
+    "head": ("embed_out.weight", "lm_head.weight"),  # as older and newer versions of transformers call it
     "queries, keys, values": ("query_key_value.weight", "query_key_value.bias"),
     "attention's outputs": ("attention.dense.weight", "attention.dense.bias"),
     "into FFN units": ("dense_h_to_4h.weight", "dense_h_to_4h.bias"),
@@ -134,6 +134,8 @@ def part_of(child: Path, base: Path, names: tuple[str, ...], out: Path) -> Path:
     """The child of which only tensors with such names differ from its base."""
     model, trained = (AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32) for p in (base, child))
     chosen = {name: t for name, t in trained.state_dict().items() if name.endswith(names)}
+    if not chosen:
+        raise SystemExit(f"no tensor of {child} ends with {' or '.join(names)}")
     model.load_state_dict(chosen, strict=False)
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(base).save_pretrained(out)

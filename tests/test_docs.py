@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import lmc_fast as lmc
+from lmc_fast.architectures import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -69,6 +70,7 @@ def test_every_variable_of_ours_is_documented():
 def test_the_readme_is_short_and_its_figures_are_those_of_committed_rows():
     readme = (ROOT / "README.md").read_text()
     assert readme.count("\n") <= 120
+    assert set(re.findall(r"(\d+) model types", readme)) == {str(len(FAMILIES))}
     for page in (readme, (DOCS / "explanation" / "measured.md").read_text()):
         for row in csv.DictReader((ROOT / "benchmarks/results/alignment.csv").open()):
             assert f"| {float(row['naive']):.3f} | {float(row['aligned']):.3f} |" in page, row["pair"]

@@ -205,7 +205,7 @@ class _Job:
         """
         schedule, tokens, device, memory = self.schedule, self.tokens, self.device, self.memory
         meter, watch, learns, count = self.meter, self.watch, self.learns, len(pair.members)
-        run = self.facts(run) | ({"below": digest_of(below.elements), "groups": list(below.groups)} if below else {})
+        run = self.facts(run) | (below.facts if below else {})
         saved, before = load_tensors(state) if state and state.exists() else ({}, {})
         before = before if saved else {}  # else its levels are done now
         if before:

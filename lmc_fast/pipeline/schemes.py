@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ from ..kernels.many import blend
 from ..members import listed
 from ..pair import Models, Pair
 from ..symmetry import Transform
-from ..symmetry.storage import as_stored
+from ..symmetry.storage import as_stored, digest_of
 
 _log = logging.getLogger("lmc_fast")
 
@@ -33,6 +33,12 @@ class Below:
 
     elements: tuple[Transform, ...]
     groups: tuple[int, ...]
+    FACTS: ClassVar = ("below", "groups")  # what a run of one level alone notes of it
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a run that goes on must have in common with the one that began."""
+        return dict(zip(self.FACTS, (digest_of(self.elements), list(self.groups)), strict=True))
 
     def averages(self, members: Sequence[Weights]) -> list[Weights]:
         """The plain average of each group, as lazy as its members, which are canonical."""
@@ -82,7 +88,7 @@ def by_levels(
             except Cancelled as error:
                 error.alignment = None  # of some of the models alone
                 raise
-            info = found.info
+            info = {key: value for key, value in found.info.items() if key not in Below.FACTS}
             levels.append(
                 {"members": sides, "history": info.get("history"), "exported_step": info.get("exported_step")}
             )

@@ -23,6 +23,7 @@ from elements import KNOWN, random_element  # noqa: E402
 from lmc_fast.architectures import Spec  # noqa: E402
 from lmc_fast.checkpoints import Model, export  # noqa: E402
 from lmc_fast.engine.model import logits  # noqa: E402
+from lmc_fast.model_types import KNOWN_AS, REFUSED  # noqa: E402
 from lmc_fast.symmetry import canonicalize, check_legal, legal_groups  # noqa: E402
 
 SOURCES = ("lmc_fast", "tests/families", "tests/checkpoints_tiny.py", "benchmarks/families.py", "benchmarks/common.py")
@@ -44,6 +45,20 @@ tensor in place and none left over. `lmc-fast inspect` prints a checkpoint's gro
 | variant | model_type | residual stream | heads | value/output | query/key | FFN | engine | moved | stock |
 |---|---|---|---|---|---|---|---|---|---|
 """
+
+
+NAMES = """
+## What people know them as
+
+A text model's trunk alone, and its classifiers of texts and tokens, are read under the same model_type.
+
+| model_type | checkpoints |
+|---|---|"""
+OTHERS = """
+## Refused, and why
+
+| model_type | reason |
+|---|---|"""
 
 
 def measure(name: str, seeds: tuple[int, ...]) -> Row:
@@ -102,7 +117,10 @@ def table(rows: list[Row], origin: Row, seeds: int) -> str:
         f"| {'yes' if row['stock'] else 'NO'} |"
         for row in rows
     ]
-    return INTRODUCTION.format(**origin, seeds=seeds) + "\n".join(lines) + "\n"
+    names = [f"| {kind} | {known} |" for kind, known in sorted(KNOWN_AS.items())]
+    others = [f"| {kind} | {why} |" for kind, why in sorted(REFUSED.items())]
+    ends = [*NAMES.splitlines(), *names, *OTHERS.splitlines(), *others]
+    return INTRODUCTION.format(**origin, seeds=seeds) + "\n".join([*lines, *ends]) + "\n"
 
 
 def main() -> int:

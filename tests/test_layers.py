@@ -14,6 +14,7 @@ LAYERS = [
     "output",
     "sizes",
     "version",
+    "model_types",
     "importing",
     "examples",
     "kernels",

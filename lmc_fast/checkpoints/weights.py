@@ -17,6 +17,7 @@ from ..architectures.checks import check_kind, check_sizes, check_spec
 from ..architectures.heads import NO_HEAD
 from ..architectures.layouts import OfExpert, Plain
 from ..errors import LmcError
+from ..model_types import REFUSED
 from .coverage import cover
 from .lazy import TABLES, LazyBlocks, Slots, Table
 from .memory import MemoryCheckpoint, Stock
@@ -284,6 +285,10 @@ def read_config(checkpoint: Checkpoint) -> tuple[Family, Any]:
     if nested and not known:
         raise LmcError(
             f"{checkpoint.path}: model_type {kind!r} nests several models ({', '.join(nested)}); {_alone(kind)}"
+        )
+    if kind in REFUSED and not known:
+        raise LmcError(
+            f"{checkpoint.path}: model_type {kind!r} is not supported: {REFUSED[kind]}; see lmc-fast families"
         )
     if not known:
         raise LmcError(

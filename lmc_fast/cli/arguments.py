@@ -58,6 +58,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=positive_integer, default=250, help="steps of learning (default: 250)")
     sub.add_argument("--resume", action="store_true", help="continue an interrupted run")
 
+    command("families", "list the model types that are supported, and why some others are not", module="families")
+
     command("env", "show versions, what computes, processor, memory and GPUs: for bug reports", module="env")
 
     text = (

@@ -161,15 +161,15 @@ def _carry_checkpoint(
     distance = distance_between(moved(), base.aligned())
     _judge(known, member, child, base, distance, moved)
     basis = None if onto is None else known.target(onto)
-    found, shares = None, None
+    found = within = shares = None  # within: what is still to be weighed when it is added
     if basis is not None:
         _fitting(basis, child)
         found = place_in(known, how.basis, member, base, basis)
         element, base = found.element, found.base
         check_legal(element, child.model.spec)
-        shares = None if how.evenly else agreement(basis, base)
-        if shares is not None and child.adapter is not None:
-            child = replace(child, adapter=child.adapter.weighted(shares))
+        within = shares = None if how.evenly else agreement(basis, base)
+        if shares is not None and child.adapter is not None and not isinstance(child.model, GrownModel):
+            child, within = replace(child, adapter=child.adapter.weighted(shares)), None
     names, needed = _planned(child, basis, dtype)
     require_room(partial_of(target), needed, largest_file(child.model, dtype))
     report = {"child": child.source, "from": member, "endpoint": base.model.source, "distance": distance}
@@ -182,7 +182,7 @@ def _carry_checkpoint(
             remove_own(place, checkpoint_names(child.model.path))
             report |= {"onto": basis.model.source, "weight": how.weight, "basis": found.basis}
             report |= {"agreement": None if shares is None else mean_agreement(shares)}
-            total = partial(_sum, weight=how.weight, shares=None if child.adapter is not None else shares)
+            total = partial(_sum, weight=how.weight, shares=within)
             report["moved"] = _write_sum(basis, child, moved, base, total, work, dtype, tokens, device, memory)
         for model in (child.model, base.model, *(() if basis is None else (basis.model,))):
             model.checkpoint.identity.require_unchanged()

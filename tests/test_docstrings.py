@@ -5,6 +5,7 @@ held-out.txt, images.npz.
 """
 
 import doctest
+import logging
 import shutil
 
 import numpy as np
@@ -48,6 +49,7 @@ def place(make_checkpoint, tmp_path_factory):
 @pytest.mark.parametrize("name", [name for name in lmc.__all__ if name != "__version__"])
 def test_the_example_runs(name, place, monkeypatch):
     monkeypatch.chdir(place)
+    monkeypatch.setattr(logging.getLogger("lmc_fast"), "handlers", [])  # what a command left there prints
     torch.manual_seed(0)
     found = getattr(lmc, name)
     examples = doctest.DocTestParser().get_doctest(found.__doc__, {"lmc": lmc, "torch": torch}, name, None, 0)

@@ -13,6 +13,7 @@ from .architectures import Spec
 from .checkpoints import Stock, Weights, export_to_memory
 from .errors import LmcError
 from .members import MOST_MEMBERS, member_names
+from .output import user_path
 from .pair import Models
 from .symmetry.canonical import canonicalize
 from .symmetry.checksum import understood
@@ -104,7 +105,7 @@ class Alignment:
         """Reads what `save` wrote, also in format version 1; with `spec`, checks that all elements are symmetries of
         it, and with `count` that they are so many. Raises LmcError.
         """
-        tensors, metadata = load_tensors(Path(file))
+        tensors, metadata = load_tensors(user_path(file))
         layers, info, version = (metadata.get(name) for name in ("layers", "info", "version"))
         if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
             raise LmcError(f"{file} is not an alignment of format version {FORMAT_VERSION} or 1")
@@ -149,6 +150,12 @@ class Alignment:
             export_to_memory(g.apply(canonicalize(model.open_weights(torch.float64))), model, dtype)
             for model, g in zip(as_recorded(models.members, self.info.get("grown")), self.members, strict=True)
         ]
+
+
+def require_alignment(found: object) -> None:
+    """Raises LmcError for what is no Alignment."""
+    if not isinstance(found, Alignment):
+        raise LmcError(f"an alignment is what align returns or Alignment.load reads, not {found!r}")
 
 
 def _first_names(prefix: str, layers: int) -> Iterator[str]:

@@ -99,6 +99,8 @@ def open_models(sources: Sequence[Place], headers_only: bool = False) -> Models:
     >>> len(lmc.open_models(["A", "B", "C"]).members)
     3
     """
+    if isinstance(sources, str) or not isinstance(sources, Sequence):
+        raise LmcError(f"models are given in a list, not as {sources!r}")
     names = member_names(len(sources))
     if len(names) == 2:
         return open_pair(sources[0], sources[1], headers_only)

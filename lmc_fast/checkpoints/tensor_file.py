@@ -38,6 +38,13 @@ def torch_dtype(kind: str, file: Path, name: str) -> torch.dtype:
     return (FLOATS | OTHERS)[kind]
 
 
+def require_writable(dtype: torch.dtype | None) -> None:
+    """Raises LmcError unless weights can be written in a dtype; None stands for their own."""
+    if dtype is not None and dtype not in FLOATS.values():
+        names = ", ".join(str(known) for known in FLOATS.values())
+        raise LmcError(f"dtype {dtype!r} is none that weights are written in; give one of {names}")
+
+
 def read_elements(handle: FileIO, offset: int, count: int, dtype: torch.dtype) -> Tensor:
     """`count` numbers (count,) from byte `offset` of a file on. Raises LmcError where the file ends before."""
     flat = torch.empty(count, dtype=dtype)

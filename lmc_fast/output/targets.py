@@ -15,6 +15,8 @@ _LONGEST_BELOW = 120  # bytes that the longest path inside an output directory a
 
 def user_path(text: str | Path) -> Path:
     """A path as people write it: ~ is expanded. Raises LmcError where it names nothing that a file can be called."""
+    if not isinstance(text, str | Path):
+        raise LmcError(f"a path is a str or a Path, not {text!r}")
     try:
         path = Path(text).expanduser()
     except RuntimeError as error:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..alignment import Alignment
+from ..alignment import Alignment, require_alignment
 from ..budget.devices import device_errors, here, require_device
 from ..budget.meter import Meter, return_freed_memory
 from ..budget.planner import Plan, Strategy
@@ -127,6 +127,7 @@ def align(
     state, run = Path(state_file) if state_file else None, dict[str, Any](inputs=given)
     run |= {} if chosen is None else {"blocks": list(chosen)}
     if base is not None:
+        require_alignment(base)
         if len(base.members) != count:
             raise LmcError(f"the alignment to start from is one of {len(base.members)} models, not {count}")
         for element in base.members:
@@ -314,7 +315,7 @@ class _Job:
 
 def _chosen(blocks: Iterable[int], layers: int) -> list[int]:
     """Numbers of blocks, ascending. Raises LmcError for others."""
-    given = list(blocks)
+    given = list(blocks) if isinstance(blocks, Iterable) and not isinstance(blocks, str) else [blocks]
     found = sorted({i for i in given if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < layers})
     if len(found) < len(given):
         raise LmcError(f"blocks must be different numbers from 0 to {layers - 1}, not {given!r}")

@@ -18,6 +18,8 @@ from ..budget.stages import Stages, TooSmall
 from ..checkpoints import LazyBlocks, Model, Slots, Table, Weights, checkpoint_names
 from ..checkpoints import export as export_weights
 from ..checkpoints.adapters import Adapter, adapter_directories, is_adapter
+from ..checkpoints.tensor_file import require_writable
+from ..data import Given, as_data
 from ..errors import LmcError
 from ..examples import Data
 from ..output import Names, atomic_directory, check_target, partial_of, remove_own, require_apart, user_path
@@ -68,7 +70,7 @@ def carry(
     basis: str = "auto",
     evenly: bool = False,
     dtype: torch.dtype | None = None,
-    tokens: Data | None = None,
+    tokens: Given | None = None,
     device: torch.device | str = "cpu",
     memory: int | None = None,
 ) -> dict[str, Any]:
@@ -101,6 +103,9 @@ def carry(
     True
     """
     require_device(device)
+    require_writable(dtype)
+    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int)):
+        raise LmcError(f"memory is a number of bytes, not {memory!r}")
     how = Addition(weight, basis, evenly)
     file, target = user_path(alignment), user_path(out)
     require_apart((target, partial_of(target)), (file, child, endpoint, onto))
@@ -144,7 +149,7 @@ def _carry_checkpoint(
     onto: str | Path | None,
     how: Addition,
     dtype: torch.dtype | None,
-    tokens: Data | None,
+    tokens: Given | None,
     device: torch.device | str,
     memory: int | None,
 ) -> dict[str, Any]:
@@ -154,6 +159,7 @@ def _carry_checkpoint(
     check_legal(element, child.model.spec)
     like = base.model.open_weights(torch.float64) if base.element is not None else None
     _require_memory(child.model, memory, device)
+    tokens = None if tokens is None else as_data(tokens, child.model)
 
     def moved() -> Weights:
         return element.apply(canonicalize(child.weights, like))

@@ -10,6 +10,7 @@ import torch
 from ..alignment import Alignment
 from ..budget.devices import require_device
 from ..engine.model import require_task
+from ..errors import LmcError
 from ..evaluation.advice import advise
 from ..evaluation.diagnosis import Diagnosis, diagnose_weights
 from ..examples import Data
@@ -47,6 +48,8 @@ def diagnose(
     if alignment is not None:
         require_fitting(pair, alignment)
     device = require_device(device)
+    if isinstance(sequences, bool) or not isinstance(sequences, int) or sequences < 1:
+        raise LmcError(f"sequences must be a positive whole number, not {sequences!r}")
     watch = Watch(progress, cancel)
     pair = placed(pair, tokens, device, alignment.info.get("grown") if alignment else None)
     watch.begin("diagnosing", pair.spec.layers)

@@ -9,7 +9,7 @@ from typing import overload
 
 import torch
 
-from ..alignment import Alignment
+from ..alignment import Alignment, require_alignment
 from ..architectures import Spec
 from ..budget.devices import device_errors, require_device
 from ..budget.meter import UNCERTAIN, counted_bytes, return_freed_memory
@@ -88,7 +88,7 @@ def barrier(
     require_points(points)
     require_device(device)
     tokens = as_data(tokens, pair.a)
-    if alignment:
+    if alignment is not None:
         require_fitting(pair, alignment)
     if memory is not None:
         stages = _stages(pair.spec, tokens, device, len(pair.members))
@@ -135,6 +135,7 @@ def _count(models: Models, points: int) -> int:
 
 def require_fitting(models: Models, alignment: Alignment) -> None:
     """Raises LmcError unless there is an element for each model, in their order; warns where it was made for others."""
+    require_alignment(alignment)
     count = len(alignment.members)
     if count != len(models.members):
         raise LmcError(f"this alignment is of {count} models, not of {len(models.members)}; give that of these models")
@@ -157,7 +158,7 @@ def require_fitting(models: Models, alignment: Alignment) -> None:
 
 def require_points(points: int) -> None:
     """Raises LmcError for a number of points that makes no curve, or takes for ever."""
-    if not 3 <= points <= MOST_POINTS:
+    if not isinstance(points, int) or not 3 <= points <= MOST_POINTS:
         raise LmcError(f"{points} points make no curve; use at least 3, and {MOST_POINTS} at most")
 
 

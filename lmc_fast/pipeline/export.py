@@ -12,6 +12,7 @@ from ..alignment import Alignment
 from ..budget.devices import device_errors, require_device
 from ..checkpoints import Model, Place, Stock
 from ..checkpoints import export as export_weights
+from ..checkpoints.tensor_file import require_writable
 from ..data import Given, as_data
 from ..errors import LmcError
 from ..evaluation import Difference
@@ -77,6 +78,7 @@ def export(
     True
     """
     require_fitting(pair, alignment)
+    require_writable(dtype)
     if (out is None) != in_memory:
         raise LmcError("export writes to `out`, or returns what it would write (in_memory=True): give one of them")
     require_device(device)

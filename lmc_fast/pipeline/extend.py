@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
-from ..alignment import Alignment
+from ..alignment import Alignment, require_alignment
 from ..data import Given
 from ..errors import LmcError
 from ..learning.learner import History
@@ -31,6 +31,7 @@ def extend(pair: Models, tokens: Given, alignment: Alignment, steps: int, **how:
     >>> len(lmc.extend(pair, tokens, first, 3).info["history"]["loss"])
     5
     """
+    require_alignment(alignment)
     before = alignment.info
     if "history" not in before or before.get("method") not in METHODS:
         raise LmcError("nothing was learned in this alignment that could be extended; give it to align as `base`")

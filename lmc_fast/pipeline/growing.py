@@ -10,6 +10,7 @@ import torch
 from ..budget.devices import require_device
 from ..checkpoints import Model, checkpoint_names
 from ..checkpoints import export as export_weights
+from ..checkpoints.tensor_file import require_writable
 from ..data import Given, as_data
 from ..errors import LmcError
 from ..examples import Data
@@ -44,6 +45,7 @@ def grow(
     2
     """
     device = require_device(device)
+    require_writable(dtype)
     pair = open_pair(model, like)
     if tokens is not None:
         tokens = as_data(tokens, pair.a)

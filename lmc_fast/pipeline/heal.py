@@ -17,6 +17,7 @@ from torch import Tensor
 from ..budget.devices import device_errors, require_device
 from ..checkpoints import Model, Weights, checkpoint_names
 from ..checkpoints import export as export_weights
+from ..checkpoints.tensor_file import require_writable
 from ..data import Given, as_data, split_validation
 from ..errors import Cancelled, LmcError
 from ..examples import Data, digest, inputs_of
@@ -76,9 +77,12 @@ def heal(
     >>> report["start"]
     'average'
     """
+    if isinstance(endpoints, str) or not isinstance(endpoints, Sequence):
+        raise LmcError(f"endpoints are given in a list, not as {endpoints!r}")
+    require_writable(dtype)
     names = [AVERAGE, *(chr(ord("a") + k) for k in range(len(endpoints)))]
     if len(endpoints) < 2 or len(endpoints) > 26:
-        raise LmcError(f"{len(endpoints)} endpoints make no mixture; give those that were merged")
+        raise LmcError(f"a mixture has 2 to 26 endpoints, not {len(endpoints)}; give those that were merged")
     if start not in (*names, "auto"):
         raise LmcError(f"start {start!r} is unknown; choose one of {', '.join(names)} or auto")
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:

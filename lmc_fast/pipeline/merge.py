@@ -17,6 +17,7 @@ from ..architectures.resize import sizes_of
 from ..checkpoints import LazyBlocks, Model, Slots, Stored, Table, Weights, checkpoint_names, write_checkpoint
 from ..checkpoints import export as export_weights
 from ..checkpoints.reader import RUN_ELEMENTS
+from ..checkpoints.tensor_file import require_writable
 from ..checkpoints.writer import SHARD_BYTES
 from ..errors import LmcError
 from ..files import read_object
@@ -107,13 +108,16 @@ def merge(
     >>> record["weights"], record["method"]
     ([0.75, 0.25], 'linear')
     """
+    if not isinstance(a, str | Path | Sequence):
+        raise LmcError(f"models are given in a list, not as {a!r}")
+    require_writable(dtype)
     places = [a, b] if isinstance(a, str | Path) else list(a)
     out = out if isinstance(a, str | Path) else b
     if out is None:
         raise LmcError("merge(a, b, out) and merge([a, b, ...], out) need a directory to write")
     rule = Rule(len(places), base is None, extrapolate)
     if len(places) < (1 if base is not None else 2):
-        raise LmcError(f"{len(places)} models make no merge; give two at least, or one and a base")
+        raise LmcError("a merge takes two models at least, or one and a base")
     notes: list[str] = []
     row = _weights(rule, weight, weights, notes)
     if isinstance(shard_bytes, bool) or not isinstance(shard_bytes, int) or shard_bytes < 1:

@@ -16,6 +16,7 @@ from ..budget.devices import device_errors
 from ..budget.meter import Meter
 from ..budget.stages import POINTS
 from ..checkpoints import notes_on
+from ..checkpoints.tensor_file import require_writable
 from ..data import Given, as_data, split_validation
 from ..engine.evaluate import Score
 from ..evaluation import Curve, Simplex
@@ -92,6 +93,7 @@ def run(
     >>> [curve["name"] for curve in report["curves"]], report["proof"]["a"]["kl"] < 1e-9
     (['naive', 'matched', 'learned'], True)
     """
+    require_writable(dtype)
     tokens = as_data(tokens, pair.a)
     validation, test = (None if x is None else as_data(x, pair.a) for x in (validation, test))
     if validation is None:

@@ -113,7 +113,7 @@ def test_refusals(models, text, tmp_path, make_checkpoint, capsys):
             lmc.heal(merged, endpoints, data, out, **how)
         assert not out.exists()
 
-    refused("make no mixture", endpoints=models[1:2])
+    refused("a mixture has 2 to 26 endpoints, not 1", endpoints=models[1:2])
     refused("'c' is unknown; choose one of average, a, b", start="c")
     refused("data of 'z'", data={"z": blocks})
     refused("rate must be", rate=math.nan)

@@ -241,7 +241,7 @@ def test_what_makes_no_sense_is_refused(options, words, three, tmp_path):
 def test_models_that_do_not_fit_and_too_few_of_them(three, make_checkpoint, tmp_path, capsys):
     with pytest.raises(lmc.LmcError, match=r"neox.* cannot be merged: their architectures differ"):
         lmc.merge([*three, make_checkpoint("neox")], tmp_path / "out")
-    with pytest.raises(lmc.LmcError, match="1 models make no merge"):
+    with pytest.raises(lmc.LmcError, match="takes two models at least"):
         lmc.merge(three[:1], tmp_path / "out")
     command = ["merge", *map(str, three), "--out", str(tmp_path / "out")]
     for more, words in ((["--weight", "0.5"], "--weights"), (["--shard-size", "big"], "shard size 'big'")):

@@ -5,10 +5,12 @@ import os
 import resource
 import shutil
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import lmc_fast as lmc
 from lmc_fast.cli import main
@@ -221,3 +223,36 @@ def test_a_full_disk_leaves_the_old_curve(suffix, tmp_path, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert everything(tmp_path) == before
     assert suffix != ".json" or json.loads(file.read_text())["barrier"] == 1.0
+
+
+@pytest.mark.parametrize("odd", [5, b"x", {}, object()], ids=["number", "bytes", "dict", "object"])
+def test_what_is_of_another_type_is_refused_in_a_sentence(odd, make_checkpoint, tokens, tmp_path):
+    a, b = make_checkpoint("neox", 1), make_checkpoint("neox", 2)
+    pair, out = lmc.open_pair(a, b), tmp_path / "out"
+    alignment = lmc.align(pair, tokens, method="weight")
+    for call in (
+        partial(lmc.carry, odd, a, out, member="b"),
+        partial(lmc.carry, a, odd, out, member="b"),
+        partial(lmc.carry, a, b, odd, member="b"),
+        partial(lmc.merge, odd, out),
+        partial(lmc.merge, [a, b], odd),
+        partial(lmc.merge, [a, b], out, dtype=odd),
+        partial(lmc.merge, [a, b], out, dtype=torch.int64),
+        partial(lmc.grow, a, odd, out),
+        partial(lmc.grow, a, b, out, dtype=odd),
+        partial(lmc.heal, a, odd, tokens, out),
+        partial(lmc.open_models, odd),
+        partial(lmc.open_models, "ab"),
+        partial(lmc.barrier, pair, tokens, odd),
+        partial(lmc.diagnose, pair, tokens, odd),
+        partial(lmc.align, pair, tokens, base=odd),
+        partial(lmc.extend, pair, tokens, odd, 1),
+        partial(lmc.export, pair, odd, out),
+        partial(lmc.export, pair, alignment, odd),
+        partial(lmc.export, pair, alignment, out, odd),
+        partial(lmc.run, pair, tokens, odd),
+        partial(lmc.Alignment.load, odd),
+    ):
+        with pytest.raises(lmc.LmcError):
+            call()
+    assert not list(tmp_path.iterdir())

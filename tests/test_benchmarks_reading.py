@@ -22,6 +22,7 @@ EQUAL = [
     ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}),
     ("mistral", {"attention_bias": True}),
     ("gemma", {"hidden_activation": "silu"}),
+    ("roberta", {"hidden_act": "relu"}),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     ("gpt2", {"reorder_and_upcast_attn": True}),
     ("gpt2", {"scale_attn_weights": False}),
@@ -55,7 +56,6 @@ REFUSED = [
     ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok"),
     ("roberta", {"pad_token_id": None}, "pad_token_id"),
     ("bert", {"type_vocab_size": 0}, "type_vocab_size"),
-    ("roberta", {"hidden_act": "relu"}, "hidden_act"),
     ("vit", {"image_size": 0}, "image_size"),
 ]
 

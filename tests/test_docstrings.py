@@ -46,8 +46,18 @@ def place(make_checkpoint, tmp_path_factory):
     return here
 
 
+@pytest.fixture
+def quiet():
+    """Examples print no notes, whatever a command that ran before has turned on."""
+    log = logging.getLogger("lmc_fast")
+    before = log.level
+    log.setLevel(logging.WARNING)
+    yield
+    log.setLevel(before)
+
+
 @pytest.mark.parametrize("name", [name for name in lmc.__all__ if name != "__version__"])
-def test_the_example_runs(name, place, monkeypatch):
+def test_the_example_runs(name, place, quiet, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setattr(logging.getLogger("lmc_fast"), "handlers", [])  # what a command left there prints
     torch.manual_seed(0)

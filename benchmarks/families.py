@@ -102,7 +102,7 @@ def groups(spec: Spec) -> dict[str, str]:
     parts += [what["FFN scales"].split(" factor")[0] + " scale"] if "FFN scales" in what else []
     parts += [f"{experts.count} experts, each {experts.width} units, any non-zero scale"] if experts.count else []
     return {
-        "residual": what["residual rotation"],
+        "residual": what.get("residual rotation", "none (it is the output)"),
         "heads": "permute " + ", ".join(heads) if "heads" in what else "none (ALiBi)",
         "value_output": what["value/output maps"],
         "query_key": what["query/key maps"],

@@ -111,7 +111,7 @@ def test_index_that_promises_too_much(copy):
 def test_unknown_architecture_quantised_and_not_a_language_model(copy):
     directory = copy()
     edit_config(directory, model_type="rwkv")
-    refused(directory, "rwkv", "gpt_neox")
+    refused(directory, "rwkv", "keep a state", "lmc-fast families")
     edit_config(directory, model_type="gpt_neox", architectures=["GPTNeoXForQuestionAnswering"])
     refused(directory, "not a causal language model")
     edit_config(directory, architectures=["GPTNeoXForCausalLM"], quantization_config={"quant_method": "gptq"})

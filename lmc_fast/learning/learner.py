@@ -127,10 +127,10 @@ class Learner:
 
     source: canonical endpoints, b already matched; frozen. tokens (n, T) int64, or examples. chunking: how much is held
     at a time. route: see engine.step.learn; chosen once, so that a resumed run computes the same bits. blocks: whose
-    own elements are learned, by default all. groups: of models whose averages are
-    brought together, the number of each one's; by default each is alone. Under torchrun
-    every process takes its share of each batch, and gradients are averaged over all predictions. Everything random
-    follows from schedule.seed and the step's number, so that a restored learner goes on as if it had never stopped.
+    own elements are learned, by default all. groups: the number of each model's group, where averages of groups are
+    brought together; by default each is alone. Under torchrun every process takes its share of each batch, and
+    gradients are averaged over all predictions. Everything random follows from schedule.seed and the step's number, so
+    that a restored learner goes on as if it had never stopped.
     """
 
     def __init__(

@@ -40,10 +40,11 @@ class Cancelled(LmcError):
 
 def printable(text: object) -> str:
     """One line without control characters, cut in the middle where it is very long."""
-    line = "".join(c if c.isprintable() else _escaped(c) for c in str(text))
+    line = escaped(text)
     half = _LONGEST // 2
     return line if len(line) <= _LONGEST else f"{line[:half]} [...] {line[-half:]}"
 
 
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
+def escaped(text: object) -> str:
+    """One line in which what would act on a terminal is shown as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))

@@ -50,19 +50,24 @@ def read_json(file: Path, most: int = JSON_BYTES, remedy: str = "check the path"
     return parse_json(read_bytes(file, most, remedy), file)
 
 
-def read_object(file: Path, most: int = JSON_BYTES, remedy: str = "check the path") -> dict[str, Any]:
-    """As read_json, and the value is an object."""
-    value = read_json(file, most, remedy)
+def read_object(
+    file: Path, most: int = JSON_BYTES, remedy: str = "check the path", once: bool = False
+) -> dict[str, Any]:
+    """As read_json, and the value is an object. once: no name may be said twice, which JSON allows: the last counts."""
+    value = parse_json(read_bytes(file, most, remedy), file, once)
     if not isinstance(value, dict):
         raise LmcError(f"{file} is not a JSON object; {remedy}")
     return value
 
 
-def parse_json(text: bytes | str, source: object) -> Any:
-    """As read_json; `source` is named in errors."""
+def parse_json(text: bytes | str, source: object, once: bool = False) -> Any:
+    """As read_json and read_object; `source` is named in errors."""
     try:
         decoded = text if isinstance(text, str) else text.decode("utf-8")
-        value = json.loads(decoded, parse_constant=_refused, parse_float=_finite, parse_int=_whole)
+        pairs = _once if once else None
+        value = json.loads(
+            decoded, parse_constant=_refused, parse_float=_finite, parse_int=_whole, object_pairs_hook=pairs
+        )
     except ValueError as error:
         raise LmcError(f"{source} is not valid JSON ({error})") from error
     except RecursionError:
@@ -80,6 +85,15 @@ def parse_json(text: bytes | str, source: object) -> Any:
 def to_json(value: Any, indent: int | None = None) -> str:
     """JSON text, which has neither NaN nor infinity. Raises ValueError for them."""
     return json.dumps(value, indent=indent, allow_nan=False)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} is said twice")
+        found[name] = value
+    return found
 
 
 def _refused(name: str) -> float:

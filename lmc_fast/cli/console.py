@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..errors import escaped, printable
 from ..files import to_json
 from ..pair import Models
 from .progress import Display
@@ -26,9 +27,9 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.WARNING:
-            print(f"lmc-fast: warning: {record.getMessage()}", file=sys.stderr)
+            print(f"lmc-fast: warning: {printable(record.getMessage())}", file=sys.stderr)
         else:
-            self.say(record.getMessage())
+            self.say(printable(record.getMessage()))
 
 
 class Console:
@@ -42,7 +43,7 @@ class Console:
 
     def say(self, text: str = "") -> None:
         if not self.quiet and not self.json:
-            tqdm.write(text)
+            tqdm.write("\n".join(map(escaped, text.split("\n"))))
 
     def result(self, value: dict[str, Any]) -> None:
         if self.json:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ..errors import LmcError
+from ..files import read_object
+from ..output import partial_of
 from ..pipeline.merge import merge
 from .align import aligned, show_report
 from .arguments import parser
@@ -35,11 +38,13 @@ def demo_command(args: argparse.Namespace, console: Console) -> int:
         "average of their weights is worthless. lmc-fast now looks for changes of weights that leave each model's\n"
         "function alone and make the average a good model."
     )
-    report = aligned(given, console)
+    report = _finished(args, pair) if args.resume else None
+    report = report or aligned(given, console)
     show_report(given, console, report)
     naive, learned = (next(c for c in report["curves"] if c["name"] == name) for name in ("naive", "learned"))
-    merged = args.out / "merged"
-    record = merge([args.out / "a", args.out / "b"], merged)
+    merged, record = args.out / "merged", {}
+    if not (args.resume and (merged / "config.json").exists()):  # it appears whole or not at all
+        record = merge([args.out / "a", args.out / "b"], merged)
     first, last = learned["losses"][0], learned["losses"][-1]
     before, after = (curve["losses"][len(curve["losses"]) // 2] for curve in (naive, learned))
     console.say(
@@ -50,3 +55,15 @@ def demo_command(args: argparse.Namespace, console: Console) -> int:
     )
     console.result(report | {"merged": {"out": str(merged), **record}})
     return 0
+
+
+def _finished(args: argparse.Namespace, pair: Path) -> dict[str, Any] | None:
+    """The report of an alignment that this demo finished, of which only the merge may be missing; else None."""
+    if partial_of(args.out).exists() or not (args.out / "report.json").is_file():
+        return None
+    report = read_object(args.out / "report.json", 1 << 30)
+    same = report.get("members") == [{"name": name, "source": str(pair / name)} for name in ("a", "b")]
+    schedule = report.get("schedule")
+    if not same or not isinstance(schedule, dict) or schedule.get("steps") != args.steps:
+        raise LmcError(f"{args.out} is not what this demo with {args.steps} steps began; choose another --out")
+    return report

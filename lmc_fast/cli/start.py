@@ -20,12 +20,13 @@ def start(args: argparse.Namespace) -> None:
     transformers.logging.set_verbosity_error()
     require_device(args.device)
     _require_settings()
-    for name in ("a", "b", "model"):
-        revision = getattr(args, f"revision_{name}", None)
-        if revision and getattr(args, name) is None:
+    for option, revision in list(vars(args).items()):
+        name = option.removeprefix("revision_")
+        if name == option or revision is None:
+            continue
+        if getattr(args, name) is None:
             raise LmcError(f"--revision-{name} is given, but no {name.upper()}")
-        if revision:
-            setattr(args, name, at_revision(getattr(args, name), revision))
+        setattr(args, name, at_revision(getattr(args, name), revision))
 
 
 def _require_settings() -> None:

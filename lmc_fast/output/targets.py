@@ -25,6 +25,10 @@ def user_path(text: str | Path) -> Path:
         raise LmcError("a path is empty; name a file or directory")
     if "\0" in str(path):
         raise LmcError(f"{str(path)!r} holds a zero byte; choose another name")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise LmcError(f"{str(path)!r} holds what no file can be called by; choose another name") from error
     return path
 
 

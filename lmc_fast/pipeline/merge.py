@@ -131,7 +131,7 @@ def merge(
     if weights_by_block is not None:
         file, given = "weights_by_block", weights_by_block
         if isinstance(given, str | Path):
-            file, given = str(given), read_object(Path(given))
+            file, given = str(given), read_object(user_path(given), once=True)
         shares = shares_by_block(rule, row, given, models[0].spec.layers, file, notes)
     merger = _Merger(models, shares, base is not None, dtype)
     if merger.tied and merger.row(None, "embed") != merger.row(None, "head"):

@@ -171,6 +171,9 @@ def test_revisions_are_other_models(repository, hub, capsys):
     assert main(["inspect", "lab/tiny@main", "--revision-a", "step1000"]) == 2
     said = capsys.readouterr().err
     assert "no B" in said and "give one of them" in said
+    heal = ["heal", str(first), "--from", "x", "y", "--data", "z", "--out", "o", "--revision-merged", "step1000"]
+    for words in (heal, ["verify", str(first), str(second), "--revision-a", ""]):
+        assert main(words) == 2 and "has no revision" in capsys.readouterr().err
     for command in ("inspect", "plan", "merge", "barrier", "verify", "align"):
         assert "--revision-b" in parser()._subparsers._group_actions[0].choices[command].format_help()
 

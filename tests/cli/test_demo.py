@@ -38,6 +38,17 @@ def test_the_demo_aligns_merges_and_says_what_came_out(tiny, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("lmc-fast: error: ")
 
 
+def test_a_demo_that_was_stopped_before_its_merge_goes_on(tiny, tmp_path, capsys, monkeypatch):
+    words = ["demo", "--out", str(tmp_path / "out"), "--steps", "2", "--resume"]
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "merge", lambda *_: exec("raise KeyboardInterrupt"))
+        assert main(words[:-1]) == 130
+    assert main([*words, "--steps", "3"]) == 2 and "not what this demo with 3 steps began" in capsys.readouterr().err
+    for _ in range(2):  # the second time nothing is left to do
+        assert main(words) == 0 and "after alignment it loses" in capsys.readouterr().out
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged")
+
+
 def test_the_demo_prints_one_document(tiny, tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path / "out"), "--steps", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

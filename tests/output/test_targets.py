@@ -66,7 +66,7 @@ def test_places_that_cannot_become_a_file(tmp_path):
 def test_paths_as_people_write_them(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert user_path("~/x") == tmp_path / "x"
-    for text, words in {"~nosuchuser/x": "no such user", "": "empty", "a\0b": "zero byte"}.items():
+    for text, words in {"~nosuchuser/x": "no such user", "": "empty", "a\0b": "zero byte", "\ud800": "no file"}.items():
         with pytest.raises(LmcError, match=words):
             user_path(text)
 

@@ -238,6 +238,12 @@ def test_what_makes_no_sense_is_refused(options, words, three, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_weights_that_a_file_says_twice_are_refused(three, tmp_path):
+    (tmp_path / "w.json").write_text('{"0": 0.2, "1": 0.5, "0": 0.8}')
+    with pytest.raises(lmc.LmcError, match=r"w.json is not valid JSON \('0' is said twice\)"):
+        lmc.merge(*three[:2], tmp_path / "out", weights_by_block=tmp_path / "w.json")
+
+
 def test_models_that_do_not_fit_and_too_few_of_them(three, make_checkpoint, tmp_path, capsys):
     with pytest.raises(lmc.LmcError, match=r"neox.* cannot be merged: their architectures differ"):
         lmc.merge([*three, make_checkpoint("neox")], tmp_path / "out")

@@ -20,6 +20,18 @@ class Layout(Protocol):
     def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor: ...
 
 
+def _cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """torch.cat; on the meta device, where shapes are found, without importing torch._dynamo, which takes a second."""
+    first = parts[0]
+    if first.is_meta:
+        return first.new_empty((*first.shape[:dim], sum(part.shape[dim] for part in parts), *first.shape[dim + 1 :]))
+    return torch.cat(list(parts), dim)
+
+
+def _stack(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return _cat([part.unsqueeze(dim) for part in parts], dim)
+
+
 class Plain:
     """One slot, stored as it is."""
 
@@ -40,7 +52,7 @@ class Conv1D:
         return tensor.mT.chunk(self.parts) if tensor.dim() == 2 else tensor.chunk(self.parts)
 
     def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor:
-        return torch.cat(list(parts)).mT if parts[0].dim() == 2 else torch.cat(list(parts))
+        return _cat(parts).mT if parts[0].dim() == 2 else _cat(parts)
 
 
 class InterleavedHeads:
@@ -53,7 +65,7 @@ class InterleavedHeads:
 
     def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor:
         att = spec.attention
-        return torch.stack([p.unflatten(0, (att.heads, att.head_dim)) for p in parts], dim=1).flatten(0, 2)
+        return _stack([p.unflatten(0, (att.heads, att.head_dim)) for p in parts], 1).flatten(0, 2)
 
 
 class InterleavedGroups:
@@ -66,7 +78,7 @@ class InterleavedGroups:
 
     def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor:
         att = spec.attention
-        return torch.cat([p.unflatten(0, (att.kv_heads, -1, att.head_dim)) for p in parts], dim=1).flatten(0, 2)
+        return _cat([p.unflatten(0, (att.kv_heads, -1, att.head_dim)) for p in parts], 1).flatten(0, 2)
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,7 @@ class Stacked:
         return tensor.split([shape[0] for shape in shapes if shape])
 
     def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor:
-        return torch.cat(list(parts))
+        return _cat(parts)
 
 
 class InterleavedPairs:
@@ -89,13 +101,13 @@ class InterleavedPairs:
     def split(self, tensor: Tensor, spec: Spec) -> Sequence[Tensor]:
         rows = tensor.unflatten(0, (-1, spec.attention.head_dim))
         turned, rest = rows[:, : spec.rope.rotary_dim], rows[:, spec.rope.rotary_dim :]
-        return (torch.cat([turned[:, ::2], turned[:, 1::2], rest], dim=1).flatten(0, 1),)
+        return (_cat([turned[:, ::2], turned[:, 1::2], rest], 1).flatten(0, 1),)
 
     def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor:
         rows = parts[0].unflatten(0, (-1, spec.attention.head_dim))
         half = spec.rope.rotary_dim // 2
-        turned = torch.stack([rows[:, :half], rows[:, half : 2 * half]], dim=2).flatten(1, 2)
-        return torch.cat([turned, rows[:, 2 * half :]], dim=1).flatten(0, 1)
+        turned = _stack([rows[:, :half], rows[:, half : 2 * half]], 2).flatten(1, 2)
+        return _cat([turned, rows[:, 2 * half :]], 1).flatten(0, 1)
 
 
 class FourShards:
@@ -108,7 +120,7 @@ class FourShards:
 
     def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor:
         q, k = (InterleavedPairs().join([part], spec) for part in parts[:2])
-        return torch.stack([part.unflatten(0, (4, -1)) for part in (q, parts[2], k)], dim=1).flatten(0, 2)
+        return _stack([part.unflatten(0, (4, -1)) for part in (q, parts[2], k)], 1).flatten(0, 2)
 
 
 class LessOne:
@@ -152,7 +164,7 @@ class FusedExperts:
         return tensor.chunk(2, dim=1)
 
     def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor:
-        return torch.cat(list(parts), dim=1)
+        return _cat(parts, 1)
 
 
 @dataclass(frozen=True)

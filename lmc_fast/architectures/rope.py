@@ -1,4 +1,4 @@
-"""Rotary frequencies of a transformers config: taken from the module that transformers itself would build of it."""
+"""Rotary frequencies of a transformers config, as the module that transformers would build of it has them."""
 
 from __future__ import annotations
 
@@ -42,13 +42,10 @@ def inverse_frequencies(
         if share > 1:
             raise LmcError(f"rope_parameters: partial_rotary_factor is {share}; it must be at most 1")
     try:
-        module = _rotary_class(config)(config)
+        frequencies, scaling = _quickly(config, rope, head_dim, layer_type, partial) or _of_module(config, layer_type)
     except Exception as error:  # transformers checks little and fails in many ways
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         raise LmcError(f"rope_parameters of type '{kind}' are refused by transformers ({reason})") from error
-    prefix = f"{layer_type}_" if layer_type else ""
-    frequencies = getattr(module, f"{prefix}inv_freq").tolist()
-    scaling = float(getattr(module, f"{prefix}attention_scaling"))
     if not all(0 <= f < math.inf for f in [*frequencies, scaling]):
         raise LmcError(f"rope_parameters of type '{kind}' give frequencies that are no numbers; correct them")
     turned = 2 * len(frequencies)
@@ -57,7 +54,7 @@ def inverse_frequencies(
             f"rope_parameters turn {turned} of the {head_dim} dimensions of a head, which transformers does not "
             f"compute for {config.model_type}; correct partial_rotary_factor or head_dim"
         )
-    return tuple(frequencies), scaling
+    return frequencies, scaling
 
 
 def trained_positions(config: Any) -> int:
@@ -78,6 +75,30 @@ def _parts(config: Any) -> list[dict[str, Any]]:
     """Rope parameters, of all layers and of each type of layer."""
     rope = getattr(config, "rope_parameters", None) or {}
     return [rope, *(part for part in rope.values() if isinstance(part, dict))]
+
+
+def _quickly(
+    config: Any, rope: dict[str, Any], head_dim: int, layer_type: str | None, partial: bool
+) -> tuple[tuple[float, ...], float] | None:
+    """What `_of_module` returns, for the common types without a second spent on importing the modelling file."""
+    kind, share = rope.get("rope_type", "default"), rope.get("partial_rotary_factor") or 1.0
+    theirs = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head_dim != theirs or (share != 1 and not partial):  # families differ in what they turn then
+        return None
+    if kind == "default":
+        return default_frequencies(int(head_dim * share), rope["rope_theta"]), 1.0
+    if kind in ("linear", "llama3", "yarn"):
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](config, **({"layer_type": layer_type} if layer_type else {}))
+        return tuple(frequencies.tolist()), float(scaling)
+    return None
+
+
+def _of_module(config: Any, layer_type: str | None) -> tuple[tuple[float, ...], float]:
+    module = _rotary_class(config)(config)
+    prefix = f"{layer_type}_" if layer_type else ""
+    return tuple(getattr(module, f"{prefix}inv_freq").tolist()), float(getattr(module, f"{prefix}attention_scaling"))
 
 
 def _rotary_class(config: Any) -> Any:

@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 
@@ -23,6 +22,8 @@ def solve_assignments(
 
     Raises ValueError for a matrix that is not square or has a non-finite entry.
     """
+    from scipy.optimize import linear_sum_assignment  # half a second to import
+
     problems = [_as_array(score, index) for index, score in enumerate(scores)]
 
     def solve(problem: np.ndarray) -> Tensor:

@@ -11,8 +11,9 @@ else beside them.
     full      no room on the disk from the n-th operation on
     limit     files larger than a limit are refused by the system (ulimit -f)
 
-python -m benchmarks.crash [--quick] [--only COMMAND...] [--check]: a row of benchmarks/results/crash.csv for each
-command and kind; those that are there for this commit are not measured again, so that it can be run in pieces.
+python -m benchmarks.crash [--quick] [--only COMMAND...] [--kinds KIND...] [--most N] [--check]: a row of
+benchmarks/results/crash.csv for each command and kind, in the place of an earlier one; those that are there for this
+commit are not measured again, so that it can be run in pieces.
 """
 
 import hashlib
@@ -273,12 +274,12 @@ def places_of(operations: list[int]) -> list[int]:
     return found
 
 
-def points(kind: str, bench: Bench, command: str, share: float) -> list[tuple[Inject, set[int]]]:
-    """Faults of a kind for a command, and the exit codes that they may end with."""
+def points(kind: str, bench: Bench, command: str, share: float, most: int) -> list[tuple[Inject, set[int]]]:
+    """Faults of a kind for a command, `most` at most, and the exit codes that they may end with."""
     places, seconds, pick = places_of(bench.operations[command]), bench.seconds[command], bench.pick
 
-    def some(most: int) -> list[int]:
-        count = max(2, round(most * share))
+    def some(wanted: int) -> list[int]:
+        count = min(most, max(2, round(wanted * share)))
         return sorted(pick.sample(places, min(count, len(places))))
 
     if kind == "kill":
@@ -296,15 +297,17 @@ def points(kind: str, bench: Bench, command: str, share: float) -> list[tuple[In
     return [(signalled_after(at, sent[i % 3]), ends) for i, at in enumerate(moments)]
 
 
-def measure(share: float, commands: list[str] | None = None, kinds: list[str] | None = None) -> Iterator[Row]:
-    """A row for each command and kind. share: of all points."""
+def measure(
+    share: float, commands: list[str] | None = None, kinds: list[str] | None = None, most: int = sys.maxsize
+) -> Iterator[Row]:
+    """A row for each command and kind. share: of all points; most: of one kind."""
     with tempfile.TemporaryDirectory() as home:
         bench = Bench.create(Path(home))
         for command in commands or list(COMMANDS):
             bench.prepare(command)
             for kind in kinds or KINDS:
                 began = time.monotonic()
-                found = [bench.fault(command, *point) for point in points(kind, bench, command, share)]
+                found = [bench.fault(command, *point) for point in points(kind, bench, command, share, most)]
                 wrong = [line for lines in found for line in lines]
                 seconds = time.monotonic() - began
                 print(f"{command:26} {kind:7} {len(found):4} points, {len(wrong)} wrong, {seconds:.0f} s", flush=True)
@@ -317,14 +320,19 @@ def measure(share: float, commands: list[str] | None = None, kinds: list[str] | 
 def main() -> int:
     parser = options(__doc__)
     parser.add_argument("--only", nargs="+", choices=COMMANDS, metavar="COMMAND", help=f"of {', '.join(COMMANDS)}")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=f"of {', '.join(KINDS)}"
+    )
+    parser.add_argument("--most", type=int, default=sys.maxsize, metavar="N", help="points of one kind and command")
     args = parser.parse_args()
     torch.set_num_threads(1)
     wanted, origin, kept = args.only or list(COMMANDS), provenance(*SOURCES), RESULTS / "crash.csv"
-    rows = [] if args.quick or "dirty" in origin["commit"] else _measured_at(kept, origin["commit"])
+    rows = [] if args.quick else _measured(kept)
     for command in wanted:
-        left = [kind for kind in KINDS if (command, kind) not in {(row["command"], row["kind"]) for row in rows}]
-        for row in measure(0.03 if args.quick else 1.0, [command], left) if left else ():
-            rows.append(row | origin)
+        done = [] if args.quick or "dirty" in origin["commit"] else [_what(r) for r in rows if _same(r, origin)]
+        left = [kind for kind in args.kinds if (command, kind) not in done]
+        for row in measure(0.03 if args.quick else 1.0, [command], left, args.most) if left else ():
+            rows = [other for other in rows if _what(other) != _what(row)] + [row | origin]
             if not args.quick:
                 write_csv(kept, rows)
     if args.json:
@@ -340,9 +348,17 @@ def main() -> int:
     return 1 if args.check and (few or any(row["wrong"] for row in asked)) else 0
 
 
-def _measured_at(file: Path, commit: str) -> list[Row]:
+def _measured(file: Path) -> list[Row]:
     numbers = ("operations", "points", "wrong")
-    return [row | {key: int(row[key]) for key in numbers} for row in read_csv(file) if row["commit"] == commit]
+    return [row | {key: int(row[key]) for key in numbers} for row in read_csv(file)]
+
+
+def _what(row: Row) -> tuple[str, str]:
+    return row["command"], row["kind"]
+
+
+def _same(row: Row, origin: Row) -> bool:
+    return bool(row["commit"] == origin["commit"])
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import TypeVar
 
@@ -94,7 +95,8 @@ def open_pair(a: Place, b: Place, headers_only: bool = False) -> Pair:
 
 
 def open_models(sources: Sequence[Place], headers_only: bool = False) -> Models:
-    """As `open_pair`, of any number of checkpoints; of two it is a Pair. The error names the one that does not fit.
+    """As `open_pair`, of any number of checkpoints; of two it is a Pair. The error names the one that does not fit, or
+    that is given twice.
 
     >>> len(lmc.open_models(["A", "B", "C"]).members)
     3
@@ -120,10 +122,15 @@ def pair_of(a: Model, b: Model, grow: bool = True) -> Pair:
     return Pair(a, b, tuple(warnings))
 
 
-def models_of(models: Sequence[Model]) -> Models:
-    """The same of any number."""
+def models_of(models: Sequence[Model], repeated: bool = False) -> Models:
+    """The same of any number. repeated: whether one of more than two may be there more than once."""
     if len(models) == 2:
         return pair_of(models[0], models[1])
+    for one, two in () if repeated else combinations(models, 2):
+        if one.home and two.home and one.home.samefile(two.home):
+            raise LmcError(
+                f"{one.source} and {two.source} are the same model; give each once (merge --weights lets one count more)"
+            )
     first, *others = models
     problems: dict[Model, str] = {}
     warnings: list[str] = []

@@ -19,6 +19,7 @@ from ..evaluation import Curve, Simplex
 from ..evaluation.curve import DEFINITION, is_own
 from ..evaluation.simplex import SIMPLEX_DEFINITION
 from ..learning.healing import healing_bytes
+from ..members import listed
 from ..output import Workspace, partial_of, require_apart
 from ..pair import open_models
 from ..pipeline.evaluate import barrier, require_points, verify
@@ -30,7 +31,8 @@ from .console import DIFFERENT, Console, unit_of
 
 
 def inspect_command(args: argparse.Namespace, console: Console) -> int:
-    found = inspect(args.a, args.b, args.data)
+    found = inspect(args.a, args.b, args.data, more=args.more)
+    places = [args.a, *([args.b] if args.b else []), *args.more]
     spec, dtype = found.model.spec, found.model.dtype
     att = spec.attention
     console.say(
@@ -42,12 +44,12 @@ def inspect_command(args: argparse.Namespace, console: Console) -> int:
     console.say("symmetries:")
     for group in found.groups:
         console.say(f"  {'yes' if group.legal else 'no ':3}  {group.name:18} {group.what}: {group.why}")
-    for name, notes in ((args.a, found.notes), (args.b, found.other_notes)):
+    for name, notes in zip(places, (found.notes, *found.other_notes), strict=True):
         for note in notes:
             console.say(f"note on {name}: {note}")
-    if found.other:
+    if found.others:
         verdict = f"cannot be aligned: {found.problem}" if found.problem else "can be aligned"
-        console.say(f"{args.a} and {args.b} {verdict}")
+        console.say(f"{listed(places)} {verdict}")
     console.result(found.to_json())
     return BAD_INPUT if found.problem else 0
 

@@ -27,7 +27,7 @@ from ..learning.healing import RATE, Healer, healing_bytes, loss_of, with_tensor
 from ..learning.schedule import Schedule
 from ..learning.steering import best_of
 from ..output import Workspace, partial_of, require_apart, user_path, workspace_names, write_whole
-from ..pair import Models, open_models
+from ..pair import Models, models_of
 from ..sizes import show_bytes
 from ..symmetry.checksum import understood
 from ..symmetry.storage import load_tensors, save_tensors
@@ -92,7 +92,7 @@ def heal(
         raise LmcError("healing takes steps; give at least one")
     device, target = require_device(device), user_path(out)
     require_apart((target, partial_of(target)), (merged, *endpoints))
-    models = open_models([merged, *endpoints])
+    models = models_of([Model(place) for place in (merged, *endpoints)], repeated=True)
     given = data if isinstance(data, Mapping) else {"": data}
     wrong = [name for name in given if name and name not in names[1:]]
     if wrong or not given:

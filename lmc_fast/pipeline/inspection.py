@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ..checkpoints import Model, notes_on
 from ..data import read_data, sequence_length
 from ..errors import LmcError
 from ..learning.schedule import Schedule
-from ..pair import open_models, pair_of
+from ..pair import models_of, open_models
 from ..sizes import parse_bytes
 from ..symmetry import Group, legal_groups
 from ..symmetry.grown import GrownModel
@@ -28,8 +29,8 @@ class Inspection:
     """What `inspect` found.
 
     groups: the symmetries of the architecture, each with the reason why it can be used or not. notes: what is unusual
-    about the checkpoint; other, other_notes: the same of the second. problem: why both cannot be aligned (None: they
-    can); grown: how models of different sizes are grown to one; warnings: what is not as it might be expected.
+    about the checkpoint; others, other_notes: the same of the further ones. problem: why they cannot be aligned (None:
+    they can); grown: how models of different sizes are grown to one; warnings: what is not as it might be expected.
 
     >>> lmc.inspect("A").model.spec.family
     'gpt_neox'
@@ -38,16 +39,16 @@ class Inspection:
     model: Model
     groups: list[Group]
     notes: tuple[str, ...]
-    other: Model | None = None
-    other_notes: tuple[str, ...] = ()
+    others: tuple[Model, ...] = ()
+    other_notes: tuple[tuple[str, ...], ...] = ()
     problem: str | None = None
     grown: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
     def match(self) -> bool | None:
-        """Whether both checkpoints can be aligned; None where there is one."""
-        return None if self.other is None else self.problem is None
+        """Whether the checkpoints can be aligned; None where there is one."""
+        return self.problem is None if self.others else None
 
     def to_json(self) -> dict[str, Any]:
         found: dict[str, Any] = {
@@ -55,35 +56,38 @@ class Inspection:
             "groups": [vars(group) for group in self.groups],
             "notes": list(self.notes),
         }
-        if self.other is None:
+        if not self.others:
             return found
         more = {"grown": list(self.grown), "warnings": list(self.warnings)}
         return found | {"match": self.match, "problem": self.problem} | more
 
 
-def inspect(path: str | Path, other: str | Path | None = None, data: str | Path | None = None) -> Inspection:
-    """What a checkpoint (a directory or a hub id) is, which symmetries it has, and whether `other` can be aligned with
-    it. Only headers are read, unless blocks are to be added to one of them: data is a file, as for read_data, that
-    tells where. Raises LmcError where one of them is not usable.
+def inspect(
+    path: str | Path, other: str | Path | None = None, data: str | Path | None = None, *, more: Sequence[str | Path] = ()
+) -> Inspection:
+    """What a checkpoint (a directory or a hub id) is, which symmetries it has, and whether `other`, or that and `more`,
+    can be aligned with it. Only headers are read, unless blocks are to be added to one of them: data is a file, as for
+    read_data, that tells where. Raises LmcError where one of them is not usable.
 
     >>> found = lmc.inspect("A", "B")
     >>> found.problem is None, [group.name for group in found.groups if group.legal][:2]
     (True, ['norm absorption', 'residual rotation'])
     """
-    model = Model(path, headers_only=data is None)
+    places = [path, *([] if other is None else [other]), *more]
+    models = [Model(place, headers_only=data is None) for place in places]
+    model, *others = models
     alone = Inspection(model, legal_groups(model.spec), tuple(notes_on(model)))
-    if other is None:
+    if not others:
         return alone
-    second = Model(other, headers_only=data is None)
-    both = replace(alone, other=second, other_notes=tuple(notes_on(second)))
+    both = replace(alone, others=tuple(others), other_notes=tuple(tuple(notes_on(each)) for each in others))
     try:
-        pair = pair_of(model, second)
+        found = models_of(models)
     except LmcError as error:
         return replace(both, problem=str(error))
     if data is not None:
-        pair = placed(pair, read_data(data, pair.a, sequence_length(pair.a)))
-    grown = tuple(m.summary for m in (pair.a, pair.b) if isinstance(m, GrownModel))
-    return replace(both, grown=grown, warnings=pair.warnings)
+        found = placed(found, read_data(data, found.a, sequence_length(found.a)))
+    grown = tuple(m.summary for m in found.members if isinstance(m, GrownModel))
+    return replace(both, grown=grown, warnings=found.warnings)
 
 
 def plan(

@@ -124,6 +124,10 @@ def test_inspect(pair, make_checkpoint, capsys):
     assert "can be aligned" in shown and "no   FFN scales" in shown and "gelu is not homogeneous" in shown
     assert main(["inspect", pair[0], str(make_checkpoint("llama")), "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["problem"] == "their architectures differ (gpt_neox and llama)"
+    assert main(["inspect", *pair, str(make_checkpoint("llama"))]) == 2
+    assert f" cannot be aligned with {pair[0]}: their architectures differ" in capsys.readouterr().out
+    assert main(["inspect", *pair, str(make_checkpoint("neox", 3))]) == 0
+    assert "can be aligned" in capsys.readouterr().out
 
 
 def test_tokens_may_come_as_text_jsonl_or_npy(pair, tmp_path, capsys):

@@ -129,7 +129,8 @@ def models_of(models: Sequence[Model], repeated: bool = False) -> Models:
     for one, two in () if repeated else combinations(models, 2):
         if one.home and two.home and one.home.samefile(two.home):
             raise LmcError(
-                f"{one.source} and {two.source} are the same model; give each once (merge --weights lets one count more)"
+                f"{one.source} and {two.source} are the same model; give each once (merge has --weights, so that one "
+                "counts more)"
             )
     first, *others = models
     problems: dict[Model, str] = {}

@@ -62,9 +62,7 @@ def parser() -> argparse.ArgumentParser:
 
     command("env", "show versions, what computes, processor, memory and GPUs: for bug reports", module="env")
 
-    text = (
-        "show what a checkpoint is, which of its symmetries can be used and why, and whether others can be aligned with it"
-    )
+    text = "show what a checkpoint is, which of its symmetries can be used and why, and whether others fit it"
     sub = command("inspect", text, "a", "b?")
     sub.add_argument("more", nargs="*", metavar="MORE", help="any number of further checkpoints")
     text = "text or images that show where empty blocks go, where one model is grown by some (weights are read, then)"

@@ -63,7 +63,11 @@ class Inspection:
 
 
 def inspect(
-    path: str | Path, other: str | Path | None = None, data: str | Path | None = None, *, more: Sequence[str | Path] = ()
+    path: str | Path,
+    other: str | Path | None = None,
+    data: str | Path | None = None,
+    *,
+    more: Sequence[str | Path] = (),
 ) -> Inspection:
     """What a checkpoint (a directory or a hub id) is, which symmetries it has, and whether `other`, or that and `more`,
     can be aligned with it. Only headers are read, unless blocks are to be added to one of them: data is a file, as for

@@ -28,7 +28,7 @@ from lmc_fast.symmetry import canonicalize, check_legal, legal_groups  # noqa: E
 
 SOURCES = ("lmc_fast", "tests/families", "tests/checkpoints_tiny.py", "benchmarks/families.py", "benchmarks/common.py")
 TABLE = ROOT / "docs" / "families.md"
-LIMIT = 1e-9
+LIMIT = 1e-12
 SEEDS = (1, 2, 3)
 
 INTRODUCTION = """# Model families

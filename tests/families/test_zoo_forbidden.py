@@ -104,7 +104,7 @@ def _one_flip(n):
 def test_what_looks_like_a_symmetry_and_is_none(what, checkpoint_of, expected_of):
     name, change = FORBIDDEN[what]
     weights = loaded(checkpoint_of(name))
-    assert changed(name, weights, expected_of(name)) < 1e-9
+    assert changed(name, weights, expected_of(name)) < 1e-12
     assert changed(name, change(weights), expected_of(name)) > VISIBLE
 
 
@@ -122,7 +122,7 @@ def test_a_rotation_needs_the_canonical_form(name, why, checkpoint_of, expected_
     element = random_element(KNOWN[name], weights.spec, 2)
     element.blocks = [{} for _ in element.blocks]
     assert changed(name, element.apply(weights), expected_of(name)) > VISIBLE, why
-    assert changed(name, element.apply(canonicalize(weights)), expected_of(name)) < 1e-9
+    assert changed(name, element.apply(canonicalize(weights)), expected_of(name)) < 1e-12
 
 
 def test_a_rotation_that_skips_the_router(checkpoint_of, expected_of):

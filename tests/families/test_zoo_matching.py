@@ -52,7 +52,7 @@ def test_matching_two_models_is_legal_and_brings_them_closer(name, checkpoint_of
     found = match(a, b, Evidence(1, 0.3), gather_statistics(a, b, data))
     check_legal(found, a.spec)
     moved = found.apply(b)
-    assert changed(name, moved, expected_of(name, 2)) < 1e-9
+    assert changed(name, moved, expected_of(name, 2)) < 1e-12
 
     def gap(y):
         pairs = zip([a.ends, *a.blocks], [y.ends, *y.blocks], strict=True)

@@ -47,14 +47,14 @@ def test_the_group_follows_from_the_features(name, checkpoint_of):
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_canonical_form_and_random_elements_keep_the_function(name, checkpoint_of, expected_of):
     weights = canonical(checkpoint_of(name))
-    assert changed(name, weights, expected_of(name)) < 1e-9
+    assert changed(name, weights, expected_of(name)) < 1e-12
     assert distance(canonicalize(weights), weights) < 1e-12
     for seed in (1, 2):
         element = random_element(KNOWN[name], weights.spec, seed)
         check_legal(element, weights.spec)
         moved = element.apply(weights)
         assert distance(moved, weights) > 0.1
-        assert changed(name, moved, expected_of(name)) < 1e-9
+        assert changed(name, moved, expected_of(name)) < 1e-12
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)
@@ -64,22 +64,22 @@ def test_a_moved_model_is_a_stock_model(name, checkpoint_of, expected_of, tmp_pa
     export(moved, model, tmp_path / "out", torch.float64)
     found = zoo.outcome(name, zoo.reference(tmp_path / "out", zoo.inputs(name)))
     expected = zoo.outcome(name, expected_of(name))
-    assert (found - expected).abs().max() < 1e-9 * expected.abs().max()
+    assert (found - expected).abs().max() < 1e-12 * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_group_laws_gauge_and_storage(name, checkpoint_of):
     a, b = canonical(checkpoint_of(name, 1)), canonical(checkpoint_of(name, 2))
     f, g = (random_element(KNOWN[name], a.spec, seed) for seed in (4, 5))
-    assert distance(g.compose(f).apply(a), g.apply(f.apply(a))) < 1e-9
-    assert distance(g.inverse().apply(g.apply(a)), a) < 1e-9
+    assert distance(g.compose(f).apply(a), g.apply(f.apply(a))) < 1e-12
+    assert distance(g.inverse().apply(g.apply(a)), a) < 1e-12
     check_legal(g.inverse().compose(f), a.spec)
     again = unpack(pack(g, "x"), "x", a.spec.layers)
     assert distance(again.apply(a), g.apply(a)) == 0
     x = zoo.inputs(name)
     both = zoo.outcome(name, logits(lerp(f.apply(a), g.apply(b), 0.3), x))
     one = zoo.outcome(name, logits(lerp(a, f.inverse().compose(g).apply(b), 0.3), x))
-    assert (both - one).abs().max() < 1e-9 * both.abs().max()
+    assert (both - one).abs().max() < 1e-12 * both.abs().max()
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)
@@ -92,7 +92,7 @@ def test_the_chart_has_legal_elements_only(name, checkpoint_of, expected_of):
     assert ("rotation" in chart.tensors) == (KNOWN[name].residual in ("any", "ones"))
     element = chart.relative().map(torch.Tensor.detach)
     check_legal(element, weights.spec)
-    assert changed(name, element.apply(weights), expected_of(name)) < 1e-9
+    assert changed(name, element.apply(weights), expected_of(name)) < 1e-12
 
 
 def _first_block(element, **spaces):

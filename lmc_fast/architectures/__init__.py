@@ -12,6 +12,7 @@ from . import (
     gpt_neox,
     gptj,
     llama,
+    modernbert,
     moe,
     olmo,
     opt,
@@ -26,7 +27,7 @@ from .heads import DECODER_HEADS
 from .spec import FFN, Attention, Experts, ImageInput, Norms, Rope, Spec, flat_fields
 
 _TABLES = (
-    *(gpt2, gpt_neo, gptj, falcon, opt, phi, stablelm, llama, relatives, gemma, olmo, cohere, glm, moe, text, vision),
+    *(gpt2, gpt_neo, gptj, falcon, opt, phi, stablelm, llama, relatives, gemma, olmo, cohere, glm, moe, text, vision, modernbert),
 )
 
 

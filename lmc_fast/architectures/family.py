@@ -21,6 +21,7 @@ class Entry:
     layout: Layout = field(default_factory=Plain)
     optional: bool = False  # some checkpoints leave it out
     when: Callable[[Spec], bool] | None = None  # holds where a slot has this name and not another
+    first: int = 0  # the first block that has it: those before compute without the norm that it belongs to
 
     def present(self, spec: Spec) -> bool:
         return spec.shape(self.slots[0]) is not None and (self.when is None or self.when(spec))
@@ -95,7 +96,7 @@ class Family:
         ]
         for i in range(spec.layers):
             for e in self.block:
-                if not e.present(spec):
+                if i < e.first or not e.present(spec):
                     continue
                 if "{j}" in e.name:
                     experts = (replace(e, layout=OfExpert(j)) for j in range(spec.ffn.experts.count))

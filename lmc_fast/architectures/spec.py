@@ -50,7 +50,8 @@ class Attention:
     kv_heads: int
     head_dim: int
     causal: bool = True
-    windows: tuple[int, ...] = ()  # per block: how many tokens back it sees, itself included; 0: all; empty: all do
+    # per block: how many tokens back (and ahead, if not causal) it sees, itself included; 0: all; empty: all do
+    windows: tuple[int, ...] = ()
     qk_norm: str = ""  # RMSNorm on queries and keys: "head" by head with one gain, "full" over all heads together
     qk_norm_last: bool = False  # that norm stands behind RoPE, not in front of it
     clip_qkv: float = 0.0  # queries, keys and values are clamped to [-c, c]; 0: they are not
@@ -130,6 +131,7 @@ class Norms:
     shared: bool = False  # attention and FFN read the same normalised stream
     embedded: bool = False  # the embedded input is normalised before the first block
     layer_scale: bool = False  # a factor for each channel of what a branch adds
+    bare_start: bool = False  # the first block's attention reads the stream without a norm
 
 
 @dataclass(frozen=True)

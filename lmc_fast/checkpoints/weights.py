@@ -256,9 +256,16 @@ class Model:
                     slots |= zip(entry.slots, entry.layout.split(tensor, self.spec), strict=True)
         slots |= {slot: torch.stack(experts.pop(slot)) for slot in list(experts)}
         if block is not None:
+            slots |= self._absent(block, dtype, device)
             for fold in self.folds:
                 slots |= fold.change(block, slots)
         return _each(slots, Tensor.contiguous)
+
+    def _absent(self, block: int, dtype: torch.dtype, device: torch.device | str) -> Slots:
+        """Of norms that a block does not have, what does nothing: gains 1 and biases 0."""
+        names = [e.slots[0] for e in self.family.block if block < e.first and e.present(self.spec)]
+        fills = ((name, float(not name.endswith("_bias"))) for name in names)
+        return {name: torch.full(self.spec.shapes[name], fill, dtype=dtype, device=device) for name, fill in fills}
 
 
 def _identity(size: int, dtype: torch.dtype, device: torch.device | str) -> Table:

@@ -76,7 +76,7 @@ def score_bias(spec: Spec, window: int, length: int, dtype: torch.dtype, device:
     back = place[:, None] - place
     hidden = back < 0 if att.causal else torch.zeros_like(back, dtype=torch.bool)
     if window:
-        hidden = hidden | (back >= window)
+        hidden = hidden | (back >= window) | (back <= -window)
     bias = torch.zeros(1, length, length, dtype=dtype, device=device)
     if att.alibi:
         slopes = alibi_slopes(att.heads).to(device, torch.bfloat16 if att.alibi_rounded else torch.float64)

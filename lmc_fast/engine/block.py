@@ -27,7 +27,8 @@ def block(spec: Spec, w: Slots, x: Tensor, positions: Positions, index: int = 0,
     before = spec.norms.placement in ("pre", "sandwich")
 
     def reads(name: str, stream: Tensor) -> Tensor:
-        value = norm(spec, w, name, stream) if before else stream
+        bare = spec.norms.bare_start and index == 0 and name == "attn_norm"
+        value = norm(spec, w, name, stream) if before and not bare else stream
         observe(name.replace("_norm", "_in"), value)
         return value
 

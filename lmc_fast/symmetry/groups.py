@@ -52,7 +52,7 @@ def rotates(spec: Spec) -> bool:
 
 def resolves_embedding(spec: Spec) -> bool:
     """Each row of the embedding table is normalised on its own, so that the table can be solved for any outcome."""
-    alone = not (spec.position_table or spec.types or spec.image)
+    alone = not (spec.position_table or spec.types or spec.image or spec.norms.bare_start)
     norms = spec.norms
     return norms.embedded and norms.parametric and norms.placement == "pre" and norms.kind == "layernorm" and alone
 

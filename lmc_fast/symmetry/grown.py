@@ -87,6 +87,8 @@ class GrownModel(Model):
             places = self.growth.places
             source = places.index(block) if block in places else 0
         own = name if block is None else name.replace(f".{block}.", f".{source}.", 1)
+        if own not in self._small.coverage.names:  # its first block has no such norm
+            own = next(iter(self._small.coverage.own))
         disk, dtype = self._small.stored_as(own, source)
         manner = list(spellings(own, self.family)).index(disk) if disk != own else 0
         return list(spellings(name, self.family))[manner], dtype

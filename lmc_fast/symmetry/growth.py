@@ -99,9 +99,9 @@ def place_by(similarity: Tensor, small: Spec, large: Spec) -> Places | None:
     return tuple(reversed(places))
 
 
-def _positions(spec: Spec, block: int) -> tuple[int, bool]:
-    """How far back a block sees, and whether it has rotary positions."""
-    return spec.attention.window(block), spec.rope.turns(block)
+def _positions(spec: Spec, block: int) -> tuple[int, bool, bool]:
+    """How far back a block sees, whether it has rotary positions, and whether it is a first one without a norm."""
+    return spec.attention.window(block), spec.rope.turns(block), spec.norms.bare_start and block == 0
 
 
 @dataclass(frozen=True)

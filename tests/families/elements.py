@@ -109,6 +109,8 @@ KNOWN = {
     **dict.fromkeys(("electra-label", "distilbert-label"), Known("plain")),
     "megatron-label": Known("ones"),
     "gpt2-label": Known("ones"),
+    **dict.fromkeys(("modernbert", "modernbert-biased", "modernbert-label", "modernbert-tags"), Known("plain", scale="any")),
+    "modernbert-headless": Known("fixed", scale="any"),
     "llama-label": _LLAMA,
     "llama-headless": Known("fixed", scale="any"),
     **dict.fromkeys(

@@ -72,6 +72,18 @@ _DISTIL = {
     "hidden_dim": 40,
     "max_position_embeddings": 32,
 }
+_MODERN = {
+    "vocab_size": VOCAB,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "max_position_embeddings": 32,
+    "local_attention": 8,
+    "layer_types": ["full_attention", "sliding_attention"],
+    "pad_token_id": 0,
+    "classifier_pooling": "mean",
+}
 _CLIP_TEXT = {
     "hidden_size": 24,
     "num_hidden_layers": 2,
@@ -333,6 +345,14 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     "data2vec-text": _of("Data2VecTextConfig", "Data2VecTextForMaskedLM", _BERT),
     "electra": _of("ElectraConfig", "ElectraForMaskedLM", _BERT, embedding_size=24),
     "distilbert": _of("DistilBertConfig", "DistilBertForMaskedLM", _DISTIL),
+    "modernbert": _of("ModernBertConfig", "ModernBertForMaskedLM", _MODERN),
+    "modernbert-biased": _of(
+        "ModernBertConfig",
+        "ModernBertForMaskedLM",
+        _MODERN,
+        tie_word_embeddings=False,
+        **dict.fromkeys(("norm_bias", "attention_bias", "mlp_bias", "classifier_bias"), True),
+    ),
     "vit-msn": _of("ViTMSNConfig", "ViTMSNForImageClassification", _VISION, _LABELS),
     **{
         f"{name}-{kind}": _of(config, model, options, *([_LABELS] if kind in ("label", "tags") else []))
@@ -347,6 +367,12 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
                 ("ElectraModel", "ElectraForSequenceClassification"),
             ),
             ("distilbert", "DistilBertConfig", _DISTIL, ("DistilBertModel", "DistilBertForSequenceClassification")),
+            (
+                "modernbert",
+                "ModernBertConfig",
+                _MODERN,
+                ("ModernBertModel", "ModernBertForSequenceClassification", "ModernBertForTokenClassification"),
+            ),
             ("llama", "LlamaConfig", _DECODER, ("LlamaModel", "LlamaForSequenceClassification")),
             ("gpt2", "GPT2Config", _GPT | {"pad_token_id": 3}, (None, "GPT2ForSequenceClassification")),
             ("vit", "ViTConfig", _VISION, ("ViTModel",)),

@@ -85,7 +85,9 @@ def text_loss(model: PreTrainedModel, tokens: Tensor, mask: int | None, generato
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), examples.targets.flatten(), ignore_index=-1)
 
 
-def train(model: PreTrainedModel, draw: Callable[[torch.Generator], Tensor], seed: int, args: argparse.Namespace) -> None:
+def train(
+    model: PreTrainedModel, draw: Callable[[torch.Generator], Tensor], seed: int, args: argparse.Namespace
+) -> None:
     """draw: the loss of the next batch."""
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},

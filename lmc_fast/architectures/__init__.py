@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from . import (
     cohere,
+    deberta,
     falcon,
     gemma,
     glm,
@@ -27,7 +28,26 @@ from .heads import DECODER_HEADS
 from .spec import FFN, Attention, Experts, ImageInput, Norms, Rope, Spec, flat_fields
 
 _TABLES = (
-    *(gpt2, gpt_neo, gptj, falcon, opt, phi, stablelm, llama, relatives, gemma, olmo, cohere, glm, moe, text, vision, modernbert),
+    *(
+        gpt2,
+        gpt_neo,
+        gptj,
+        falcon,
+        opt,
+        phi,
+        stablelm,
+        llama,
+        relatives,
+        gemma,
+        olmo,
+        cohere,
+        glm,
+        moe,
+        text,
+        vision,
+        modernbert,
+        deberta,
+    ),
 )
 
 

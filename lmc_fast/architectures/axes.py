@@ -80,6 +80,9 @@ _TABLE: dict[str, tuple[Axis, ...]] = {
     "attn_post_norm_bias": (_WRITE,),
     "ffn_post_norm": (_GAIN,),
     "ffn_post_norm_bias": (_WRITE,),
+    "relative": (_FREE, _WRITE),
+    "relative_norm": (_GAIN,),
+    "relative_norm_bias": (_WRITE,),
     "embed": (_FREE, _WRITE),
     "positions": (_FREE, _WRITE),
     "types": (_FREE, _WRITE),
@@ -110,7 +113,8 @@ END_SLOTS = frozenset(_INPUTS + _OUTPUTS)  # outside the blocks; their biases li
 BLOCK_READERS = tuple(slot for slot, axes in _TABLE.items() if axes[-1] == _READ and slot not in END_SLOTS)
 ATTN_READERS = tuple(slot for slot in BLOCK_READERS if _TABLE[slot][0][0].space == "heads")
 FFN_READERS = tuple(slot for slot in BLOCK_READERS if slot not in ATTN_READERS)
-END_ROWS = tuple(slot for slot, axes in _TABLE.items() if axes == (_FREE, _WRITE))  # each row is added to the stream
+# each row is added to the stream
+END_ROWS = tuple(slot for slot, axes in _TABLE.items() if axes == (_FREE, _WRITE) and slot in END_SLOTS)
 END_WRITERS = tuple(slot for slot, axes in _TABLE.items() if axes == (_WRITE, _FREE))  # writes with its columns
 
 

@@ -42,6 +42,8 @@ def check_sizes(values: dict[str, Any], config_class: Any) -> None:
         if value is None:
             continue
         largest = _LARGEST_HEAD if key == "head_dim" else _LARGEST
+        if value == 0 and key == "type_vocab_size" and "relative_attention" in own:
+            continue  # DeBERTa may have none
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= largest:
             raise LmcError(f"{key} is {value!r}; it must be a positive whole number, at most {largest}")
 

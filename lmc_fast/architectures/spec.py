@@ -7,6 +7,7 @@ rotary pairs as (i, i + rotary_dim/2) (GPT-J stores (2i, 2i + 1)):
 block  q (H·e, d) · k, v (G·e, d) · o (d, H·e) · up, gate (f, d) · down (d, f) · each with `_bias` (out,)
        attn_norm, ffn_norm · attn_post_norm, ffn_post_norm · each (d,), LayerNorm with `_bias` (d,)
        q_norm, k_norm (e,) or (H·e,), (G·e,) · attn_scale, ffn_scale (d,)
+       relative (rows, d), relative_norm (d,), relative_norm_bias: one table for all blocks, held in each
        router (E, d) · experts_up, experts_gate (E, x, d) · experts_down (E, d, x) · switch (1, d)
 ends   embed (V, d) · positions (P, d) · types (t, d) · patch (d, c·p²), patch_bias (d,) · cls, distill, mask (1, d)
        embed_norm, final_norm (d,), each with `_bias` · head (V, d) · head_bias (V,)
@@ -27,6 +28,7 @@ from functools import cached_property
 from typing import Any
 
 POST_NORMS = ("attn_post_norm", "ffn_post_norm")
+SHARED = ("relative", "relative_norm", "relative_norm_bias")  # one tensor of a file, held in every block
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,12 @@ class Attention:
     logit_scale: float = 0.0  # factor on q·k; 0: 1/sqrt(head_dim)
     softcap: float = 0.0  # c tanh(s/c) on scores; 0: none
     alibi: float = 0.0  # factor on ALiBi's distance penalty; 0: none
+    # which row of a table of relative positions each distance query - key has, from the farthest back to the farthest
+    # ahead: beside q·k, queries meet the row's key and keys its query (DeBERTa); empty: there is no such table
+    distances: tuple[int, ...] = ()
+    distance_rows: int = 0  # of that table
+    distance_terms: str = ""  # "q": queries meet keys of distances, "k": keys meet queries of distances
+    distances_normed: bool = False  # the table is read through a LayerNorm
     alibi_rounded: bool = False  # the penalty is rounded to bfloat16, as Falcon does
 
     @property
@@ -223,6 +231,10 @@ class Spec:
         if a.qk_norm:
             head = (a.head_dim,)
             shapes |= {"q_norm": (q,), "k_norm": (kv,)} if a.qk_norm == "full" else {"q_norm": head, "k_norm": head}
+        if a.distances:
+            shapes["relative"] = (a.distance_rows, d)
+            if a.distances_normed:
+                shapes |= {"relative_norm": (d,), "relative_norm_bias": (d,)}
         if self.norms.layer_scale:
             shapes |= {"attn_scale": (d,), "ffn_scale": (d,)}
         return shapes | self._inputs

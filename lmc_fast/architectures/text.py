@@ -123,7 +123,7 @@ def _clip_text(config: Any) -> Spec:
     )
 
 
-def _trunk(home: str) -> tuple[Entry, ...]:
+def bert_trunk(home: str) -> tuple[Entry, ...]:
     embeddings = f"{home}.embeddings."
     return (
         Entry(embeddings + "word_embeddings.weight", ("embed",)),
@@ -137,7 +137,7 @@ def _pooler(home: str) -> tuple[Entry, ...]:
     return tuple(Entry(e.name, e.slots, optional=True) for e in linear(f"{home}.pooler.dense", "pooler"))
 
 
-def _layers(layer: str, **names: str) -> tuple[Entry, ...]:
+def layers(layer: str, **names: str) -> tuple[Entry, ...]:
     return tuple(e for slot, name in names.items() for e in linear(layer + name, slot))
 
 
@@ -147,12 +147,12 @@ _QKVO = {
     "v": "attention.self.value",
     "o": "attention.output.dense",
 }
-_FFN = {"up": "intermediate.dense", "down": "output.dense"}
-_POST_NORMS = {"attn_post_norm": "attention.output.LayerNorm", "ffn_post_norm": "output.LayerNorm"}
+BERT_FFN = {"up": "intermediate.dense", "down": "output.dense"}
+BERT_POST_NORMS = {"attn_post_norm": "attention.output.LayerNorm", "ffn_post_norm": "output.LayerNorm"}
 
 
 def _block(home: str, norms: dict[str, str]) -> tuple[Entry, ...]:
-    return _layers(f"{home}.encoder.layer.{{i}}.", **_QKVO, **_FFN, **norms)
+    return layers(f"{home}.encoder.layer.{{i}}.", **_QKVO, **BERT_FFN, **norms)
 
 
 def _untied(spec: Spec) -> bool:
@@ -160,7 +160,7 @@ def _untied(spec: Spec) -> bool:
     return not spec.tied
 
 
-_BERT_HEAD = (
+BERT_HEAD = (
     *linear("cls.predictions.transform.dense", "head_transform"),
     *linear("cls.predictions.transform.LayerNorm", "head_norm"),
     Entry("cls.predictions.decoder.weight", ("head",)),
@@ -188,8 +188,8 @@ def _bert(
         name=name,
         spec=spec,
         prefix=f"{home}.",
-        ends=(ends or _trunk(home)) + _pooler(home) + _BERT_HEAD,
-        block=block or _block(home, _POST_NORMS),
+        ends=(ends or bert_trunk(home)) + _pooler(home) + BERT_HEAD,
+        block=block or _block(home, BERT_POST_NORMS),
         buffers=_BUFFERS,
         architectures=_MASKED,
         heads=encoder_heads(
@@ -203,8 +203,8 @@ def _roberta_like(name: str, home: str = "roberta") -> Family:
         name=name,
         spec=_roberta,
         prefix=f"{home}.",
-        ends=_trunk(home) + _pooler(home) + _ROBERTA_HEAD,
-        block=_block(home, _POST_NORMS),
+        ends=bert_trunk(home) + _pooler(home) + _ROBERTA_HEAD,
+        block=_block(home, BERT_POST_NORMS),
         buffers=_BUFFERS,
         architectures=_MASKED,
         heads=encoder_heads(_DENSE_CLASSIFIER, "tanh", home=home),
@@ -212,7 +212,7 @@ def _roberta_like(name: str, home: str = "roberta") -> Family:
 
 
 _MEGATRON_NORMS = {"attn_norm": "attention.ln", "ffn_norm": "ln"}
-_MEGATRON_ENDS = tuple(e for e in _trunk("bert") if not e.slots[0].startswith("embed_norm"))
+_MEGATRON_ENDS = tuple(e for e in bert_trunk("bert") if not e.slots[0].startswith("embed_norm"))
 _DISTIL = "distilbert.embeddings."
 
 FAMILIES = (
@@ -234,12 +234,12 @@ FAMILIES = (
         spec=_electra,
         prefix="electra.",
         ends=(
-            *_trunk("electra"),
+            *bert_trunk("electra"),
             *linear("generator_predictions.dense", "head_transform"),
             *linear("generator_predictions.LayerNorm", "head_norm"),
             *linear("generator_lm_head", "head"),
         ),
-        block=_block("electra", _POST_NORMS),
+        block=_block("electra", BERT_POST_NORMS),
         buffers=_BUFFERS,
         architectures=("ForMaskedLM",),
         heads=encoder_heads(_DENSE_CLASSIFIER, "gelu"),
@@ -256,7 +256,7 @@ FAMILIES = (
             *linear("vocab_layer_norm", "head_norm"),
             *linear("vocab_projector", "head"),
         ),
-        block=_layers(
+        block=layers(
             "distilbert.transformer.layer.{i}.",
             q="attention.q_lin",
             k="attention.k_lin",

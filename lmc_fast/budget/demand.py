@@ -123,6 +123,7 @@ class Demand:
         att = spec.attention
         windows = set(att.windows) if att.windows else {0}
         special = [w for w in windows if w or att.alibi or att.softcap]
+        tables += 8 * n * n * bool(att.distances)
         return tables + len(special) * n * n * (self.itemsize * (att.heads if att.alibi else 1) + 16)
 
     @cached_property
@@ -188,6 +189,8 @@ class Demand:
             total += 2 * q  # keys and values, repeated
         if att.qk_norm or att.clip_qkv:
             total += 2 * each * (q + kv)
+        if att.distances:  # their scores, by query and by row of the table
+            total += 2 * att.heads * (2 * self.job.length + att.distance_rows)
         if att.softcap or att.alibi or any(att.windows):
             total += (3 if narrow else 2) * att.heads * self.job.length  # scores
         total += (4 if spec.ffn.gated else 2) * f

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..architectures import Entry
+from ..architectures.spec import SHARED
 from ..errors import LmcError
 from .lazy import TABLES, Slots
 from .memory import Stock
@@ -61,7 +62,8 @@ def _stored(weights: Weights, like: Model, dtype: torch.dtype | None) -> Iterato
         if table is not None:
             yield from (_checked(disk, rows, wanted) for _, rows in table.chunks())
         else:
-            slots = weights.ends if index is None else held.block(index)
+            block = 0 if entry.slots[0] in SHARED else index
+            slots = weights.ends if block is None else held.block(block)
             yield _checked(disk, entry.layout.join([slots[slot] for slot in entry.slots], spec), wanted)
 
     for name, entry, index in like.family.entries(spec, spec.tied):

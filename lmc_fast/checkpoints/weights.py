@@ -16,6 +16,7 @@ from ..architectures import FAMILIES, Family, Fold, Spec
 from ..architectures.checks import check_kind, check_sizes, check_spec
 from ..architectures.heads import NO_HEAD
 from ..architectures.layouts import OfExpert, Plain
+from ..architectures.spec import SHARED
 from ..errors import LmcError
 from ..model_types import REFUSED
 from .coverage import cover
@@ -246,7 +247,9 @@ class Model:
         experts: dict[str, list[Tensor]] = {}
         names = self.coverage.names
         for name, entry, index in self.family.entries(replace(self.spec, tied=False)):
-            if index == block and name in names and entry.slots[0] not in TABLES:
+            shared = entry.slots[0] in SHARED
+            here = block is not None if shared else index == block
+            if here and name in names and entry.slots[0] not in TABLES:
                 tensor = self.checkpoint.read(names[name]).to(device=device, dtype=dtype)
                 if entry.slots == ("head_bias",):
                     tensor = tensor[: self.vocabulary]

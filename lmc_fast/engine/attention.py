@@ -28,6 +28,7 @@ class Positions:
     rope: Rope | None
     local_rope: Rope | None  # of the blocks with a window
     bias: dict[int, Tensor]  # window -> (heads or 1, T, T) added to the scores; none for plain causal or full attention
+    rows: Tensor | None = None  # (T, T) of the table of relative positions, for each query and key
 
     @staticmethod
     def of(spec: Spec, length: int, dtype: torch.dtype, device: torch.device | str) -> Positions:
@@ -38,7 +39,8 @@ class Positions:
         att = spec.attention
         windows = set(att.windows) if att.windows else {0}
         special = {w for w in windows if w or att.alibi or (att.softcap and att.causal)}
-        return Positions(rope, local, {w: score_bias(spec, w, length, dtype, device) for w in special})
+        biases = {w: score_bias(spec, w, length, dtype, device) for w in special}
+        return Positions(rope, local, biases, distance_rows(spec, length, device))
 
     def rope_of(self, spec: Spec, block: int) -> Rope | None:
         if not spec.rope.turns(block):
@@ -85,6 +87,32 @@ def score_bias(spec: Spec, window: int, length: int, dtype: torch.dtype, device:
     return bias.masked_fill(hidden, -torch.inf)
 
 
+def distance_rows(spec: Spec, length: int, device: torch.device | str) -> Tensor | None:
+    """(T, T): the row of the table of relative positions for query i and key j; None where there is no table."""
+    if not spec.attention.distances:
+        return None
+    rows = torch.tensor(spec.attention.distances, device=device)
+    place = torch.arange(length, device=device)
+    return rows[place[:, None] - place + len(rows) // 2]
+
+
+def distance_scores(spec: Spec, w: Slots, q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
+    """What is added to q·k of (batch, heads, T, e) each: q·K and k·Q of their distance's row in the table."""
+    att, table = spec.attention, w["relative"]
+    if att.distances_normed:
+        table = F.layer_norm(table, table.shape[-1:], w["relative_norm"], w["relative_norm_bias"], spec.norms.eps)
+
+    def of_rows(slot: str) -> Tensor:
+        return linear(w, slot, table[None]).unflatten(-1, (att.heads, att.head_dim)).transpose(1, 2)
+
+    places, scores = rows.expand(len(q), att.heads, -1, -1), torch.zeros((), dtype=q.dtype, device=q.device)
+    if "q" in att.distance_terms:
+        scores = scores + (q @ of_rows("k").mT).gather(-1, places)
+    if "k" in att.distance_terms:
+        scores = scores + (k @ of_rows("q").mT).gather(-1, places.mT).mT
+    return scores
+
+
 def alibi_slopes(heads: int) -> Tensor:
     """One slope for each head (float64), as in the ALiBi paper."""
     power = 2 ** math.floor(math.log2(heads))
@@ -123,14 +151,22 @@ def attention(
     v = heads("v", att.kv_heads)
     if att.queries_per_group > 1:
         k, v = (t.repeat_interleave(att.queries_per_group, dim=1) for t in (k, v))
-    mixed = _mix(spec, q, k, v, positions.bias.get(att.window(index))).transpose(1, 2).flatten(2)
+    bias = positions.bias.get(att.window(index))
+    if positions.rows is not None:
+        scores = distance_scores(spec, w, q, k, positions.rows) * _scale(spec)
+        bias = scores if bias is None else bias + scores
+    mixed = _mix(spec, q, k, v, bias).transpose(1, 2).flatten(2)
     observe("mixed", mixed)
     return linear(w, "o", mixed)
 
 
+def _scale(spec: Spec) -> float:
+    return spec.attention.logit_scale or float(spec.attention.head_dim**-0.5)
+
+
 def _mix(spec: Spec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """softmax(q·k) v for (batch, heads, T, e) each."""
-    scale = spec.attention.logit_scale or spec.attention.head_dim**-0.5
+    scale = _scale(spec)
     if not spec.attention.softcap:
         causal = spec.attention.causal and bias is None
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale)

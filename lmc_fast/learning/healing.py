@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..architectures.spec import SHARED
 from ..checkpoints import Weights
 from ..engine.head import CHUNK_ELEMENTS, capped
 from ..engine.model import labels, last_hidden, model_inputs, target_rows
@@ -143,12 +144,17 @@ def _leaves(weights: Weights) -> Iterator[tuple[str, Tensor]]:
             yield f"ends.{name}", t.detach().clone().requires_grad_()
     for i, slots in enumerate(weights.blocks):
         for name, t in slots.items():
+            if i and name in SHARED:
+                continue
             yield f"blocks.{i}.{name}", t.detach().clone().requires_grad_()
 
 
 def _of(weights: Weights, leaves: dict[str, Tensor]) -> Weights:
     ends = {name: leaves.get(f"ends.{name}", leaves["ends.embed"]) for name in weights.ends}
-    blocks = [{name: leaves[f"blocks.{i}.{name}"] for name in slots} for i, slots in enumerate(weights.blocks)]
+    blocks = [
+        {name: leaves[f"blocks.{0 if name in SHARED else i}.{name}"] for name in slots}
+        for i, slots in enumerate(weights.blocks)
+    ]
     return Weights(weights.spec, ends, blocks)
 
 

@@ -91,8 +91,12 @@ def folds_value_bias(spec: Spec) -> bool:
 
 
 def hides_key_bias(spec: Spec) -> bool:
-    """q·b adds the same to every score, which the softmax does not see, unless something nonlinear sees it first."""
-    return not (spec.attention.qk_norm or spec.attention.clip_qkv or spec.attention.softcap)
+    """q·b adds the same to every score, which the softmax does not see, unless something nonlinear sees it first.
+
+    Where keys meet a query of their distance, it does not add the same.
+    """
+    att = spec.attention
+    return not (att.qk_norm or att.clip_qkv or att.softcap or att.distances)
 
 
 def hides_head_mean(spec: Spec) -> bool:

@@ -109,7 +109,11 @@ KNOWN = {
     **dict.fromkeys(("electra-label", "distilbert-label"), Known("plain")),
     "megatron-label": Known("ones"),
     "gpt2-label": Known("ones"),
-    **dict.fromkeys(("modernbert", "modernbert-biased", "modernbert-label", "modernbert-tags"), Known("plain", scale="any")),
+    **dict.fromkeys(
+        ("modernbert", "modernbert-biased", "modernbert-label", "modernbert-tags"), Known("plain", scale="any")
+    ),
+    **dict.fromkeys(("deberta", "deberta-unbucketed", "deberta-label", "deberta-tags"), Known("plain")),
+    "deberta-headless": Known("fixed"),
     "modernbert-headless": Known("fixed", scale="any"),
     "llama-label": _LLAMA,
     "llama-headless": Known("fixed", scale="any"),

@@ -23,6 +23,7 @@ WRITES = {  # slot -> the dimension along which it is added to the stream
     **{"o": 0, "down": 0, "experts_down": 1, "patch": 0, "embed": 1, "positions": 1, "types": 1, "cls": 1, "mask": 1},
     **{"distill": 1, "o_bias": 0, "down_bias": 0, "patch_bias": 0, "embed_norm_bias": 0, "attn_norm_bias": 0},
     **{"ffn_norm_bias": 0, "attn_post_norm_bias": 0, "ffn_post_norm_bias": 0, "final_norm_bias": 0},
+    **{"relative": 1, "relative_norm_bias": 0},
 }
 READS = {  # slot -> the dimension that is summed with the stream
     **{"q": 1, "k": 1, "v": 1, "up": 1, "gate": 1, "router": 1, "switch": 1, "experts_up": 2, "experts_gate": 2},
@@ -45,6 +46,7 @@ FOLLOWS = [  # acts channel by channel on what the other moves: follows its orde
     ("attn_post_norm", 0, "o", 0),
     ("ffn_post_norm", 0, "o", 0),
     ("embed_norm", 0, "embed", 1),
+    ("relative_norm", 0, "relative", 1),
 ]
 
 

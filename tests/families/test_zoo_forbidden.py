@@ -42,6 +42,18 @@ FORBIDDEN = {
         ),
     ),
     "a key bias under RoPE is seen": ("qwen2", lambda w: edited(w, k_bias=lambda b: b["k_bias"] * 0)),
+    "a key bias is seen where keys meet queries of distances": (
+        "deberta",
+        lambda w: edited(w, k_bias=lambda b: b["k_bias"] * 0),
+    ),
+    "the table of distances moves with the stream": (
+        "deberta",
+        lambda w: edited(w, relative=lambda b: b["relative"].roll(1, 1)),
+    ),
+    "without a norm in front, the mean of the stream is seen": (
+        "modernbert",
+        lambda w: edited(w, q=lambda b: b["q"] - b["q"].mean(1, keepdim=True)),
+    ),
     "a gate cannot be scaled": (
         "mistral",
         lambda w: edited(w, gate=lambda b: 2 * b["gate"], down=lambda b: b["down"] / 2),

@@ -19,6 +19,8 @@ SOME = {  # where not everything can grow
     **{name: {"ffn": 52} for name, known in KNOWN.items() if known.residual == "plain"},
     **{name: {"ffn": 52, "depth": 3} for name, known in KNOWN.items() if known.residual == "fixed"},
     **{name: {"ffn": 52} for name in ("bert-headless", "xlmr-headless", "electra-headless", "distilbert-headless")},
+    "deberta-headless": {"ffn": 52},
+    **{name: {"ffn": 52, "depth": 4} for name in ("modernbert", "modernbert-headless")},
     "megatron-bert": {"ffn": 52, "depth": 3},
     "megatron-label": {"width": 48, "heads": 2.0, "ffn": 52, "depth": 3},
     "clip-vision": {"ffn": 52, "depth": 3},

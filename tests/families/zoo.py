@@ -83,6 +83,24 @@ _MODERN = {
     "layer_types": ["full_attention", "sliding_attention"],
     "pad_token_id": 0,
     "classifier_pooling": "mean",
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0),
+}
+_DEBERTA = {
+    "vocab_size": VOCAB,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "max_position_embeddings": 32,
+    "relative_attention": True,
+    "position_buckets": 6,
+    "max_relative_positions": -1,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": "p2c|c2p",
+    "position_biased_input": False,
+    "pad_token_id": 0,
+    "type_vocab_size": 0,
 }
 _CLIP_TEXT = {
     "hidden_size": 24,
@@ -353,6 +371,18 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
         tie_word_embeddings=False,
         **dict.fromkeys(("norm_bias", "attention_bias", "mlp_bias", "classifier_bias"), True),
     ),
+    "deberta": _of("DebertaV2Config", "DebertaV2ForMaskedLM", _DEBERTA),
+    "deberta-unbucketed": _of(
+        "DebertaV2Config",
+        "DebertaV2ForMaskedLM",
+        _DEBERTA,
+        position_buckets=-1,
+        max_relative_positions=9,
+        norm_rel_ebd="none",
+        pos_att_type="c2p",
+        position_biased_input=True,
+        type_vocab_size=2,
+    ),
     "vit-msn": _of("ViTMSNConfig", "ViTMSNForImageClassification", _VISION, _LABELS),
     **{
         f"{name}-{kind}": _of(config, model, options, *([_LABELS] if kind in ("label", "tags") else []))
@@ -372,6 +402,12 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
                 "ModernBertConfig",
                 _MODERN,
                 ("ModernBertModel", "ModernBertForSequenceClassification", "ModernBertForTokenClassification"),
+            ),
+            (
+                "deberta",
+                "DebertaV2Config",
+                _DEBERTA,
+                ("DebertaV2Model", "DebertaV2ForSequenceClassification", "DebertaV2ForTokenClassification"),
             ),
             ("llama", "LlamaConfig", _DECODER, ("LlamaModel", "LlamaForSequenceClassification")),
             ("gpt2", "GPT2Config", _GPT | {"pad_token_id": 3}, (None, "GPT2ForSequenceClassification")),

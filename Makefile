@@ -21,7 +21,7 @@ demo: venv
 # Tests of trained pairs run where LMC_FAST_SHARED names a directory that holds them, else they are skipped.
 export LMC_FAST_SHARED ?= $(abspath $(wildcard ../shared))
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: venv
 	$(BIN)/ruff check .

@@ -1,6 +1,5 @@
-"""Documentation that can be wrong: links, names, variables, figures."""
+"""Documentation that can be wrong: links, names, variables, counts."""
 
-import csv
 import re
 from pathlib import Path
 
@@ -67,13 +66,7 @@ def test_every_variable_of_ours_is_documented():
     assert found and all(f"`{name}`" in page for name in found)
 
 
-def test_the_readme_is_short_and_its_figures_are_those_of_committed_rows():
+def test_the_readme_is_short_and_counts_the_families():
     readme = (ROOT / "README.md").read_text()
     assert readme.count("\n") <= 120
     assert set(re.findall(r"(\d+) model types", readme)) == {str(len(FAMILIES))}
-    for page in (readme, (DOCS / "explanation" / "measured.md").read_text()):
-        for row in csv.DictReader((ROOT / "benchmarks/results/alignment.csv").open()):
-            assert f"| {float(row['naive']):.3f} | {float(row['aligned']):.3f} |" in page, row["pair"]
-    for row in csv.DictReader((ROOT / "benchmarks/results/growth-trained.csv").open()):
-        shown = f"{float(row['naive']):.3f} | {float(row['learned']):.3f} |"
-        assert shown in readme or row["model"] == "small", row["model"]

@@ -62,6 +62,7 @@ CASES = {
     "learned": {"steps": 3},
     "matched": {"method": "weight"},
     "three": {"count": 3, "steps": 2},
+    "within a budget": {"steps": 2, "memory": 2 << 30},
     "no curves": {"steps": 1, "curves": False},
 }
 

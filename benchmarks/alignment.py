@@ -6,7 +6,7 @@ PAIR: a directory with a/, b/, train.npy, val.npy, test.npy; by default the one 
 transformers alone, on the exported stock checkpoints, interpolated tensor by tensor, on the test tokens. The align
 command runs in a process of its own; its time and peak memory are taken there. --no-val: without --val, so that a part
 of train.npy, which the endpoints have seen, judges; what is promised is then a share of the naive barrier, and the rows
-go to alignment-no-val.csv.
+go to alignment-no-val.csv. Rows of other pairs stay.
 """
 
 import os
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, logging
 
-from benchmarks.common import RESULTS, ROOT, Row, options, provenance, write_csv, write_json
+from benchmarks.common import RESULTS, ROOT, Row, options, provenance, read_csv, write_csv, write_json
 
 PROMISED = {"gpt2_shakespeare": 0.015, "neox_mixed": 0.10, "pair": 0.15}  # nats, by the pair's directory name
 ENDPOINT_SHIFT = 1e-4  # nats that an endpoint's own test loss may move
@@ -123,7 +123,9 @@ def main() -> int:
     if args.json:
         write_json(args.json, rows)
     if not args.quick:
-        write_csv(RESULTS / ("alignment-no-val.csv" if args.no_val else "alignment.csv"), rows)
+        target = RESULTS / ("alignment-no-val.csv" if args.no_val else "alignment.csv")
+        others = [row for row in read_csv(target) if row["pair"] not in {row["pair"] for row in rows}]
+        write_csv(target, others + rows)
     for problem in problems:
         print("missed:", problem, file=sys.stderr)
     return 1 if args.check and problems else 0

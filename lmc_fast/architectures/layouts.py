@@ -167,6 +167,28 @@ class FusedExperts:
         return _cat(parts, 1)
 
 
+class InterleavedExperts:
+    """Gates and ups of all experts by turns, and inputs first: (E, d, 2x), or a bias (E, 2x), as in GPT-OSS."""
+
+    def split(self, tensor: Tensor, spec: Spec) -> Sequence[Tensor]:
+        parts = tensor[..., ::2], tensor[..., 1::2]
+        return parts if tensor.dim() == 2 else tuple(part.mT for part in parts)
+
+    def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor:
+        parts = parts if parts[0].dim() == 2 else [part.mT for part in parts]
+        return torch.stack(list(parts), dim=-1).flatten(-2)
+
+
+class Transposed:
+    """One slot, its inputs first."""
+
+    def split(self, tensor: Tensor, spec: Spec) -> Sequence[Tensor]:
+        return (tensor.mT,)
+
+    def join(self, parts: Sequence[Tensor], spec: Spec) -> Tensor:
+        return parts[0].mT
+
+
 @dataclass(frozen=True)
 class OfExpert:
     """One expert's matrix; the slot holds those of all experts, stacked."""

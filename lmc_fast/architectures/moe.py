@@ -1,4 +1,4 @@
-"""Mixtures of experts: Mixtral, Granite (multipliers), OLMoE, FlexOlmo, Qwen2-MoE (with a shared expert), Qwen3-MoE."""
+"""Mixtures of experts: Mixtral, Granite (multipliers), OLMoE, FlexOlmo, Qwen2-MoE, Qwen3-MoE, GPT-OSS."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .decoder import (
     windows,
 )
 from .family import Entry, Family, linear
-from .layouts import FusedExperts
+from .layouts import FusedExperts, InterleavedExperts, Transposed
 from .relatives import multipliers
 from .spec import Experts, Spec
 
 
-def _mixtral(config: Any, **features: Any) -> Spec:
+def _mixtral(config: Any, activation: dict[str, Any] | None = None, **features: Any) -> Spec:
     """The routed experts' probabilities add up to 1, whether they are scaled so or those of the others left out."""
     return decoder_spec(
         config,
@@ -35,6 +35,7 @@ def _mixtral(config: Any, **features: Any) -> Spec:
                 width=config.intermediate_size,
                 renormalised=True,
             ),
+            **(activation or {}),
         },
         **features,
     )
@@ -93,6 +94,20 @@ def _qwen3_moe(config: Any) -> Spec:
     )
 
 
+def _gpt_oss(config: Any) -> Spec:
+    if config.swiglu_alpha != 1.702:
+        raise LmcError(f"swiglu_alpha is {config.swiglu_alpha}; 1.702 is computed, as in GPT-OSS")
+    limit = positive(config, "swiglu_limit")
+    if not limit:
+        raise LmcError(f"swiglu_limit is {config.swiglu_limit!r}; it must be a positive number")
+    return _mixtral(
+        config,
+        activation={"activation": "quick_gelu", "clamped": limit},
+        attention={"windows": windows(config, by_layer=True), "sinks": True},
+        biases=frozenset({"experts", *("qkvo" if config.attention_bias else "")}),
+    )
+
+
 def _experts(home: str, gate: str, up: str, down: str) -> tuple[Entry, ...]:
     names = {"experts_gate": gate, "experts_up": up, "experts_down": down}
     experts = tuple(Entry(f"{LAYER}{home}.experts.{{j}}.{name}.weight", (slot,)) for slot, name in names.items())
@@ -106,6 +121,15 @@ _GRANITE_EXPERTS = (
     Entry(_GRANITE + "router.layer.weight", ("router",)),
     Entry(_GRANITE + "input_linear.weight", ("experts_gate", "experts_up"), FusedExperts()),
     Entry(_GRANITE + "output_linear.weight", ("experts_down",)),
+)
+_GATE_UP = ("experts_gate", "experts_up")
+_OSS = (
+    Entry(f"{LAYER}self_attn.sinks", ("sinks",)),
+    *linear(f"{LAYER}mlp.router", "router"),
+    Entry(f"{LAYER}mlp.experts.gate_up_proj", _GATE_UP, InterleavedExperts()),
+    Entry(f"{LAYER}mlp.experts.gate_up_proj_bias", ("experts_gate_bias", "experts_up_bias"), InterleavedExperts()),
+    Entry(f"{LAYER}mlp.experts.down_proj", ("experts_down",), Transposed()),
+    Entry(f"{LAYER}mlp.experts.down_proj_bias", ("experts_down_bias",)),
 )
 _BRANCHED = block_norms(
     {"attn_post_norm": "post_attention_layernorm", "ffn_post_norm": "post_feedforward_layernorm"}, "weight"
@@ -123,6 +147,7 @@ FAMILIES = (
         block=_COMMON + _experts("block_sparse_moe", "w1", "w3", "w2"),
         **_SHARED,
     ),
+    Family(name="gpt_oss", spec=_gpt_oss, block=_COMMON + _OSS, **_SHARED),
     Family(name="granitemoe", spec=_granitemoe, block=_COMMON + _GRANITE_EXPERTS, **_SHARED),
     Family(name="flex_olmo", spec=_flex_olmo, block=_BRANCHED + ATTENTION + QK_NORMS + _MLP, **_SHARED),
     Family(name="olmoe", spec=_olmoe, block=_COMMON + QK_NORMS + _MLP, **_SHARED),

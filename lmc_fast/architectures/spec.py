@@ -7,6 +7,7 @@ rotary pairs as (i, i + rotary_dim/2) (GPT-J stores (2i, 2i + 1)):
 block  q (H·e, d) · k, v (G·e, d) · o (d, H·e) · up, gate (f, d) · down (d, f) · each with `_bias` (out,)
        attn_norm, ffn_norm · attn_post_norm, ffn_post_norm · each (d,), LayerNorm with `_bias` (d,)
        q_norm, k_norm (e,) or (H·e,), (G·e,) · attn_scale, ffn_scale (d,)
+       sinks (H,) · experts_up_bias, experts_gate_bias (E, x) · experts_down_bias (E, d) · router_bias (E,)
        relative (rows, d), relative_norm (d,), relative_norm_bias: one table for all blocks, held in each
        router (E, d) · experts_up, experts_gate (E, x, d) · experts_down (E, d, x) · switch (1, d)
 ends   embed (V, d) · positions (P, d) · types (t, d) · patch (d, c·p²), patch_bias (d,) · cls, distill, mask (1, d)
@@ -59,6 +60,7 @@ class Attention:
     clip_qkv: float = 0.0  # queries, keys and values are clamped to [-c, c]; 0: they are not
     logit_scale: float = 0.0  # factor on q·k; 0: 1/sqrt(head_dim)
     softcap: float = 0.0  # c tanh(s/c) on scores; 0: none
+    sinks: bool = False  # each head's softmax has one more score, of nothing
     alibi: float = 0.0  # factor on ALiBi's distance penalty; 0: none
     # which row of a table of relative positions each distance query - key has, from the farthest back to the farthest
     # ahead: beside q·k, queries meet the row's key and keys its query (DeBERTa); empty: there is no such table
@@ -123,6 +125,7 @@ class FFN:
     width: int  # 0: only experts
     activation: str  # a key of engine.ffn.ACTIVATIONS
     gated: bool = False
+    clamped: float = 0.0  # c: gated units are act(min(gate, c)) (1 + clamp(up, -c, c)); 0: act(gate) up
     experts: Experts = field(default_factory=Experts)
 
 
@@ -222,6 +225,9 @@ class Spec:
             expert = (experts.count, experts.width, d)
             shapes |= {"router": (experts.count, d), "experts_up": expert, "experts_gate": expert}
             shapes["experts_down"] = (experts.count, d, experts.width)
+            if "experts" in self.biases:
+                shapes |= {"router_bias": (experts.count,), "experts_down_bias": (experts.count, d)}
+                shapes |= dict.fromkeys(("experts_up_bias", "experts_gate_bias"), expert[:2])
             if experts.switched:
                 shapes["switch"] = (1, d)
         for norm in self._norms if self.norms.parametric else ():
@@ -231,6 +237,8 @@ class Spec:
         if a.qk_norm:
             head = (a.head_dim,)
             shapes |= {"q_norm": (q,), "k_norm": (kv,)} if a.qk_norm == "full" else {"q_norm": head, "k_norm": head}
+        if a.sinks:
+            shapes["sinks"] = (a.heads,)
         if a.distances:
             shapes["relative"] = (a.distance_rows, d)
             if a.distances_normed:

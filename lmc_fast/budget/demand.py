@@ -122,7 +122,7 @@ class Demand:
         tables = 2 * n * (len(spec.rope.inv_freq) + len(spec.rope.local_inv_freq)) * self.itemsize
         att = spec.attention
         windows = set(att.windows) if att.windows else {0}
-        special = [w for w in windows if w or att.alibi or att.softcap]
+        special = [w for w in windows if w or att.alibi or att.softcap or att.sinks]
         tables += 8 * n * n * bool(att.distances)
         return tables + len(special) * n * n * (self.itemsize * (att.heads if att.alibi else 1) + 16)
 
@@ -191,7 +191,7 @@ class Demand:
             total += 2 * each * (q + kv)
         if att.distances:  # their scores, by query and by row of the table
             total += 2 * att.heads * (2 * self.job.length + att.distance_rows)
-        if att.softcap or att.alibi or any(att.windows):
+        if att.softcap or att.alibi or att.sinks or any(att.windows):
             total += (3 if narrow else 2) * att.heads * self.job.length  # scores
         total += (4 if spec.ffn.gated else 2) * f
         if experts.count:

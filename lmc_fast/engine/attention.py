@@ -38,7 +38,7 @@ class Positions:
             local = _table(spec.rope.local_inv_freq, 1.0, length, dtype, device)
         att = spec.attention
         windows = set(att.windows) if att.windows else {0}
-        special = {w for w in windows if w or att.alibi or (att.softcap and att.causal)}
+        special = {w for w in windows if w or att.alibi or att.sinks or (att.softcap and att.causal)}
         biases = {w: score_bias(spec, w, length, dtype, device) for w in special}
         return Positions(rope, local, biases, distance_rows(spec, length, device))
 
@@ -155,9 +155,18 @@ def attention(
     if positions.rows is not None:
         scores = distance_scores(spec, w, q, k, positions.rows) * _scale(spec)
         bias = scores if bias is None else bias + scores
+    if att.sinks and bias is not None:
+        k, v, bias = _with_sink(w["sinks"], k, v, bias)
     mixed = _mix(spec, q, k, v, bias).transpose(1, 2).flatten(2)
     observe("mixed", mixed)
     return linear(w, "o", mixed)
+
+
+def _with_sink(sinks: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One more key and value, which are 0, and the score that each head gives them."""
+    k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
+    column = sinks[:, None, None].expand(-1, bias.shape[-2], 1)
+    return k, v, torch.cat([bias.expand(len(sinks), -1, -1), column], dim=-1)
 
 
 def _scale(spec: Spec) -> float:

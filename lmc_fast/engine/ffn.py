@@ -26,11 +26,18 @@ def feed_forward(spec: Spec, w: Slots, x: Tensor, observe: Observer = ignore) ->
 def _dense(spec: Spec, w: Slots, x: Tensor, observe: Observer) -> Tensor:
     hidden = linear(w, "up", x)
     if spec.ffn.gated:
-        hidden = hidden * ACTIVATIONS[spec.ffn.activation](linear(w, "gate", x))
+        hidden = _units(spec, linear(w, "gate", x), hidden)
     else:
         hidden = ACTIVATIONS[spec.ffn.activation](hidden)
     observe("hidden", hidden)
     return linear(w, "down", hidden)
+
+
+def _units(spec: Spec, gate: Tensor, up: Tensor) -> Tensor:
+    most, activation = spec.ffn.clamped, ACTIVATIONS[spec.ffn.activation]
+    if not most:
+        return up * activation(gate)
+    return (up.clamp(-most, most) + 1) * activation(gate.clamp(max=most))
 
 
 def _mixture(spec: Spec, w: Slots, x: Tensor) -> Tensor:
@@ -38,11 +45,16 @@ def _mixture(spec: Spec, w: Slots, x: Tensor) -> Tensor:
     share, chosen = linear(w, "router", x).softmax(-1).topk(spec.ffn.experts.per_token, dim=-1)
     if spec.ffn.experts.renormalised:
         share = share / share.sum(-1, keepdim=True)
+
+    def of_expert(slot: str, j: int, rows: Tensor) -> Tensor:
+        y = rows @ w[slot][j].mT
+        return y + w[f"{slot}_bias"][j] if f"{slot}_bias" in w else y
+
     out = torch.zeros_like(x)
     for j in range(spec.ffn.experts.count):
         rows, rank = (chosen == j).nonzero(as_tuple=True)
         if len(rows):
             part = x[rows]
-            hidden = ACTIVATIONS[spec.ffn.activation](part @ w["experts_gate"][j].mT) * (part @ w["experts_up"][j].mT)
-            out = out.index_add(0, rows, (hidden @ w["experts_down"][j].mT) * share[rows, rank, None])
+            hidden = _units(spec, of_expert("experts_gate", j, part), of_expert("experts_up", j, part))
+            out = out.index_add(0, rows, of_expert("experts_down", j, hidden) * share[rows, rank, None])
     return out

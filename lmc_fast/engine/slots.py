@@ -89,7 +89,7 @@ class LineSlots(Mapping[str, Tensor]):
 
     def _make(self, name: str) -> Tensor:
         first, *rest = tensors = self._each(name)
-        if first.dim() == 2 and not self.outside:
+        if first.dim() == 2 and not self.outside and not name.endswith("_bias"):
             factors = self._factors(name)
             if len(rest) == 1:
                 return interpolated(first, rest[0], self.shares[1], *factors[0])

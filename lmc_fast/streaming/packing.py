@@ -35,6 +35,7 @@ def named(members: int) -> list[dict[str, str]]:
 _LATER = (
     *("qk_norm_last", "blocks", "biased", "branch_scale", "head_scale", "headless", "head_activation", "head_normed"),
     *("bare_start", "distances", "distance_rows", "distance_terms", "distances_normed"),
+    *("sinks", "clamped"),
 )
 _PLAIN = flat_fields(Spec("", 1, 1, 1, 1, Attention(1, 1, 1), FFN(1, "gelu"), Norms("rmsnorm", 0.0)))
 

@@ -80,23 +80,25 @@ def query_key_maps(spec: Spec) -> str:
 
 def unit_scale_signs(spec: Spec) -> str:
     """'any' (non-zero), 'positive' or 'none': the legal scales between up and down projection."""
+    if spec.ffn.clamped:
+        return "none"
     if spec.ffn.gated:
         return "any"
     return "positive" if spec.ffn.activation in ("relu", "leaky_relu") else "none"
 
 
 def folds_value_bias(spec: Spec) -> bool:
-    """Attention rows sum to one: a value bias is an output bias, unless values are clamped in between."""
-    return not spec.attention.clip_qkv
+    """Attention rows sum to one: a value bias is an output bias, unless values are clamped, or a sink takes a share."""
+    return not (spec.attention.clip_qkv or spec.attention.sinks)
 
 
 def hides_key_bias(spec: Spec) -> bool:
     """q·b adds the same to every score, which the softmax does not see, unless something nonlinear sees it first.
 
-    Where keys meet a query of their distance, it does not add the same.
+    Where keys meet a query of their distance, or a sink has a score of its own, it does not add the same.
     """
     att = spec.attention
-    return not (att.qk_norm or att.clip_qkv or att.softcap or att.distances)
+    return not (att.qk_norm or att.clip_qkv or att.softcap or att.distances or att.sinks)
 
 
 def hides_head_mean(spec: Spec) -> bool:
@@ -200,7 +202,8 @@ def _units(spec: Spec) -> list[Group]:
 def _mixture(spec: Spec) -> list[Group]:
     if not spec.ffn.experts.count:
         return []
-    each = f"in each expert: permutations of {spec.ffn.experts.width} units, any non-zero scales"
+    scales = ", any non-zero scales" if unit_scale_signs(spec) == "any" else ""
+    each = f"in each expert: permutations of {spec.ffn.experts.width} units{scales}"
     return [
         Group("experts", True, f"permutations of {spec.ffn.experts.count} experts", "the router's rows move with them"),
         Group("expert units", True, each, "each expert is a gated FFN"),
@@ -214,4 +217,5 @@ def _unit_scales(spec: Spec) -> tuple[bool, str, str]:
         return True, "any non-zero factor between up and down", "the up projection meets no nonlinearity before down"
     if signs == "positive":
         return True, "positive factors between up and down", "ReLU is positively homogeneous"
-    return False, "factors between up and down", f"{spec.ffn.activation} is not homogeneous"
+    why = "units are clamped" if spec.ffn.clamped else f"{spec.ffn.activation} is not homogeneous"
+    return False, "factors between up and down", why

@@ -143,9 +143,8 @@ class _Check:
         self.require(not isinstance(g, Dense), f"{at}: units are permuted and scaled, not mixed")
         scale, signs = g.inner if isinstance(g, Wreath) else g, unit_scale_signs(self.spec)
         if isinstance(scale, Scale):
-            self.require(
-                signs != "none", f"{at}: {self.spec.ffn.activation} is not homogeneous, so units cannot be scaled"
-            )
+            why = "units are clamped" if self.spec.ffn.clamped else f"{self.spec.ffn.activation} is not homogeneous"
+            self.require(signs != "none", f"{at}: {why}, so units cannot be scaled")
             self.require(signs == "any" or (scale.scale > 0).all(), f"{at}: ReLU units need positive scales")
 
 

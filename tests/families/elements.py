@@ -84,6 +84,7 @@ KNOWN = {
     "vaultgemma": _LLAMA,
     "granitemoe": _LLAMA,
     "flex-olmo": Known("signed", qk="signs", scale="any"),
+    "gpt-oss": Known("any"),
     "gpt-bigcode": Known("ones"),
     "gpt-bigcode-heads": Known("ones"),
     "codegen": Known("ones"),

@@ -23,7 +23,7 @@ WRITES = {  # slot -> the dimension along which it is added to the stream
     **{"o": 0, "down": 0, "experts_down": 1, "patch": 0, "embed": 1, "positions": 1, "types": 1, "cls": 1, "mask": 1},
     **{"distill": 1, "o_bias": 0, "down_bias": 0, "patch_bias": 0, "embed_norm_bias": 0, "attn_norm_bias": 0},
     **{"ffn_norm_bias": 0, "attn_post_norm_bias": 0, "ffn_post_norm_bias": 0, "final_norm_bias": 0},
-    **{"relative": 1, "relative_norm_bias": 0},
+    **{"experts_down_bias": 1, "relative": 1, "relative_norm_bias": 0},
 }
 READS = {  # slot -> the dimension that is summed with the stream
     **{"q": 1, "k": 1, "v": 1, "up": 1, "gate": 1, "router": 1, "switch": 1, "experts_up": 2, "experts_gate": 2},
@@ -34,14 +34,15 @@ INSIDE = [  # (writer, its dimension, reader, its dimension, how many outer indi
     ("q", 0, "k_bias", 0),
     *[(slot, 0, "o", 1) for slot in ("v", "v_bias")],
     *[(slot, 0, "down", 1) for slot in ("up", "up_bias")],
-    ("experts_up", 1, "experts_down", 2),
+    *[(slot, 1, "experts_down", 2) for slot in ("experts_up", "experts_up_bias")],
     *[(slot, 0, "head", 1) for slot in ("head_transform", "head_transform_bias", "head_norm_bias")],
 ]
 FOLLOWS = [  # acts channel by channel on what the other moves: follows its order, and no more
     ("gate", 0, "up", 0),
     ("gate_bias", 0, "up", 0),
     ("experts_gate", 1, "experts_up", 1),
-    ("router", 0, "experts_up", 0),
+    ("experts_gate_bias", 1, "experts_up", 1),
+    *[(slot, 0, "experts_up", 0) for slot in ("router", "router_bias")],
     ("head_norm", 0, "head_transform", 0),
     ("attn_post_norm", 0, "o", 0),
     ("ffn_post_norm", 0, "o", 0),

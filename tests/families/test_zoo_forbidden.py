@@ -15,6 +15,7 @@ from lmc_fast.architectures.layouts import Plain
 from lmc_fast.checkpoints import Model, export
 from lmc_fast.checkpoints.weights import Weights
 from lmc_fast.symmetry import Transform, canonicalize
+from lmc_fast.symmetry.canonical import for_each_query
 from lmc_fast.symmetry.elements import orthogonal
 
 VISIBLE = 1e-3
@@ -53,6 +54,15 @@ FORBIDDEN = {
     "without a norm in front, the mean of the stream is seen": (
         "modernbert",
         lambda w: edited(w, q=lambda b: b["q"] - b["q"].mean(1, keepdim=True)),
+    ),
+    "a sink is seen by one query head": ("gpt-oss", lambda w: edited(w, sinks=lambda b: b["sinks"].roll(1, 0))),
+    "a value bias that a sink takes a share of does not fold": (
+        "gpt-oss",
+        lambda w: edited(
+            w,
+            v_bias=lambda b: b["v_bias"] * 0,
+            o_bias=lambda b: b["o_bias"] + b["o"] @ for_each_query(w.spec, b["v_bias"]),
+        ),
     ),
     "a gate cannot be scaled": (
         "mistral",

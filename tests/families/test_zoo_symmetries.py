@@ -132,8 +132,11 @@ def _illegal(name, spec, element):
         yield "general value map", _with_map(element, "vo", each(lambda: draw.general(e)))
     if not known.heads and groups > 1:
         yield "heads under ALiBi", _first_block(element, heads=Wreath(torch.arange(groups).roll(1)))
-    if known.scale == "none":
+    if known.scale == "none" and spec.ffn.width:
         yield "scaled units", _first_block(element, units=Scale(draw.scales(spec.ffn.width) + 1))
+    if known.scale == "none" and spec.ffn.experts.count:
+        shape = spec.ffn.experts.count, spec.ffn.experts.width
+        yield "scaled units of experts", _first_block(element, expert_units=Scale(draw.scales(*shape) + 1))
     if known.scale == "positive":
         yield "negative scale", _first_block(element, units=Scale(-draw.scales(spec.ffn.width)))
 

@@ -300,6 +300,17 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
         num_local_experts=4,
         num_experts_per_tok=2,
     ),
+    "gpt-oss": _of(
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        _DECODER,
+        _DIMS,
+        _rope(),
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=6,
+        swiglu_limit=0.6,
+    ),
     "flex-olmo": _of("FlexOlmoConfig", "FlexOlmoForCausalLM", _DECODER, num_experts=4, num_experts_per_tok=2),
     "gpt-bigcode": _of("GPTBigCodeConfig", "GPTBigCodeForCausalLM", _GPT),
     "gpt-bigcode-heads": _of("GPTBigCodeConfig", "GPTBigCodeForCausalLM", _GPT, multi_query=False, n_inner=40),
@@ -501,7 +512,7 @@ def stock(directory: Path, dtype: torch.dtype) -> nn.Module:
     cls = getattr(transformers, config.architectures[0])
     # Falcon's eager attention adds ALiBi twice; Gemma-2's soft cap needs eager attention
     options = {} if config.model_type == "falcon" else {"attn_implementation": "eager"}
-    if "moe" in config.model_type or config.model_type in ("mixtral", "flex_olmo"):
+    if "moe" in config.model_type or config.model_type in ("mixtral", "flex_olmo", "gpt_oss"):
         options["experts_implementation"] = "eager"
     model, info = cls.from_pretrained(directory, dtype=dtype, output_loading_info=True, **options)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info

@@ -56,8 +56,18 @@ def _same(x: dict[str, Tensor], y: dict[str, Tensor]) -> bool:
 class Alignment:
     """g_A and g_B, or more: what to do to each model's canonical form so that everything between them is flat.
 
-    members: one element for each model. matched: the same as closed-form matching left them, before learning. info:
-    JSON: method, schedule, history. Made as Alignment(a, b, matched, info), with an element for each model in front.
+    Args:
+        *parts: an element for each model, in their order; `matched` and `info` may follow them without their names.
+        matched: the same as closed-form matching left them, before learning; by default the elements themselves.
+        info: what is known of the run, as JSON: method, schedule, history.
+
+    Attributes:
+        members: one element for each model.
+        matched: one for each model, as matching left it.
+        info: as given; {} by default.
+
+    Raises:
+        ValueError: there are not as many of `matched` as elements.
 
     >>> alignment = lmc.Alignment.load("DIR/alignment.safetensors")
     >>> len(alignment.members), alignment.info["method"]
@@ -75,10 +85,12 @@ class Alignment:
 
     @property
     def a(self) -> Transform:
+        """The first model's element."""
         return self.members[0]
 
     @property
     def b(self) -> Transform:
+        """The second model's element."""
         return self.members[1]
 
     def __repr__(self) -> str:
@@ -88,8 +100,14 @@ class Alignment:
         return f"Alignment({how}; {shown})"
 
     def save(self, file: str | Path) -> None:
-        """Writes alignment.safetensors, whole or not at all: float64 tensors, and versioned JSON metadata that name
-        the members and where each one's tensors are.
+        """Writes alignment.safetensors, whole or not at all: tensors in the dtypes they have (float64 after `align`),
+        and versioned JSON metadata that name the members and where each one's tensors are.
+
+        Args:
+            file: where to.
+
+        Raises:
+            LmcError: the disk does not take it.
         """
         tensors: dict[str, Tensor] = {}
         packed = [(pack(g, ""), pack(m, "")) for g, m in zip(self.members, self.matched, strict=True)]
@@ -102,8 +120,18 @@ class Alignment:
 
     @staticmethod
     def load(file: str | Path, spec: Spec | None = None, count: int | None = None) -> Alignment:
-        """Reads what `save` wrote, also in format version 1; with `spec`, checks that all elements are symmetries of
-        it, and with `count` that they are so many. Raises LmcError.
+        """Reads what `save` wrote, also in format version 1.
+
+        Args:
+            file: what `align`, `run` or `save` wrote.
+            spec: of the models (Model.spec): all elements must be symmetries of it. None: not checked.
+            count: how many models it must be an alignment of. None: any number.
+
+        Returns:
+            The alignment, on the CPU.
+
+        Raises:
+            LmcError: the file is missing, damaged or edited, no alignment, or one of other models.
         """
         tensors, metadata = load_tensors(user_path(file))
         layers, info, version = (metadata.get(name) for name in ("layers", "info", "version"))
@@ -137,14 +165,33 @@ class Alignment:
         return Alignment(*found[: len(listed)], found[len(listed) :], info)
 
     def apply(self, *members: Weights) -> tuple[Weights, ...]:
-        """All models, given in canonical form, aligned."""
+        """All models, aligned.
+
+        Args:
+            *members: the weights of each model in canonical form, in order.
+
+        Returns:
+            The same aligned, in the dtypes and on the devices they came in.
+
+        Raises:
+            ValueError: there are not as many models as elements.
+        """
         return tuple(g.apply(w) for g, w in zip(self.members, members, strict=True))
 
     def state_dicts(self, models: Models, dtype: torch.dtype | None = None) -> list[Stock]:
-        """All models, aligned, as (config, state dict) of stock models in memory, on the CPU.
+        """All models, aligned, in memory on the CPU: the bits that `export` writes. Nothing is proven here, see
+        export(..., in_memory=True).
 
-        The bits are those that `export` writes. dtype: of all tensors, by default as each one stores them. Nothing
-        is proven here, see export(..., in_memory=True). Raises LmcError where a weight overflows.
+        Args:
+            models: those that were aligned, in order.
+            dtype: of all tensors; None: as each model stores them.
+
+        Returns:
+            (config, state dict) of a stock model for each.
+
+        Raises:
+            LmcError: a weight overflows `dtype`.
+            ValueError: there are not as many models as elements.
         """
         return [
             export_to_memory(g.apply(canonicalize(model.open_weights(torch.float64))), model, dtype)

@@ -26,7 +26,20 @@ MASKED_SHARE = 0.15  # of the tokens that a masked language model has to guess
 
 
 def read_data(path: str | Path, model: Model, length: int, at_least: int = 1) -> Data:
-    """What fits the model's task: sequences of `length` tokens, the same with some masked, or labelled images.
+    """Reads what fits the model's task: tokens, the same with some masked, texts with labels, or images with labels.
+
+    Args:
+        path: a file as for read_tokens or read_images; for models that label texts or tokens, a .npz of `tokens` (n, T)
+            and `labels` (n,), or (n, T) with -1 where there is none.
+        model: what the data is for: its task, tokenizer and limits count.
+        length: tokens in a sequence; images and labelled texts have their own.
+        at_least: how many inputs there must be.
+
+    Returns:
+        Token ids (n, length) int64, or Examples.
+
+    Raises:
+        LmcError: as read_tokens and read_images do; a masked language model's tokenizer has no mask token.
 
     >>> lmc.read_data("text.txt", lmc.Model("A"), 16).dtype
     torch.int64
@@ -160,9 +173,21 @@ def mask_id(model: Model) -> int:
 
 
 def read_tokens(path: str | Path, model: Model, length: int, at_least: int = 1) -> Tensor:
-    """Token ids cut into contiguous sequences: (n, length) int64. Text is cut by the checkpoint's own tokenizer.
+    """Reads token ids and cuts them into contiguous sequences; what is left of the last is dropped.
 
-    Raises LmcError for a missing, unreadable, empty or too short file, or ids outside the vocabulary.
+    Args:
+        path: text (.txt), documents (.jsonl, a "text" in each line), which the checkpoint's own tokenizer cuts, or
+            integer ids of any shape (.npy).
+        model: whose tokenizer, vocabulary and positions count.
+        length: tokens in a sequence, from 2 to the model's positions.
+        at_least: how many sequences there must be.
+
+    Returns:
+        Token ids (n, length) int64.
+
+    Raises:
+        LmcError: the file is missing, unreadable or too short, an id lies outside the vocabulary, or `length` is out of
+            range.
 
     >>> lmc.read_tokens("text.txt", lmc.Model("A"), 16).shape[1]
     16

@@ -10,6 +10,9 @@ class LmcError(Exception):
 
     Names in it come from files: what would act on a terminal (line breaks, escape codes) is shown as an escape.
 
+    Args:
+        message: the sentence.
+
     >>> try:
     ...     lmc.open_pair("A", "nowhere/at/all")
     ... except lmc.LmcError as error:
@@ -24,7 +27,9 @@ class LmcError(Exception):
 class Cancelled(LmcError):
     """What was given as `cancel` said that the work is to end. The message says what is kept and how to go on.
 
-    alignment: what was learned until then (an Alignment), where learning was cancelled; `align` can start from it.
+    Attributes:
+        alignment: what was learned until then (an Alignment), where learning was cancelled, else None; `align` can
+            start from it (`base`).
 
     >>> pair = lmc.open_pair("A", "B")
     >>> tokens = lmc.read_tokens("text.txt", pair.a, 16)

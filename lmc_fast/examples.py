@@ -15,8 +15,10 @@ _DIGESTED = 1 << 20  # numbers at a time
 class Examples:
     """n inputs and their targets. Behaves like a tensor of n rows where data is counted, picked, split and moved.
 
-    Images: inputs (n, c, size, size) float, targets (n,) int64. Masked text: inputs and targets (n, T) int64, the
-    target -1 wherever nothing is to be predicted.
+    Attributes:
+        inputs: images (n, c, size, size) float, or token ids (n, T) int64.
+        targets: classes of images or texts (n,) int64; of masked or tagged text (n, T) int64, -1 wherever nothing is to
+            be predicted.
 
     >>> images, labels = torch.rand(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
     >>> len(lmc.Examples(images, labels)[2:5])
@@ -33,13 +35,30 @@ class Examples:
         return Examples(self.inputs[rows], self.targets[rows])
 
     def split(self, size: int) -> list[Examples]:
+        """Cuts the data into parts.
+
+        Args:
+            size: inputs in each part; the last may have fewer.
+
+        Returns:
+            The parts, views of the same memory.
+        """
         return [Examples(x, y) for x, y in zip(self.inputs.split(size), self.targets.split(size), strict=True)]
 
     def to(self, device: torch.device | str) -> Examples:
+        """The same on another device.
+
+        Args:
+            device: where to; on the device that it is on, nothing is copied.
+
+        Returns:
+            The data there.
+        """
         return Examples(self.inputs.to(device), self.targets.to(device))
 
     @property
     def device(self) -> torch.device:
+        """Where the inputs are."""
         return self.inputs.device
 
     @property
@@ -48,6 +67,11 @@ class Examples:
         return self.targets.shape if self.targets.dim() == 2 else torch.Size((len(self), 1))
 
     def numel(self) -> int:
+        """How many predictions are asked for.
+
+        Returns:
+            The number of targets that are not -1.
+        """
         return int((self.targets >= 0).sum())
 
 

@@ -27,13 +27,22 @@ _MOST_PIXELS = 100_000_000  # of one image file
 
 
 def read_images(path: str | Path, model: Model, at_least: int = 1) -> Examples:
-    """Images (n, c, size, size) float32 and labels (n,) int64 for an image classifier.
+    """Reads labelled images for an image classifier.
 
-    .npz: `images` (n, h, w), (n, h, w, c) or (n, c, h, w), uint8 or float, and integer `labels` (n,). uint8 is divided
-    by 255 and normalised as the checkpoint's preprocessor_config.json says; float is taken as it is. Folder: the
-    classes are its subfolders in the order of their names; images are resized.
+    Args:
+        path: a .npz of `images` (n, h, w), (n, h, w, c) or (n, c, h, w), uint8 or float, and integer `labels` (n,); or
+            a folder whose subfolders, in the order of their names, are the classes. uint8 and files are divided by 255
+            and normalised as the checkpoint's preprocessor_config.json says; float is taken as it is. Files are
+            resized.
+        model: whose image size, channels and classes count.
+        at_least: how many images there must be.
 
-    Raises LmcError for a missing or unreadable file, another image size, or labels that are not classes.
+    Returns:
+        Inputs (n, c, size, size) float32 and targets (n,) int64.
+
+    Raises:
+        LmcError: the model reads no images; the file is missing, unreadable or of another image size; a label is no
+            class.
 
     >>> examples = lmc.read_images("images.npz", lmc.Model("IMAGES"))
     >>> examples.inputs.shape, examples.targets.shape

@@ -27,18 +27,28 @@ INSTRUCTIONS = "LMC_FAST_ISA"
 class Backends:
     """What `backends()` reports.
 
+    Attributes:
+        extension: the C++ solvers are built and can be imported.
+        isa: the instruction set they run, "avx512", "avx2" or "generic" (LMC_FAST_ISA); "none" without the extension.
+        threads: torch.get_num_threads(), which the C++ solvers obey too.
+        triton: Triton can be imported.
+        gpu_solvers: "torch" or "triton" (LMC_FAST_GPU_SOLVERS).
+        kernels: operations of the engine that are Triton kernels on a GPU (LMC_FAST_KERNELS).
+        without_kernels: why the others are not; "" where all are.
+        cuda: the GPU's name, or "none".
+
     >>> lmc.backends().cpu in ("torch", "C++ (generic)", "C++ (avx2)", "C++ (avx512)")
     True
     """
 
-    extension: bool  # the C++ solvers are built and importable
-    isa: str  # instruction set they run: "avx512", "avx2", "generic", or "none" without the extension
-    threads: int  # torch.get_num_threads(), which the C++ solvers obey too
-    triton: bool  # importable
-    gpu_solvers: str  # "torch" or "triton": LMC_FAST_GPU_SOLVERS
-    kernels: tuple[str, ...]  # operations of the engine that are Triton kernels on a GPU: LMC_FAST_KERNELS
-    without_kernels: str  # why the others are not
-    cuda: str  # the GPU's name, or "none"
+    extension: bool
+    isa: str
+    threads: int
+    triton: bool
+    gpu_solvers: str
+    kernels: tuple[str, ...]
+    without_kernels: str
+    cuda: str
 
     @property
     def cpu(self) -> str:
@@ -53,6 +63,12 @@ class Backends:
 
 def backends() -> Backends:
     """The active implementations. Reports only: never warns, never builds.
+
+    Returns:
+        What runs here, and on which hardware.
+
+    Raises:
+        ValueError: LMC_FAST_ISA, LMC_FAST_GPU_SOLVERS or LMC_FAST_KERNELS asks for what there is not.
 
     >>> lmc.backends().threads == torch.get_num_threads()
     True

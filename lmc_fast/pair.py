@@ -27,7 +27,11 @@ M = TypeVar("M", bound="Models")
 
 @dataclass(frozen=True)
 class Models:
-    """Checkpoints of one architecture; nothing is loaded yet. `warnings`: what is not as it might be expected.
+    """Checkpoints of one architecture; nothing is loaded yet.
+
+    Attributes:
+        members: the models, limited to what they have in common, and grown where sizes differ.
+        warnings: what is not as it might be expected, in sentences.
 
     >>> lmc.open_models(["A", "B", "C"]).names
     ['a', 'b', 'c']
@@ -38,14 +42,17 @@ class Models:
 
     @property
     def spec(self) -> Spec:
+        """The architecture that all have."""
         return self.members[0].spec
 
     @property
     def a(self) -> Model:
+        """The first model."""
         return self.members[0]
 
     @property
     def b(self) -> Model:
+        """The second model."""
         return self.members[1]
 
     @property
@@ -59,7 +66,14 @@ class Models:
         return [model.home for model in self.members]
 
     def with_members(self: M, members: Sequence[Model]) -> M:
-        """Others in the place of the members."""
+        """The same with others in the place of the members.
+
+        Args:
+            members: models of the same architecture, as many.
+
+        Returns:
+            A copy; it shares the warnings.
+        """
         found = copy(self)
         object.__setattr__(found, "members", tuple(members))
         return found
@@ -67,6 +81,11 @@ class Models:
 
 class Pair(Models):
     """Two of them: the endpoints A and B.
+
+    Args:
+        a: endpoint A.
+        b: endpoint B.
+        warnings: as in Models.
 
     >>> lmc.open_pair("A", "B").names
     ['a', 'b']
@@ -77,11 +96,20 @@ class Pair(Models):
 
 
 def open_pair(a: Place, b: Place, headers_only: bool = False) -> Pair:
-    """Opens two checkpoint directories or hub ids (OWNER/NAME, OWNER/NAME@REVISION, or an address on huggingface.co),
-    transformers models, or (config, state dict) pairs. What is in memory is not copied: leave it as it is.
+    """Opens two checkpoints that are to be aligned. What is in memory is not copied: leave it as it is.
 
-    headers_only: do not download weights, which cannot be read then. Raises LmcError if either is unusable or they do
-    not match.
+    Args:
+        a: a checkpoint directory, a hub id (OWNER/NAME, OWNER/NAME@REVISION, or an address on huggingface.co), a
+            transformers model, or (config, state dict).
+        b: the other, likewise.
+        headers_only: do not download weights, which cannot be read then.
+
+    Returns:
+        The pair; `warnings` says what differs harmlessly. Vocabularies padded to different sizes are cut to the smaller
+        one; models of different sizes are grown to the smallest that has room for both.
+
+    Raises:
+        LmcError: either is unusable, or they cannot be aligned; the sentence says why.
 
     >>> pair = lmc.open_pair("A", "B")
     >>> pair.a.spec.family
@@ -95,8 +123,17 @@ def open_pair(a: Place, b: Place, headers_only: bool = False) -> Pair:
 
 
 def open_models(sources: Sequence[Place], headers_only: bool = False) -> Models:
-    """As `open_pair`, of any number of checkpoints; of two it is a Pair. The error names the one that does not fit, or
-    that is given twice.
+    """As `open_pair`, of any number of checkpoints.
+
+    Args:
+        sources: 2 to 26 of what open_pair takes.
+        headers_only: do not download weights, which cannot be read then.
+
+    Returns:
+        The models; of two it is a Pair.
+
+    Raises:
+        LmcError: one is unusable, does not fit the others, or is given twice; the sentence names it.
 
     >>> len(lmc.open_models(["A", "B", "C"]).members)
     3

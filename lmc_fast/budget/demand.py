@@ -23,8 +23,14 @@ _HEAD_MAPS = ("vo", "qk")
 
 @dataclass(frozen=True)
 class Job:
-    """A learning step: `tokens` in sequences of `length`; sides: members that move (all, or all but the first);
-    teachers: of each sequence, or, for text, 0.
+    """A learning step.
+
+    Attributes:
+        tokens: read in a step.
+        length: tokens of a sequence.
+        sides: members that move: all, or all but the first.
+        teachers: of each sequence; 0 where text teaches.
+        members: models that are aligned.
     """
 
     tokens: int
@@ -40,7 +46,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Item:
-    """Some bytes. phase: "always", or the part of a step that needs them: "block", "head", "update"."""
+    """Some bytes.
+
+    Attributes:
+        name: what they hold.
+        bytes: how many.
+        phase: "always", or the part of a step that needs them: "block", "head", "update".
+    """
 
     name: str
     bytes: int

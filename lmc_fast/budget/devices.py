@@ -18,19 +18,27 @@ from .profiles import SHEETS
 class Device:
     """Figures that the planner's predictions rest on.
 
-    memory: bytes. flops: sustained, of large matrix products in `dtype`. bandwidth: bytes per second from where the
-    weights are kept (`source`) into a slot. base: bytes that the process takes before anything is loaded (CPU only).
+    Attributes:
+        name: for people.
+        kind: "cuda" or "cpu".
+        dtype: that a step computes in.
+        memory: bytes.
+        flops: per second, sustained, of large matrix products in `dtype`.
+        bandwidth: bytes per second from where the weights are kept into a slot.
+        source: where they are kept, and how that is known.
+        base: bytes that the process takes before anything is loaded (CPU only).
+        uncertain: bytes by which `base` may be more when the process is started again.
     """
 
     name: str
-    kind: str  # "cuda" or "cpu"
+    kind: str
     dtype: torch.dtype
     memory: int
     flops: float
     bandwidth: float
     source: str
     base: int = 0
-    uncertain: int = 0  # bytes by which `base` may be more when the process is started again
+    uncertain: int = 0
 
     @property
     def itemsize(self) -> int:

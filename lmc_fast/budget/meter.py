@@ -75,7 +75,15 @@ def peak_bytes() -> int:
 
 @dataclass
 class Stage:
-    """What one stage took: time, and memory at most. since_start: the system gave no figure for the stage alone."""
+    """What one stage took.
+
+    Attributes:
+        name: of the stage.
+        seconds: wall-clock time.
+        peak_rss: the most main memory that the process held, in bytes.
+        peak_device: the most memory allocated on the GPU, in bytes; None without one.
+        since_start: the system gave no figure for the stage alone: `peak_rss` is that since the process began.
+    """
 
     name: str
     seconds: float = 0.0
@@ -85,7 +93,15 @@ class Stage:
 
 
 class Meter:
-    """What a run cost, for report.json: time and peak memory of each stage, and `facts` that stages add.
+    """What a run cost, for report.json: time and peak memory of each stage.
+
+    Args:
+        device: the GPU whose memory is measured too.
+
+    Attributes:
+        device: as given.
+        stages: a Stage for each that was begun: name, seconds, peak_rss and peak_device in bytes.
+        facts: what stages add, as JSON: the plan, the traffic.
 
     >>> meter = lmc.Meter()
     >>> with meter.stage("reading"):
@@ -101,7 +117,14 @@ class Meter:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
-        """Measures what happens inside; the figures are there when it ends, however it ends. Not nested."""
+        """Measures what happens inside; the figures are there when it ends, however it ends. Not nested.
+
+        Args:
+            name: of the stage.
+
+        Yields:
+            The stage, whose figures are still 0.
+        """
         stage = Stage(name, since_start=not reset_peak())
         self.stages.append(stage)
         cuda = self.device.type == "cuda"
@@ -117,6 +140,11 @@ class Meter:
                 stage.peak_device = torch.cuda.max_memory_allocated(self.device)
 
     def to_json(self) -> dict[str, Any]:
+        """As report.json has it, under "costs".
+
+        Returns:
+            {"stages": ...} and all facts.
+        """
         return {"stages": [asdict(stage) for stage in self.stages], **self.facts}
 
 

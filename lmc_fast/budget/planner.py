@@ -31,43 +31,71 @@ _REPORTED = (
 
 
 class Strategy(NamedTuple):
-    """How a step computes. Its results' last bits depend on it."""
+    """How a step computes. Its results' last bits depend on it.
 
-    route: str  # "activation" or "weight"
-    micro_batch: int  # sequences at a time
-    logits: int  # logits at a time
-    boundaries_on_host: bool  # boundary activations lie in pinned main memory (CUDA)
+    Attributes:
+        route: "activation" (the stream is rotated) or "weight" (one matrix at a time is transformed).
+        micro_batch: sequences at a time.
+        logits: at a time.
+        boundaries_on_host: activations between blocks lie in pinned main memory (CUDA).
+    """
+
+    route: str
+    micro_batch: int
+    logits: int
+    boundaries_on_host: bool
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a pair is learned within a budget, and what to expect. Bytes and seconds; loads are per step.
+    """How models are learned within a budget, and what to expect. Segments are blocks, then parts of the head.
+
+    Attributes:
+        budget: bytes that were given.
+        total: bytes that are taken: all that is always there, and the phase that needs most.
+        items: what takes them, each with name, bytes and phase.
+        device: the figures that predictions rest on.
+        job: the step that was planned.
+        strategy: how it computes.
+        buffers: segments that are loaded into, in turn, beside the resident ones.
+        resident: numbers of the segments that stay.
+        layers: blocks of a model.
+        head_parts: into how many the head is cut.
+        loads: of segments, per step.
+        moved: bytes that reach the device per step.
+        compute_seconds: of a step, computing alone.
+        transfer_seconds: of a step, moving alone.
+        host_bytes: pinned main memory beside the budget (CUDA): segments, and boundary activations if they are there.
+        store_bytes: the prepared models on disk.
+        statistics_bytes: statistics of activations on disk, before that.
+        stages: {stage: the least memory in bytes that it works with}, of all stages but learning.
 
     >>> print(lmc.plan("A", "B", memory="2GiB", length=16).table()[0])
     memory on this CPU, budget 2 GiB
     """
 
     budget: int
-    total: int  # of memory: everything that is always there, and the phase that needs most
+    total: int
     items: tuple[Item, ...]
     device: Device
     job: Job
     strategy: Strategy
     buffers: int
-    resident: tuple[int, ...]  # segments
+    resident: tuple[int, ...]
     layers: int
     head_parts: int
     loads: float
-    moved: float  # bytes to the device
+    moved: float
     compute_seconds: float
     transfer_seconds: float
-    host_bytes: int  # pinned main memory beside the budget (CUDA): segments, and boundary activations if they are there
-    store_bytes: int  # on disk, as are statistics before it
+    host_bytes: int
+    store_bytes: int
     statistics_bytes: int
-    stages: dict[str, int]  # the least memory that each stage but learning works with
+    stages: dict[str, int]
 
     @property
     def step_seconds(self) -> float:
+        """Of a step: the longer of computing and moving, since one hides the other."""
         return max(self.compute_seconds, self.transfer_seconds)
 
     @property
@@ -81,10 +109,22 @@ class Plan:
         return round(self.job.tokens * self.transfer_seconds / self.compute_seconds)
 
     def phase(self, name: str) -> int:
-        """Bytes of the items of a phase."""
+        """What a phase takes.
+
+        Args:
+            name: "always", "block", "head" or "update".
+
+        Returns:
+            Bytes of its items.
+        """
         return sum(item.bytes for item in self.items if item.phase == name)
 
     def to_json(self) -> dict[str, Any]:
+        """As `lmc-fast plan --json` prints it.
+
+        Returns:
+            Bytes and seconds by name, and the items, device and job.
+        """
         return {
             "budget": self.budget,
             "total": self.total,
@@ -96,7 +136,11 @@ class Plan:
         }
 
     def table(self) -> list[str]:
-        """Lines for people: every item, then the summary."""
+        """For people: every item, then the summary.
+
+        Returns:
+            Lines without line ends.
+        """
         lines = [f"memory on {self.device.name}, budget {show_bytes(self.budget)}"]
         most = max(("block", "head", "update"), key=self.phase)
         for phase, title in [("always", None), ("block", "a block"), ("head", "the head"), ("update", "the update")]:
@@ -111,7 +155,11 @@ class Plan:
         return lines + self.summary()
 
     def summary(self) -> list[str]:
-        """What was decided and what is expected, without the items."""
+        """For people: what was decided and what is expected, without the items.
+
+        Returns:
+            Lines without line ends.
+        """
         blocks = sum(segment < self.layers for segment in self.resident)
         route, micro, _, _ = self.strategy
         how = "the stream is rotated" if route == ACTIVATION else "weights are transformed one block at a time"

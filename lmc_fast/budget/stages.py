@@ -36,10 +36,17 @@ _KINDS = 2  # of maps inside heads: of values, and of queries and keys
 
 
 class TooSmall(LmcError):
-    """No plan fits. smallest: the least budget, in bytes, for which one does.
+    """No plan fits.
 
-    uncertain: bytes by which the process may be larger when it is started again; the sentence counts them in, so that
-    the budget it names works.
+    Args:
+        budget: bytes that were given.
+        smallest: the least budget, in bytes, for which there is a plan.
+        uncertain: bytes by which the process may be larger when it is started again; the sentence counts them in, so
+            that the budget it names works.
+        learning: whether the number of tokens per step is what needs so much.
+
+    Attributes:
+        smallest: as given.
 
     >>> try:
     ...     lmc.plan("A", "B", memory="1MiB", length=16)

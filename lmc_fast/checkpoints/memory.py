@@ -24,7 +24,11 @@ _STRETCH, _SAMPLE = 1 << 20, 1 << 12
 
 @dataclass(frozen=True)
 class Stock:
-    """A stock model in memory: transformers' config, and what save_pretrained would write, by name.
+    """A stock model in memory. Unpacks as config, state_dict = stock.
+
+    Attributes:
+        config: of transformers.
+        state_dict: what save_pretrained would write, by name; on the CPU where `export` made it.
 
     >>> pair = lmc.open_pair("A", "B")
     >>> alignment = lmc.Alignment.load("DIR/alignment.safetensors")
@@ -44,7 +48,17 @@ class Stock:
         return f"Stock({(self.config.architectures or [self.config.model_type])[0]}, {len(self.state_dict)} tensors)"
 
     def model(self, **options: Any) -> Any:
-        """The transformers model, as from_pretrained makes it. options: of from_pretrained. Raises LmcError."""
+        """The transformers model, as from_pretrained makes it.
+
+        Args:
+            **options: of from_pretrained, e.g. dtype.
+
+        Returns:
+            A model of the class that the config's `architectures` name.
+
+        Raises:
+            LmcError: the config names no class of transformers, or tensors are missing or of other shapes.
+        """
         import transformers
 
         names = self.config.architectures or [""]

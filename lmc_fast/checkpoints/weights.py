@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from copy import copy, deepcopy
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,29 +12,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..architectures import FAMILIES, Family, Fold, Spec
-from ..architectures.checks import check_kind, check_sizes, check_spec
-from ..architectures.heads import NO_HEAD
+from ..architectures import Fold, Spec
 from ..architectures.layouts import OfExpert, Plain
 from ..architectures.spec import SHARED
 from ..errors import LmcError
-from ..model_types import REFUSED
+from .configs import read_config, spec_of
 from .coverage import cover
 from .lazy import TABLES, LazyBlocks, Slots, Table
 from .memory import MemoryCheckpoint, Stock
-from .plain_config import require_plain
 from .reader import Checkpoint
 
-_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_experts", "num_local_experts")
-_MOST_LABELS = 10_000_000
 Place = Any  # str | Path | a transformers model | (config, state dict)
 
 
 @dataclass
 class Weights:
-    """One model in normal form (slots as in architectures.spec): `ends`, and one dict of slots per block.
+    """One model in normal form: named slots, as in architectures.spec.
 
-    Lazy weights (Model.open_weights) have LazyBlocks, and their TABLES are not among the `ends` but in `tables`.
+    Lazy weights (Model.open_weights) have LazyBlocks, and their tables are not among the `ends` but in `tables`.
+
+    Attributes:
+        spec: what the slots are of.
+        ends: slots outside the blocks.
+        blocks: the slots of each block.
+        tables: of lazy weights "embed" and "head", (rows, width), read by rows.
     """
 
     spec: Spec
@@ -114,10 +115,21 @@ def lerp(a: Weights, b: Weights, weight: float) -> Weights:
 class Model:
     """A checkpoint whose architecture is known and whose tensors are exactly the expected ones.
 
-    Raises LmcError if the architecture or one of its options is unknown, or if a tensor is missing, unexpected, not a
-    float or of another shape than the config says.
+    Args:
+        place: a directory, a hub id, a transformers model, or (config, state dict); the last two are not copied.
+        headers_only: do not download weights, which cannot be read then.
 
-    place: a directory, a hub id, a transformers model, or (config, state dict); the last two are not copied.
+    Attributes:
+        checkpoint: its files, or what is in memory.
+        source: what it was asked for as.
+        family: how its tensors are named and laid out.
+        config: of transformers.
+        coverage: which stored tensor is which of the family's.
+        spec: its architecture: kinds and sizes.
+
+    Raises:
+        LmcError: the architecture or one of its options is unknown, or a tensor is missing, unexpected, not a float or
+            of another shape than the config says.
 
     >>> model = lmc.Model("A")
     >>> model.spec.layers, model.spec.width, model.dtype
@@ -149,7 +161,11 @@ class Model:
         return self.home
 
     def stock(self) -> Stock:
-        """Itself, with all its tensors in memory, as they are stored."""
+        """Itself, with all its tensors in memory.
+
+        Returns:
+            (config, state dict), as they are stored.
+        """
         stored = self.checkpoint
         if isinstance(stored, MemoryCheckpoint):
             return Stock(self.config, stored.tensors)
@@ -200,12 +216,28 @@ class Model:
         return self.coverage.buffers
 
     def stored_as(self, name: str, block: int | None) -> tuple[str, torch.dtype]:
-        """Under which name, and in which dtype, this checkpoint stores a tensor of its family's table."""
+        """How this checkpoint stores a tensor.
+
+        Args:
+            name: of the tensor in its family's table.
+            block: the number of its block; None outside the blocks.
+
+        Returns:
+            (its name in the files, its dtype there).
+        """
         names = self.coverage
         return names.own.get(name, name), self.checkpoint.dtype(names.names[name])
 
     def limited(self, vocabulary: int, positions: int) -> Model:
-        """The same with the first rows of its vocabulary only, for texts of at most so many positions."""
+        """The same with the first rows of its vocabulary only, for shorter texts.
+
+        Args:
+            vocabulary: rows that are kept.
+            positions: tokens of a text at most.
+
+        Returns:
+            A copy that reads the same files.
+        """
         model = copy(self)
         model.spec = replace(
             self.spec,
@@ -216,7 +248,15 @@ class Model:
         return model
 
     def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Weights:
-        """All weights in normal form. A tied head is materialised, and the result's spec says untied."""
+        """All weights in normal form. A tied head is materialised, and the result's spec says untied.
+
+        Args:
+            dtype: to convert them to.
+            device: where to.
+
+        Returns:
+            The weights, in memory.
+        """
         lazy = self.open_weights(dtype, device)
         if not self.spec.tied:
             return lazy.load()
@@ -226,7 +266,15 @@ class Model:
         return weights
 
     def open_weights(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Weights:
-        """The same, lazy: blocks and rows of tables are read from disk whenever they are asked for."""
+        """As `load`, lazy: blocks and rows of tables are read whenever they are asked for.
+
+        Args:
+            dtype: to convert them to.
+            device: where to.
+
+        Returns:
+            Weights of which nothing but the small ends is in memory.
+        """
         blocks = LazyBlocks(self.spec.layers, lambda i: self._load(i, dtype, device))
         tables = {}
         for slot in TABLES:
@@ -278,105 +326,3 @@ def _identity(size: int, dtype: torch.dtype, device: torch.device | str) -> Tabl
         return torch.eye(size, dtype=dtype, device=device)[start:stop]
 
     return Table((size, size), rows)
-
-
-def read_config(checkpoint: Checkpoint) -> tuple[Family, Any]:
-    """The family, its configuration as transformers reads it, and what that makes of the model.
-
-    Raises LmcError for an unknown architecture, and for a config that transformers refuses or that makes no sense.
-    """
-    from transformers import CONFIG_MAPPING, AutoConfig
-
-    kind, file = checkpoint.config.get("model_type"), checkpoint.path / "config.json"
-    if not isinstance(kind, str):
-        raise LmcError(f"{file}: model_type is {kind!r}, not a name; is {checkpoint.source} a model?")
-    nested = [name for name in ("text_config", "vision_config") if name in checkpoint.config]
-    known = isinstance(kind, str) and kind in FAMILIES
-    if nested and not known:
-        raise LmcError(
-            f"{checkpoint.path}: model_type {kind!r} nests several models ({', '.join(nested)}); {_alone(kind)}"
-        )
-    if kind in REFUSED and not known:
-        raise LmcError(
-            f"{checkpoint.path}: model_type {kind!r} is not supported: {REFUSED[kind]}; see lmc-fast families"
-        )
-    if not known:
-        raise LmcError(
-            f"{checkpoint.path}: model_type {kind!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
-        )
-    family = FAMILIES[str(kind)]
-    names = checkpoint.config.get("architectures") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise LmcError(f"{file}: architectures is {names!r}, not a list of class names")
-    found = [one for one in map(family.of_class, names) if one]
-    if names and not found:
-        ends = " or ".join((*family.architectures, *(end for head in family.heads for end in head.endings)))
-        wanted = "causal language model" if "ForCausalLM" in family.architectures else f"{kind} model with its head"
-        raise LmcError(f"{checkpoint.path}: {names[0]} is not a {wanted}; give a checkpoint of a class named ...{ends}")
-    family = found[0] if found else family
-    _require_countable(checkpoint)
-    require_plain(checkpoint.config, file)
-    try:
-        check_sizes(checkpoint.config, CONFIG_MAPPING[kind])
-    except LmcError as error:
-        raise LmcError(f"{file}: {error}") from error
-    try:
-        if checkpoint.home is None:
-            config = CONFIG_MAPPING[kind].from_dict(deepcopy(checkpoint.config))
-        else:
-            config = AutoConfig.from_pretrained(checkpoint.home, trust_remote_code=False)
-    except Exception as error:  # transformers validates with many exception types
-        raise LmcError(f"{file} is refused by transformers: {_last_line(error)}") from error
-    if names and _lacks_head(names[0], family, checkpoint) and not getattr(config, "tie_word_embeddings", False):
-        family = family.with_head(NO_HEAD, names[0])
-    return family, config
-
-
-def _lacks_head(name: str, family: Family, checkpoint: Checkpoint | MemoryCheckpoint) -> bool:
-    """Of a class that may be read as a decoder's trunk or, where its head is tied, as the whole."""
-    trunk = name.endswith("Model") and "Head" not in name and "ForCausalLM" in family.architectures
-    heads = [entry.name for entry in family.ends if entry.slots == ("head",)]
-    return trunk and not any(head in checkpoint for head in heads)
-
-
-def spec_of(family: Family, config: Any, file: Path) -> Spec:
-    """What a transformers config, as it stands in `file`, makes of a model. Raises LmcError."""
-    try:
-        check_sizes(vars(config), type(config))
-        spec = family.spec(config)
-        check_kind(config, spec)
-        check_spec(spec)
-        return spec
-    except LmcError as error:
-        raise LmcError(f"{file}: {error}") from error
-    except Exception as error:  # a value of a type or size that transformers let pass
-        raise LmcError(f"{file} describes no {family.name} model ({_last_line(error)}); download it again") from error
-
-
-def _require_countable(checkpoint: Checkpoint) -> None:
-    """Raises LmcError for numbers that transformers would count to before it looks at anything else."""
-    tensors = len(checkpoint.names)  # every block and every expert has one at least
-    limits = dict.fromkeys(_COUNTS, tensors) | {"num_labels": _MOST_LABELS}
-    for key, most in limits.items():
-        value = checkpoint.config.get(key)
-        if isinstance(value, (int, float)) and value > most:
-            raise LmcError(
-                f"{checkpoint.path / 'config.json'}: {key} is {value}, which does not fit files of {tensors} tensors"
-            )
-
-
-def _last_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
-
-
-def _alone(kind: str) -> str:
-    """How to save one of the models that a checkpoint nests, with its head."""
-    if kind == "clip":
-        return "save one tower: transformers.CLIPVisionModelWithProjection.from_pretrained(DIR).save_pretrained(NEW)"
-    return (
-        "save its language model: m = AutoModelForImageTextToText.from_pretrained(DIR, dtype='float32'); "
-        "t = AutoModelForCausalLM.from_config(m.config.text_config); "
-        "t.model.load_state_dict(m.model.language_model.state_dict()); "
-        "t.lm_head.load_state_dict(m.lm_head.state_dict()); t.save_pretrained(NEW)"
-    )

@@ -17,7 +17,18 @@ DEFINITION = "barrier = max over the grid of L(lambda) - [(1 - lambda) L(A) + la
 
 @dataclass(frozen=True)
 class Curve:
-    """Losses (nats per token) on a grid of lambda from 0 (A) to 1 (B). Raises LmcError for one that is not finite.
+    """Losses on the line between two models.
+
+    Attributes:
+        lambdas: places on the line, ascending from 0 (A) to 1 (B).
+        losses: nats per prediction at each place.
+        name: in pictures and files.
+        accuracies: of image classifiers, the share whose first guess is right at each place; else None.
+        errors: standard errors of `excess` in nats, from how much it differs between inputs; None where not known.
+
+    Raises:
+        LmcError: a loss is not finite.
+        ValueError: there are no losses, or not as many as places.
 
     >>> curve = lmc.Curve([0.0, 0.5, 1.0], [3.0, 3.6, 3.2])
     >>> f"{curve.barrier:.2f} at {curve.at}"
@@ -27,8 +38,8 @@ class Curve:
     lambdas: list[float]
     losses: list[float]
     name: str = "line"
-    accuracies: list[float] | None = None  # top-1, of image classifiers
-    errors: list[float] | None = None  # standard errors of `excess`, from how much it differs between inputs
+    accuracies: list[float] | None = None
+    errors: list[float] | None = None
 
     def __post_init__(self) -> None:
         if not self.losses or len(self.losses) != len(self.lambdas):
@@ -37,7 +48,7 @@ class Curve:
 
     @property
     def excess(self) -> list[float]:
-        """Loss above the straight line between the endpoints' losses, at each lambda."""
+        """Loss above the straight line between the endpoints' losses, at each lambda, in nats."""
         first, last = self.losses[0], self.losses[-1]
         return [x - ((1 - t) * first + t * last) for t, x in zip(self.lambdas, self.losses, strict=True)]
 
@@ -74,16 +85,35 @@ class Curve:
         )
 
     def to_json(self) -> dict[str, Any]:
+        """What `save` writes, but for the definition.
+
+        Returns:
+            All fields, and barrier, at, middle, lowest, lowest_at and words.
+        """
         least, place = self.lowest
         more = {"middle": self.middle, "lowest": least, "lowest_at": place, "words": self.words}
         return asdict(self) | {"barrier": self.barrier, "at": self.at} | more
 
     def save(self, file: str | Path) -> None:
-        """Writes a JSON file, whole or not at all. Raises LmcError where the disk does not take it."""
+        """Writes a JSON file, whole or not at all.
+
+        Args:
+            file: where to.
+
+        Raises:
+            LmcError: the disk does not take it.
+        """
         write_whole(Path(file), to_json(self.to_json() | {"definition": DEFINITION}, indent=2) + "\n")
 
     def plot(self, file: str | Path) -> None:
-        """Draws the curve to an image file (.png, .svg, .pdf), whole or not at all. Raises LmcError."""
+        """Draws the curve to an image file, whole or not at all.
+
+        Args:
+            file: its ending says the format: .png, .svg or .pdf.
+
+        Raises:
+            LmcError: the ending is another one, or the disk does not take it.
+        """
         plot_curves([self], Path(file))
 
 

@@ -40,10 +40,19 @@ _FFN = ("up", "gate", "down", "router", "switch", "experts", "ffn")
 class BlockReport:
     """One block. Features are the stream behind it, without their mean over the sample; M is the middle of the line.
 
-    cosine, distance: of M's features to the average of A's and B's, the distance relative to that average; share_a,
-    share_b: M's features as the least-squares sum of A's and B's; variance: M's over the mean of both; own: excess in
-    nats if this block alone is averaged, in A and in B; matched: {space: mean cosine of its units, heads or experts in
-    A with their partners in B}, unmatched: how many have one below NO_PARTNER.
+    Attributes:
+        cosine: of M's features to the average of A's and B's.
+        distance: of the same, relative to that average's norm.
+        share_a: A's share of M's features, written as the least-squares sum of A's and B's.
+        share_b: B's share.
+        variance: of M's features over the mean of A's and B's: below 1 they have shrunk.
+        own: excess in nats if this block alone is averaged, mean of A and B.
+        matched: {space: mean cosine of its units, heads or experts in A with their partners in B}.
+        matched_before: the same of B as it was.
+        unmatched: {space: how many have a cosine below 0.2 with their partner}.
+        stream: cosine of A's and B's features.
+        stream_before: the same of B as it was.
+        moved: {space: how far B's element is from the identity}: the share of places that moved, or |M - 1| / |1|.
     """
 
     cosine: float
@@ -55,16 +64,23 @@ class BlockReport:
     matched: dict[str, float]
     matched_before: dict[str, float]
     unmatched: dict[str, int]
-    stream: float  # cosine of A's and B's features
+    stream: float
     stream_before: float
     moved: dict[str, float]
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """losses in nats per prediction: of A, B, the middle, the ensemble of both, and the middle at its best temperature.
+    """Where and why the middle of a line is worse than its ends.
 
-    parts: excess if only the attention, the FFN or what lies outside the blocks is averaged. advice: sentences.
+    Attributes:
+        losses: nats per prediction of A ("a"), B ("b"), the "middle", the "ensemble" of A and B, and the middle at its
+            best temperature ("calibrated").
+        temperature: that divides the middle's logits best.
+        parts: excess in nats if only the "attention", the "ffn" or what lies outside the blocks ("ends") is averaged.
+        stream_angle: mean angle of B's rotation, in radians.
+        blocks: a report on each block.
+        advice: sentences on what to try.
 
     >>> pair = lmc.open_pair("A", "B")
     >>> found = lmc.diagnose(pair, lmc.read_tokens("held-out.txt", pair.a, 16), sequences=4)
@@ -75,16 +91,21 @@ class Diagnosis:
     losses: dict[str, float]
     temperature: float
     parts: dict[str, float]
-    stream_angle: float  # mean angle of B's rotation, in radians
+    stream_angle: float
     blocks: list[BlockReport]
     advice: list[str] = field(default_factory=list)
 
     @property
     def excess(self) -> float:
-        """Of the middle over the mean of both ends."""
+        """Of the middle over the mean of both ends, in nats."""
         return self.losses["middle"] - (self.losses["a"] + self.losses["b"]) / 2
 
     def to_json(self) -> dict[str, Any]:
+        """As `lmc-fast diagnose --json` prints it.
+
+        Returns:
+            All fields, and the excess.
+        """
         return asdict(self) | {"excess": self.excess}
 
 

@@ -29,8 +29,15 @@ SIMPLEX_DEFINITION = (
 
 @dataclass(frozen=True)
 class Simplex:
-    """Losses (nats per token) at places between models. places: a share of each model; ensemble: loss of the mixture of
-    their predictions, which no average of weights is expected to beat.
+    """Losses at places between more than two models.
+
+    Attributes:
+        names: what the models are called: a, b, c, ...
+        places: the share of each model, which sum to 1; those of each model alone and of the equal mixture are among
+            them.
+        losses: nats per prediction at each place.
+        ensemble: loss of the equal mixture of all models' predictions, which no average of weights is expected to beat.
+        name: in pictures and files.
 
     >>> places = [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1 / 3, 1 / 3, 1 / 3)]
     >>> found = lmc.Simplex(["a", "b", "c"], places, [3.0, 3.1, 3.2, 3.3], ensemble=2.9)
@@ -45,7 +52,17 @@ class Simplex:
     name: str = "simplex"
 
     def at_place(self, shares: Place) -> float:
-        """The loss at one of `places`."""
+        """The loss at one of `places`.
+
+        Args:
+            shares: one of `places`.
+
+        Returns:
+            Nats per prediction.
+
+        Raises:
+            ValueError: it was not measured there.
+        """
         return self.losses[self.places.index(shares_of(shares))]
 
     @property
@@ -55,7 +72,7 @@ class Simplex:
 
     @property
     def excess(self) -> list[float]:
-        """Loss above the same average of the models' own losses, at each place."""
+        """Loss above the same average of the models' own losses, at each place, in nats."""
         ends = self.corners
         return [
             loss - sum(s * end for s, end in zip(place, ends, strict=True))
@@ -101,6 +118,11 @@ class Simplex:
         )
 
     def to_json(self) -> dict[str, Any]:
+        """What `save` writes, but for the definition.
+
+        Returns:
+            All fields, and edges (the barrier of each), centroid, barrier, at and words.
+        """
         return {
             "names": self.names,
             "places": [list(place) for place in self.places],
@@ -115,11 +137,25 @@ class Simplex:
         }
 
     def save(self, file: str | Path) -> None:
-        """Writes a JSON file, whole or not at all. Raises LmcError where the disk does not take it."""
+        """Writes a JSON file, whole or not at all.
+
+        Args:
+            file: where to.
+
+        Raises:
+            LmcError: the disk does not take it.
+        """
         write_whole(Path(file), to_json(self.to_json() | {"definition": SIMPLEX_DEFINITION}, indent=2) + "\n")
 
     def plot(self, file: str | Path) -> None:
-        """Draws three models as a triangle, more as the curves of all edges (.png, .svg, .pdf). Raises LmcError."""
+        """Draws three models as a triangle, more as the curves of all edges; whole or not at all.
+
+        Args:
+            file: its ending says the format: .png, .svg or .pdf.
+
+        Raises:
+            LmcError: the ending is another one, or the disk does not take it.
+        """
         if len(self.names) == 3:
             _plot_triangle(self, Path(file))
         else:

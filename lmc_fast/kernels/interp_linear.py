@@ -20,13 +20,27 @@ def interp_linear(
     turned: Tensor | None = None,
     route: str | None = None,
 ) -> Tensor:
-    """x (..., K), a and b (N, K) -> (..., N). Differentiable once in x, left, right, bias and lam; not in a, b.
+    """y = x [(1 - λ) A + λ L B Rᵀ]ᵀ + bias. Differentiable once in x, left, right, bias and lam; not in a, b.
 
-    left, right: L (N, N) and R (K, K), each None (identity), (n, n) dense, (G, e, e) blocks that repeat over n / (G e)
-    neighbouring heads each, (n,) a scale, or (n,) int64 a permutation p, which takes row (column) p[i] of B to i.
-    turned: x R, where a caller has it already. route: one of ROUTES, or None for kernels.dispatch's choice.
+    L and R are each None (identity), (n, n) dense, (G, e, e) blocks that repeat over n / (G e) neighbouring heads each,
+    (n,) a scale, or (n,) int64 a permutation p, which takes row (column) p[i] of B to i.
 
-    Raises ValueError for a route that is unknown, or "concat" where A and B do not lie side by side or L is there.
+    Args:
+        x: (..., K).
+        a: A (N, K).
+        b: B (N, K).
+        lam: λ, a number or a tensor of no dimensions.
+        left: L, with n = N.
+        right: R, with n = K.
+        bias: (N,).
+        turned: x R, where a caller has it already.
+        route: "fused", "concat" or "weight", see kernels.dispatch; None: the one that should be fastest here.
+
+    Returns:
+        y (..., N), in the dtype of x.
+
+    Raises:
+        ValueError: the route is unknown, or "concat" where A and B do not lie side by side or L is there.
 
     >>> x, a, b = torch.randn(3, 8), torch.randn(5, 8), torch.randn(5, 8)
     >>> y = lmc.interp_linear(x, a, b, 0.25)

@@ -32,7 +32,21 @@ _FASTEST = 100.0  # radians, or e-folds, in one step: more is a slip of the pen,
 class Schedule:
     """How to learn. benchmarks/learning.py measures the defaults against their neighbours.
 
-    Raises LmcError for a field that makes no sense.
+    Attributes:
+        steps: in all; 0: matching alone.
+        batch: sequences (or images) per step.
+        sides: 2: both endpoints move, 1: B alone; None: as the method says.
+        low: lambda is drawn from [low, high].
+        high: see low.
+        objective: "endpoints", "text", or "auto": what a trial of both finds better, see learning.steering.
+        matrix_lr: of rotations and head maps: radians per step up to a width of 128, less beyond.
+        scale_lr: of scales and RoPE angles (Adam).
+        warmup: steps of 2048 tokens each until the rate is full; with fewer tokens a step, more steps.
+        final: the last learning rate, as a share of the first.
+        seed: of the order of the data and of lambda.
+
+    Raises:
+        LmcError: a field makes no sense.
 
     >>> lmc.Schedule(steps=300).batch
     16
@@ -41,16 +55,16 @@ class Schedule:
     lmc_fast.errors.LmcError: lambda is drawn from low to high, with 0 <= low <= high <= 1; 0.7 to 0.6 is no such range
     """
 
-    steps: int = 1200  # 0: matching alone
-    batch: int = 16  # sequences (or images) per step
-    sides: int | None = None  # 2: both endpoints move, 1: B alone; None: as the method says
-    low: float = 0.35  # lambda is drawn from [low, high]
+    steps: int = 1200
+    batch: int = 16
+    sides: int | None = None
+    low: float = 0.35
     high: float = 0.65
-    objective: str = "auto"  # "endpoints", "text", or what a trial of both finds better; see steering
-    matrix_lr: float = 0.035  # of rotations and head maps: radians per step (see muon) up to WIDTH, less beyond
-    scale_lr: float = 1e-2  # of scales and RoPE angles (Adam)
-    warmup: int = 10  # steps of WARMUP_TOKENS each: with fewer tokens a step, more steps
-    final: float = 0.02  # the last learning rate, as a share of the first
+    objective: str = "auto"
+    matrix_lr: float = 0.035
+    scale_lr: float = 1e-2
+    warmup: int = 10
+    final: float = 0.02
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -100,10 +114,18 @@ class Schedule:
 
     @staticmethod
     def of(method: str, schedule: Schedule | None, options: Mapping[str, Any]) -> Schedule:
-        """The schedule of a run: the one given, or one made of `options`; its sides are those of the method.
+        """The schedule of a run, whose sides are those of the method.
 
-        Raises LmcError for options that no schedule has, for options beside a schedule, and for sides that contradict
-        the method.
+        Args:
+            method: "dual" or "one-sided"; of others sides stay as given.
+            schedule: taken as it is; None: made of `options`.
+            options: fields of a schedule, by name.
+
+        Returns:
+            The schedule.
+
+        Raises:
+            LmcError: an option is no field, options are given beside a schedule, or sides contradict the method.
         """
         known = [f.name for f in fields(Schedule)]
         for name in options:
@@ -134,10 +156,17 @@ class Schedule:
         return 0 if self.objective == "text" else 1
 
     def teachers_of(self, step: int, shares: Sequence[float]) -> Tensor:
-        """Which member predicts each sequence of a step (batch,) int64, ascending: as many as its share says.
+        """Which member predicts each sequence of a step: each as many as its share says.
 
         The divergence from a mixture is, up to a constant, the mixture of the divergences from its parts. What is left
         of a share after whole sequences falls to chance, evenly over the steps. Sequences are in no order, see `rows`.
+
+        Args:
+            step: its number.
+            shares: of each member at the place of the step; they sum to 1.
+
+        Returns:
+            (batch,) int64, ascending.
         """
         import torch
 
@@ -147,13 +176,26 @@ class Schedule:
         return torch.bucketize(places, edges, right=True)
 
     def warmup_steps(self, tokens: int = WARMUP_TOKENS) -> int:
-        """Steps of `tokens` each until the rate is full, at most a quarter of all."""
+        """Steps until the rate is full, at most a quarter of all.
+
+        Args:
+            tokens: read in a step.
+
+        Returns:
+            A number of steps.
+        """
         return min(math.ceil(self.warmup * WARMUP_TOKENS / tokens), max(1, self.steps // 4))
 
     def rate(self, step: int, tokens: int = WARMUP_TOKENS, since: int = 0) -> float:
-        """Share of the learning rate at a step of `tokens`: cosine, after linear warm-up at the start and at `since`.
+        """The learning rate's course: cosine, after linear warm-up at the start and at `since`.
 
-        since: the step at which the run last went back to an earlier state.
+        Args:
+            step: its number.
+            tokens: read in a step.
+            since: the step at which the run last went back to an earlier state.
+
+        Returns:
+            A share of the full rate.
         """
         warmup = self.warmup_steps(tokens)
         warm = min(1.0, (step - since + 1) / warmup) if warmup else 1.0
@@ -161,17 +203,38 @@ class Schedule:
         return warm * (self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2)
 
     def matrix_rate(self, width: int, members: int = 2) -> float:
-        """Radians per step for so many models of this width: the more places there are, the noisier is each step."""
+        """How fast matrices turn: the more places there are, the noisier is each step.
+
+        Args:
+            width: of the models.
+            members: how many models.
+
+        Returns:
+            Radians per step.
+        """
         return self.matrix_lr * min(1.0, WIDTH / width) * math.sqrt(2 / members)
 
     def lam(self, step: int) -> float:
-        """Lambda of a step: a golden-ratio sequence, which covers [low, high] evenly at every length."""
+        """Lambda of a step: a golden-ratio sequence, which covers [low, high] evenly at every length.
+
+        Args:
+            step: its number.
+
+        Returns:
+            Lambda.
+        """
         return self.low + (self.high - self.low) * ((0.5 + (step + self.seed) * _GOLDEN) % 1)
 
     def place(self, step: int, members: int) -> Place:
-        """Lambda of a pair; of more members their shares: around the centroid, and every EDGE_STEPS-th time on an edge.
+        """The place of a step; of more than two members around the centroid, and every sixth time on an edge. Around
+        the centroid alone, edges would stay high; the more edges, the higher the centroid (docs/facts.md).
 
-        Around the centroid alone, edges would stay high; the more edges, the higher the centroid (docs/facts.md).
+        Args:
+            step: its number.
+            members: how many models.
+
+        Returns:
+            Lambda of a pair; of more members their shares.
         """
         if members == 2:
             return self.lam(step)
@@ -183,11 +246,26 @@ class Schedule:
         return tuple(1 / members + (self.high - self.low) * (share - 1 / members) for share in shares)
 
     def elements(self, members: int) -> int:
-        """How many elements are learned: one for each member, or for each but the first."""
+        """How many elements are learned: one for each member, or for each but the first.
+
+        Args:
+            members: how many models.
+
+        Returns:
+            A number of elements.
+        """
         return members if self.moving == METHODS["dual"] else members - 1
 
     def rows(self, step: int, count: int) -> Tensor:
-        """Which of `count` sequences a step reads: every epoch a new permutation, determined by seed and step."""
+        """Which sequences a step reads: every epoch a new permutation, determined by seed and step.
+
+        Args:
+            step: its number.
+            count: of sequences there are.
+
+        Returns:
+            (batch,) int64.
+        """
         import torch  # here: the command shows its options without it
 
         wanted = range(step * self.batch, (step + 1) * self.batch)

@@ -48,7 +48,7 @@ from .progress import Cancel, Progress, Watch
 from .resume import made_from, require_same_run
 from .room import require_room
 from .schemes import Below, by_levels
-from .settings import require_scheme, require_settings
+from .settings import blocks_chosen, require_scheme, require_settings
 
 _log = logging.getLogger("lmc_fast")
 SAVE_SECONDS = 20.0  # between two saves, or SAVE_SHARE times what one takes, if that is longer
@@ -78,23 +78,38 @@ def align(
 ) -> Alignment:
     """Finds g_A and g_B such that the line between g_A A and g_B B is flat; or one element for each of more models.
 
-    scheme, of more than two: "joint": all are learned together, on all that lies between them; "hierarchical": pairs,
-    then the averages of pairs, and so on, with so many steps for each; "universe": closed-form matching of all alone;
-    "mergemany": the same by weights alone. start: of joint learning, "universe", or "hierarchical" with as many steps.
-    tokens: calibration data, see data.read_data: text (n, T) of integers, also numpy's, or examples. method: one of
-    METHODS; the last two use no gradients. schedule, or its fields as `options` (steps, batch, ...): how to learn;
-    `sides` follows from the method. validation (m, T): what the run is steered by, see learning.steering: nothing worse
-    on it than what matching found is returned. By default a part of `tokens` is held out for it. activations: how much
-    activation evidence counts beside the weights in the matching that learning starts from. memory: bytes that this
-    process (on a GPU: its memory there) may take; the pair is then prepared on disk, beside the state file, and streams
-    through. None: whole models are held. progress: called in every stage, see Progress. cancel: called, or a
-    threading.Event looked at, then; True ends the work. state_file: written about every SAVE_SECONDS and on
-    interruption; if it exists, the run goes on from there, to the same result. meter: told what each stage takes. base:
-    an alignment of the same models to learn from, instead of what matching finds. blocks: numbers of those whose heads
-    and units learning may change, the stream, which all share, may always turn.
+    Args:
+        pair: the models.
+        tokens: calibration data: token ids (n, T) of integers, also numpy's, or Examples; see read_data.
+        method: "dual" (both move), "one-sided" (B moves), "activation" or "weight" (matching alone, by such evidence).
+        scheme: of more than two: "joint": all are learned together, on all that lies between them; "hierarchical":
+            pairs, then the averages of pairs, and so on, with so many steps for each; "universe": closed-form matching
+            of all; "mergemany": the same by weights alone.
+        start: of joint learning: "universe", or "hierarchical" with as many steps.
+        schedule: how to learn; None: made of `options`.
+        validation: (m, T), what the run is steered by: nothing worse on it than what matching found is returned. None:
+            a part of `tokens` is held out.
+        activations: how much activations count beside weights in the matching that learning starts from.
+        device: where to compute.
+        memory: bytes that this process (on a GPU: its memory there) may take; the models are then prepared on disk,
+            beside the state file, and stream through. None: whole models are held.
+        progress: called in every stage, see Progress.
+        cancel: called, or a threading.Event looked at, then; True ends the work.
+        state_file: written every 20 seconds or so and on interruption; if it exists, the run goes on, to the same
+            result.
+        meter: told what each stage takes.
+        base: an alignment of the same models to learn from, instead of what matching finds.
+        blocks: numbers of those whose heads and units learning may change; None: all. The stream, which all share,
+            turns.
+        **options: fields of a Schedule (steps, batch, ...).
 
-    Raises LmcError for arguments that make no sense, a budget that is too small and a loss that is not finite, and
-    Cancelled where `cancel` says so: the state is kept, and the error's `alignment` is what was learned until then.
+    Returns:
+        The alignment; its `info` has method, schedule, history and notes.
+
+    Raises:
+        LmcError: an argument makes no sense, or a loss is not finite; the last good state is kept.
+        TooSmall: `memory` is too little; `smallest` is enough.
+        Cancelled: `cancel` says so; the state is kept, and the error's `alignment` is what was learned.
 
     >>> pair = lmc.open_pair("A", "B")
     >>> lmc.align(pair, lmc.read_tokens("text.txt", pair.a, 16), steps=2, batch=2).info["method"]
@@ -122,7 +137,7 @@ def align(
         )
     if None in pair.homes and memory is not None:
         raise LmcError("memory= prepares a pair on disk, and these models are in memory: save them, or leave it out")
-    chosen = None if blocks is None else _chosen(blocks, pair.spec.layers)
+    chosen = None if blocks is None else blocks_chosen(blocks, pair.spec.layers)
     job = _Job(tokens, validation, known, method, schedule, activations, device, memory, meter, watch, chosen)
     state, run = Path(state_file) if state_file else None, dict[str, Any](inputs=given)
     run |= {} if chosen is None else {"blocks": list(chosen)}
@@ -311,15 +326,6 @@ class _Job:
                 require_room(keep, disk_bytes(members[0].spec, evidence, within, len(members)))
             tokens, watch = self.tokens, self.watch
             return match_members(members, tokens, evidence, keep=keep, statistics_tokens=gathered, watch=watch)
-
-
-def _chosen(blocks: Iterable[int], layers: int) -> list[int]:
-    """Numbers of blocks, ascending. Raises LmcError for others."""
-    given = list(blocks) if isinstance(blocks, Iterable) and not isinstance(blocks, str) else [blocks]
-    found = sorted({i for i in given if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < layers})
-    if len(found) < len(given):
-        raise LmcError(f"blocks must be different numbers from 0 to {layers - 1}, not {given!r}")
-    return found
 
 
 def _learn(

@@ -76,27 +76,37 @@ def carry(
 ) -> dict[str, Any]:
     """Brings what was trained on an endpoint into the aligned basis, where it can be added to the other endpoint.
 
-    alignment: the file that `align` wrote; best beside a/ and b/. child: a checkpoint fine-tuned from the endpoint
-    `member` ("a" or "b"), or the directory of a LoRA adapter for it. out: the directory to create.
-
     Of a checkpoint C, `out` becomes the stock checkpoint C' = g C, which computes what C does; with `onto`, an aligned
     checkpoint T, it becomes T + weight (C' - B') with B' the aligned endpoint. Of an adapter `out` becomes an adapter
-    of the same rank for `onto` (by default the other aligned endpoint), which changes B' as the given one changes B;
-    `full` takes the adapter as the checkpoint that it makes of its endpoint.
+    of the same rank for `onto`, which changes B' as the given one changes B.
 
-    basis: of C' and B' where they are added to `onto`: "aligned", as DIR/b is; "matched", where matching alone laid b
-    on the other endpoint; "auto", the one of both in which B' is nearer to `onto`. evenly: every difference is added
-    in full; by default, those of matrices that read into heads, units or experts count as much as the same matrices of
-    `onto` and B' agree (their cosine): see carry_basis.
+    Args:
+        alignment: the file that `align` wrote; best beside a/ and b/.
+        child: a checkpoint fine-tuned from an endpoint, or the directory of a LoRA adapter for it.
+        out: the directory to create.
+        member: the endpoint it was trained on: "a", "b", ...
+        endpoint: the original of that endpoint; None: where it was when it was aligned, else the aligned one beside
+            `alignment`.
+        onto: an aligned checkpoint to add to; None: nothing is added, or, of an adapter, the other aligned endpoint.
+        weight: how much is added.
+        full: take an adapter as the checkpoint that it makes of its endpoint.
+        basis: of C' and B' where they are added: "aligned", as DIR/b is; "matched", where matching alone laid b on the
+            other endpoint; "auto", the one of both in which B' is nearer to `onto`.
+        evenly: add every difference in full. Else those of matrices that read into heads, units or experts count as
+            much as the same matrices of `onto` and B' agree (their cosine).
+        dtype: of what is written; None: that of the child, of `onto`, or of the adapter.
+        tokens: data to prove on that C' computes what C does; None: random.
+        device: where to prove it.
+        memory: bytes that this process (on a GPU: its memory there) may take; None: what is convenient.
 
-    endpoint: the original checkpoint; by default where it was when it was aligned, else the aligned one beside
-    `alignment`. dtype: of what is written, by default that of the child, of `onto`, or of the adapter. tokens: data to
-    prove on that C' computes what C does, by default random; transformers runs both. memory: bytes this may take.
+    Returns:
+        What was done: "distance" (of the child from its endpoint, 1 being that of unrelated weights), "proof", and with
+        `onto` how far `out` is from it ("moved"), the "basis" and by slot the mean "agreement".
 
-    Returns what was done: "distance" (of the child from its endpoint, 1 being that of unrelated weights), "proof", and
-    with `onto` how far `out` is from it ("moved"), the "basis" and by slot the mean "agreement". Raises LmcError, and
-    leaves nothing behind, where something does not fit together: a child of another model, an adapter that cannot be
-    carried exactly, a target that is not aligned.
+    Raises:
+        LmcError: something does not fit together: a child of another model, an adapter that cannot be carried exactly,
+            a target that is not aligned. Nothing is left behind.
+        TooSmall: `memory` is too little; `smallest` is enough.
 
     >>> done = lmc.carry("DIR/alignment.safetensors", "CHILD", "CARRIED", member="b")
     >>> done["distance"] < 0.1

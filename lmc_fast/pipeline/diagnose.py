@@ -34,10 +34,24 @@ def diagnose(
     progress: Callable[[Progress], None] | None = None,
     cancel: Cancel | None = None,
 ) -> Diagnosis:
-    """Looks at the middle of the line between both checkpoints, aligned first if told how: block by block.
+    """Looks at the middle of the line between both checkpoints, block by block. Four models are held in float32, and
+    their streams of the sample behind every block.
 
-    tokens: held-out data, of which at most `sequences` inputs are taken, spread evenly. Four models are held in
-    float32, and their streams of the sample behind every block. progress, cancel: as in `align`. Raises LmcError.
+    Args:
+        pair: the endpoints.
+        tokens: held-out data, as for `align`.
+        alignment: by which they are aligned first; None: as they are.
+        sequences: inputs that are taken at most, spread evenly.
+        device: where to compute.
+        progress: called in every stage, see Progress.
+        cancel: called, or a threading.Event looked at, then; True ends the work.
+
+    Returns:
+        What was found, with advice.
+
+    Raises:
+        LmcError: the alignment is of other models, the model has no loss, or numbers overflow.
+        Cancelled: `cancel` says so.
 
     >>> pair = lmc.open_pair("A", "B")
     >>> found = lmc.diagnose(pair, lmc.read_tokens("held-out.txt", pair.a, 16), sequences=4)

@@ -73,11 +73,27 @@ def barrier(
     progress: Callable[[Progress], None] | None = None,
     cancel: Cancel | None = None,
 ) -> Curve | Simplex:
-    """Loss on tokens (n, T) at `points` places of the line between both checkpoints, aligned first if told how.
+    """Loss at places of the line between both checkpoints; of more than two, of every edge, at the centroid and inside.
+    One block of all is held at a time.
 
-    Of more than two: of every edge, at the centroid and at places inside, with the loss of their ensemble (a Simplex).
-    One block of all is held at a time. memory: bytes that this may take; None: what is convenient. progress, cancel:
-    as in `align`. Raises LmcError.
+    Args:
+        pair: the models.
+        tokens: held-out data: token ids (n, T) of integers, also numpy's, or Examples.
+        alignment: by which they are aligned first; None: as they are.
+        points: of the line, or of each edge, from 3 to 1001, ends included.
+        name: of the result.
+        device: where to compute.
+        memory: bytes that this process (on a GPU: its memory there) may take; None: what is convenient.
+        progress: called in every stage, see Progress.
+        cancel: called, or a threading.Event looked at, then; True ends the work.
+
+    Returns:
+        A Curve of a pair; of more models a Simplex, with the loss of their ensemble.
+
+    Raises:
+        LmcError: an argument makes no sense, the alignment is of other models, or a loss is not finite.
+        TooSmall: `memory` is too little; `smallest` is enough.
+        Cancelled: `cancel` says so.
 
     >>> pair = lmc.open_pair("A", "B")
     >>> alignment = lmc.Alignment.load("DIR/alignment.safetensors")
@@ -171,12 +187,23 @@ def verify(
     *,
     memory: int | None = None,
 ) -> tuple[Difference, bool]:
-    """How far the functions of two checkpoints are apart, and whether that is within their dtypes' rounding.
+    """Do two checkpoints compute the same function? Computed by transformers wherever it can; the difference tells who
+    did.
 
-    a, b: as for open_pair. The functions are those that transformers computes wherever it can; the difference tells.
-    tokens: data to compare on, by default random token ids or images. memory: bytes that this may take.
+    Args:
+        a: a checkpoint, as for open_pair.
+        b: the other.
+        tokens: data to compare on; None: random token ids or images.
+        device: where to compute.
+        memory: bytes that this process (on a GPU: its memory there) may take; None: what is convenient.
 
-    Raises LmcError.
+    Returns:
+        The difference, and whether its KL is within the rounding of their dtypes (1e-8 nats for float32, 1e-4 for
+        float16, 1e-2 for bfloat16).
+
+    Raises:
+        LmcError: one is not usable, or they are not comparable: another family or vocabulary.
+        TooSmall: `memory` is too little; `smallest` is enough.
 
     >>> difference, same = lmc.verify("A", "DIR/a")
     >>> same, lmc.verify("A", "B")[1]

@@ -60,13 +60,23 @@ def export(
     tokens: Given | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, Difference] | list[Stock]:
-    """Writes out/a, out/b, ... (stock checkpoints) and out/alignment.safetensors, once all are proven; see `prove`.
+    """Writes the aligned models as stock checkpoints, once all are proven to keep their functions.
 
-    pair: or more models. dtype: of the weights on disk, each endpoint's own by default. tokens: data to prove it on, by
-    default random. in_memory: instead, returns them as (config, state dict), as proven; nothing is written.
+    Args:
+        pair: the models that were aligned, in order.
+        alignment: what `align` found.
+        out: a directory to create, for a/, b/, ... and alignment.safetensors.
+        dtype: of the weights that are written; None: each model's own.
+        in_memory: write nothing and return what would be written.
+        tokens: data to prove it on, as for `align`; None: random.
+        device: where to prove it.
 
-    Raises LmcError, and leaves nothing behind, if `out` exists and is not empty, if the alignment is none of these
-    models, or if what was written does not keep its function.
+    Returns:
+        {name: how far what was written is from the original}; with in_memory the models as (config, state dict).
+
+    Raises:
+        LmcError: `out` exists and is not empty, the alignment is none of these models, or what was written does not
+            keep its function. Nothing is left behind.
 
     >>> pair = lmc.open_pair("A", "B")
     >>> tokens = lmc.read_tokens("text.txt", pair.a, 16)

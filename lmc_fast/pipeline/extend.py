@@ -15,15 +15,26 @@ from .align import align
 
 
 def extend(pair: Models, tokens: Given, alignment: Alignment, steps: int, **how: Any) -> Alignment:
-    """Goes on with what a finished run learned, for so many further steps. how: as in `align`.
+    """Goes on with what a finished run learned, for so many further steps.
 
     The elements go on from where they are; the first validation is of them, so that the result is no worse on it. The
-    schedule is a new one of `steps` steps, with the rates, objective and all else of the run that ended: warm-up and
-    fall of the learning rate come again, since that run's rate had fallen to almost nothing, and momenta start at zero.
-    So this is not the same as a longer run. Data comes in another order (the next seed). The history is that of both;
-    `matched` stays what the first run began with.
+    schedule is a new one, with the rates, objective and all else of the run that ended: warm-up and fall of the
+    learning rate come again, since that run's rate had fallen to almost nothing, and momenta start at zero. So this is
+    not the same as a longer run. Data comes in another order (the next seed).
 
-    Raises LmcError as `align` does, and where nothing was learned before.
+    Args:
+        pair: the models that were aligned, in order.
+        tokens: calibration data, as for `align`.
+        alignment: what that run found.
+        steps: how many more.
+        **how: further arguments of `align`; method, schedule and base are those of the run.
+
+    Returns:
+        The alignment, with the history of both; `matched` stays what the first run began with.
+
+    Raises:
+        LmcError: as `align` does; nothing was learned before.
+        Cancelled: `cancel` says so.
 
     >>> pair = lmc.open_pair("A", "B")
     >>> tokens = lmc.read_tokens("text.txt", pair.a, 16)

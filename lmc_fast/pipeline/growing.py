@@ -33,13 +33,23 @@ def grow(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Model:
-    """A checkpoint as one of the size of another, with the same function: read so, or written to `out` and proven.
+    """A checkpoint as one of the size of another, with the same function: read so, or written and proven. Where each is
+    the larger one in some respect, it gets the smallest size that has room for both.
 
-    Where each is the larger one in some respect, it gets the smallest size that has room for both. tokens: data that
-    tells where empty blocks go (by default they are spread evenly), and on which what was written is compared. dtype:
-    of the written weights, by default its own.
+    Args:
+        model: a checkpoint directory or a hub id.
+        like: the larger one.
+        out: a directory to create; None: nothing is written.
+        tokens: data that tells where empty blocks go, and on which what was written is compared; None: they are spread
+            evenly, and it is compared on random data.
+        dtype: of the weights that are written; None: the checkpoint's own.
+        device: where to compute.
 
-    Raises LmcError where it cannot be grown, with the reason, or is no smaller; and as `export` does.
+    Returns:
+        The grown model: as read from `out`, or as the checkpoint is read so.
+
+    Raises:
+        LmcError: it cannot be grown, with the reason, or is no smaller; otherwise as `export` does.
 
     >>> lmc.grow("SMALL", "A").spec.layers
     2

@@ -62,15 +62,35 @@ def heal(
     progress: Callable[[Progress], None] | None = None,
     cancel: Cancel | None = None,
 ) -> dict[str, Any]:
-    """Trains all weights of one model towards what the endpoints predict, and writes it to `out`. Returns the report.
+    """Trains all weights of one model towards what the endpoints predict, and writes the best validated state, the one
+    before the first step included. Everything is held in float32: the model five times, and each endpoint.
 
-    data: what all endpoints predict together (the mean of their probabilities), or {"a": ..., "b": ...}: what each
-    predicts of its own. A part is held out. start: "average" is `merged`, "a", "b", ... the endpoints; "auto" tries all
-    of them for a tenth of the steps each and takes the one with the least held-out loss: an endpoint is often as good
-    a start, and sometimes better. The best validated state is written, the one before the first step included.
+    Args:
+        merged: the merged model: a checkpoint directory or a hub id.
+        endpoints: 2 to 26 models that were merged, aligned.
+        data: as for `align`: what all endpoints predict together (the mean of their probabilities); or {"a": ..., "b":
+            ...}: what each predicts of its own. A part is held out.
+        out: the directory to create.
+        steps: of gradient descent, at least 1.
+        batch: inputs in a step.
+        start: what is trained: "average" is `merged`, "a", "b", ... the endpoints; "auto" tries all of them for a tenth
+            of the steps each and takes the one with the least held-out loss: an endpoint is often as good, and
+            sometimes better.
+        rate: the learning rate, above 0 and at most 1.
+        seed: of the order of the data.
+        dtype: of the weights that are written; None: the start's own.
+        device: where to compute.
+        resume: go on with the unfinished run that out.partial holds, to the same bits.
+        progress: called in every stage, see Progress.
+        cancel: called, or a threading.Event looked at, then; True ends the work.
 
-    Everything is held in float32: the model five times, and each endpoint. A run that was stopped goes on with
-    `resume`, to the same bits. Raises LmcError.
+    Returns:
+        The report: held-out losses in nats of the start, of each validation and of the controls, and what was written.
+
+    Raises:
+        LmcError: an argument makes no sense, models do not match, `out` exists and is not empty, or a loss is not
+            finite.
+        Cancelled: `cancel` says so; the state is kept in out.partial.
 
     >>> tokens = lmc.read_tokens("text.txt", lmc.Model("A"), 16)
     >>> report = lmc.heal("DIR/merged", ["DIR/a", "DIR/b"], tokens, "HEALED", steps=2, batch=2, start="average")

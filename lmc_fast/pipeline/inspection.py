@@ -28,9 +28,15 @@ from .placing import placed
 class Inspection:
     """What `inspect` found.
 
-    groups: the symmetries of the architecture, each with the reason why it can be used or not. notes: what is unusual
-    about the checkpoint; others, other_notes: the same of the further ones. problem: why they cannot be aligned (None:
-    they can); grown: how models of different sizes are grown to one; warnings: what is not as it might be expected.
+    Attributes:
+        model: the first checkpoint; its `spec` says what it is.
+        groups: the symmetries of the architecture, each with the reason why it can be used or not.
+        notes: what is unusual about the first checkpoint, in sentences.
+        others: the further checkpoints.
+        other_notes: the notes on each of them.
+        problem: why they cannot be aligned; None: they can, or there is one.
+        grown: how models of different sizes are grown to one, in sentences.
+        warnings: what is not as it might be expected, in sentences.
 
     >>> lmc.inspect("A").model.spec.family
     'gpt_neox'
@@ -51,6 +57,11 @@ class Inspection:
         return self.problem is None if self.others else None
 
     def to_json(self) -> dict[str, Any]:
+        """As `lmc-fast inspect --json` prints it.
+
+        Returns:
+            family, groups and notes; of several checkpoints also match, problem, grown and warnings.
+        """
         found: dict[str, Any] = {
             "family": self.model.spec.family,
             "groups": [vars(group) for group in self.groups],
@@ -69,9 +80,20 @@ def inspect(
     *,
     more: Sequence[str | Path] = (),
 ) -> Inspection:
-    """What a checkpoint (a directory or a hub id) is, which symmetries it has, and whether `other`, or that and `more`,
-    can be aligned with it. Only headers are read, unless blocks are to be added to one of them: data is a file, as for
-    read_data, that tells where. Raises LmcError where one of them is not usable.
+    """What a checkpoint is, which symmetries it has, and whether others can be aligned with it. Only headers are read,
+    unless blocks are to be added to a model.
+
+    Args:
+        path: a checkpoint directory or a hub id.
+        other: another one, to compare with it.
+        data: a file as for read_data, that tells where blocks are to be added to the smaller model.
+        more: further ones.
+
+    Returns:
+        What was found; of checkpoints that do not match, `problem` says why.
+
+    Raises:
+        LmcError: one of them is not usable by itself.
 
     >>> found = lmc.inspect("A", "B")
     >>> found.problem is None, [group.name for group in found.groups if group.legal][:2]
@@ -105,13 +127,25 @@ def plan(
     length: int | None = None,
     schedule: Schedule | None = None,
 ) -> Plan:
-    """How `align(..., memory=...)` would learn the pair, or more models, and what to expect. Only headers are read.
+    """How `align(..., memory=...)` would learn the models, and what to expect. Only headers are read.
 
-    memory: bytes, or a text such as "8GiB". profile: a device of budget.devices.PROFILES to plan for, or "here": what
-    `device` is. tokens: in a step, by default the schedule's batch of sequences; length: tokens in a sequence, by
-    default 128 or as many as the model has positions.
+    Args:
+        a: a checkpoint directory or a hub id.
+        b: the other.
+        *more: further ones.
+        memory: bytes, or a text such as "8GiB".
+        device: that "here" means.
+        profile: a device to plan for, see `lmc-fast plan --help`; "here": `device`, measured for a moment.
+        tokens: in a step; None: the schedule's batch of sequences.
+        length: tokens in a sequence; None: 128, or as many as the model has positions.
+        schedule: how to learn; None: as `align` does.
 
-    Raises LmcError for a pair that cannot be aligned, and TooSmall where no plan fits, with the smallest that does.
+    Returns:
+        The plan with the shortest step.
+
+    Raises:
+        TooSmall: no plan fits; `smallest` is the least budget that does.
+        LmcError: the models cannot be aligned, or an argument makes no sense.
 
     >>> found = lmc.plan("A", "B", memory="2GiB", length=16)
     >>> found.total <= found.budget == 2 << 30

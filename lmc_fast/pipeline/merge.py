@@ -91,18 +91,28 @@ def merge(
 ) -> dict[str, Any]:
     """Writes the weighted average of checkpoints, tensor by tensor: merge(a, b, out, weight) or merge([a, b, c], out).
 
-    weight: the share of B of two, by default one half. weights: of each model, by default equal; they are divided by
-    their sum, with a note. base: task arithmetic instead, base + Σ weight (model - base), where weights are needed and
-    not divided. weights_by_block: other weights for "embed" (all before the blocks), "head" (all behind them), "3" or
-    "0-3"; the share of B or one for each model; or a JSON file of that. extrapolate: weights outside [0, 1] are wanted.
-    dtype: of the written weights, by default what the first model stores each tensor in; its names, config and
-    tokenizer are kept as well. shard_bytes: of a file at most, where no tensor has more.
-
     Computed by runs of rows, of more than two models in float64. Beside the weights lie README.md and
-    mergekit_config.yml, which say what was merged; that record is returned.
+    mergekit_config.yml, which say what was merged.
 
-    Raises LmcError if the checkpoints do not match, weights make no sense, `out` exists and is not empty, or a weight
-    overflows.
+    Args:
+        a: a checkpoint directory or a hub id, or a list of them. The first lends names, config, tokenizer and dtypes.
+        b: the second checkpoint; after a list, the directory to create.
+        out: the directory to create.
+        weight: the share of `b` of two; None: one half.
+        weights: of each model; None: equal. They are divided by their sum, with a note.
+        weights_by_block: other weights for "embed" (all before the blocks), "head" (all behind them), "3" or "0-3": the
+            share of `b`, or one for each model; or a JSON file of that.
+        base: task arithmetic instead: base + Σ weight (model - base); then weights are needed, and not divided.
+        dtype: of the weights that are written; None: what the first model stores each tensor in.
+        shard_bytes: of a file at most, where no tensor has more.
+        extrapolate: weights outside [0, 1] are wanted.
+
+    Returns:
+        The record of what was merged, as it is written in README.md: models, weights, method, dtype, notes.
+
+    Raises:
+        LmcError: the checkpoints do not match, weights make no sense, `out` exists and is not empty, or a weight
+            overflows.
 
     >>> record = lmc.merge("DIR/a", "DIR/b", "MERGED", 0.25)
     >>> record["weights"], record["method"]

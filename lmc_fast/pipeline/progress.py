@@ -20,9 +20,17 @@ _SLOWEST, _FASTEST = 0.9, 0.3  # by what the number of changed assignments shrin
 class Progress:
     """Handed to the `progress` callback, at the beginning of every stage and after each of its steps.
 
-    stage: matching, preparing, learning, measuring, writing or verifying. A step of learning is one of the schedule;
-    of other stages it is a piece of the work, and while matching `steps` is an estimate. eta: seconds that are left of
-    the stage, as far as is known: from the plan before the first step, then from what steps took. note: for people.
+    Attributes:
+        step: steps done: of learning those of the schedule, of other stages pieces of the work.
+        steps: in all; while matching an estimate.
+        loss: of the last step of learning, in nats; None in other stages.
+        excess: of the last validation, in nats; None before it.
+        tokens: read in this step.
+        stage: "placing", "matching", "preparing", "learning", "measuring", "writing", "verifying", "diagnosing", or of
+            heal "trying" and "healing".
+        note: for people.
+        eta: seconds that are left of the stage: from the plan before the first step, then from what steps took; None
+            where nothing is known.
 
     >>> pair = lmc.open_pair("A", "B")
     >>> tokens = lmc.read_tokens("text.txt", pair.a, 16)
@@ -35,8 +43,8 @@ class Progress:
     step: int
     steps: int
     loss: float | None = None
-    excess: float | None = None  # of the last validation, in nats
-    tokens: int = 0  # read in this step
+    excess: float | None = None
+    tokens: int = 0
     stage: str = "learning"
     note: str = ""
     eta: float | None = None

@@ -72,20 +72,42 @@ def run(
     curves: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
-    """Aligns a pair as `lmc-fast align` does: `out` appears complete and proven, or not at all. Returns the report.
+    """Aligns models as `lmc-fast align` does: `out` appears complete and proven, or not at all.
 
-    tokens, method, scheme, start, schedule, activations, memory, options: as in `align`. validation picks the best
-    state of learning; by default a part of `tokens`, drawn evenly, is held out for it. test: what curves are measured
-    on, by default the validation data. dtype: of the written weights, by default each endpoint's own. resume: go on
-    with the unfinished run that out.partial holds. progress, cancel: as in `align`, in all stages. points: of each
-    curve, by default as `measure` says; curves: False for none.
+    `out` gets a/, b/, ... (stock checkpoints), alignment.safetensors, curve.png, learning.png, report.json and
+    report.html, a page for people. Under torchrun the processes share the work.
 
-    `out` gets a/ and b/ (stock checkpoints), alignment.safetensors, curve.png, learning.png, report.json and
-    report.html, a page for people. The report has the method and schedule, the naive, matched and learned curves, how
-    far each written endpoint is from its original (`proof`) and what each stage took (`costs`). Under torchrun the
-    processes share the work; all but the first return an empty report.
+    Args:
+        pair: the models.
+        tokens: calibration data, as in `align`.
+        out: the directory to create.
+        method: as in `align`.
+        scheme: as in `align`.
+        start: as in `align`.
+        schedule: as in `align`.
+        validation: data that picks the best state of learning; None: a part of `tokens`, drawn evenly, is held out for
+            it.
+        test: data that curves are measured on; None: the validation data.
+        activations: as in `align`.
+        device: as in `align`.
+        memory: as in `align`.
+        dtype: of the weights that are written; None: each endpoint's own.
+        resume: go on with the unfinished run that out.partial holds.
+        progress: called in every stage, see Progress.
+        cancel: called, or a threading.Event looked at, then; True ends the work.
+        meter: told what each stage takes.
+        points: of each curve; None: 11 of what was learned, 3 of the others.
+        curves: whether curves are measured.
+        **options: fields of a Schedule.
 
-    Raises LmcError as `align` and `export` do; what was learned until then stays in out.partial.
+    Returns:
+        The report: method and schedule, the naive, matched and learned curves, how far each written endpoint is from
+        its original (`proof`) and what each stage took (`costs`). Empty in all processes but the first.
+
+    Raises:
+        LmcError: as `align` and `export` do; what was learned until then stays in out.partial.
+        TooSmall: `memory` is too little; `smallest` is enough.
+        Cancelled: `cancel` says so; what was learned until then stays in out.partial.
 
     >>> pair = lmc.open_pair("A", "B")
     >>> tokens = lmc.read_tokens("text.txt", pair.a, 16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from numbers import Real
 
 from ..errors import LmcError
@@ -28,3 +29,12 @@ def require_scheme(scheme: str, start: str) -> None:
     for name, value, known in (("scheme", scheme, SCHEMES), ("start", start, STARTS)):
         if value not in known:
             raise LmcError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
+
+
+def blocks_chosen(blocks: Iterable[int], layers: int) -> list[int]:
+    """Numbers of blocks, ascending. Raises LmcError for others."""
+    given = list(blocks) if isinstance(blocks, Iterable) and not isinstance(blocks, str) else [blocks]
+    found = sorted({i for i in given if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < layers})
+    if len(found) < len(given):
+        raise LmcError(f"blocks must be different numbers from 0 to {layers - 1}, not {given!r}")
+    return found

@@ -12,16 +12,22 @@ from lmc_fast.solvers.checks import as_batch, on_cpu, once_differentiable, suffi
 
 
 def cayley(X: Tensor) -> Tensor:  # (..., n, n) -> (..., n, n)
-    """Q = (I - X/2)⁻¹ (I + X/2), float32 or float64, n ≥ 1. Skew X gives a rotation.
+    """Q = (I - X/2)⁻¹ (I + X/2). Skew X gives a rotation.
 
     Skew X, recognised exactly (X == -Xᵀ, as W - Wᵀ is), is inverted by blocks without pivoting: I - X/2 has a positive
     definite symmetric part, so no pivot can be small. Any other X goes through LU with partial pivoting; n = 2 has a
-    closed form.
+    closed form. Gradient: dX = ¼ (I + Q)ᵀ dQ (I + Q)ᵀ, from Q alone; no double backward.
 
-    Gradient: dX = ¼ (I + Q)ᵀ dQ (I + Q)ᵀ, from Q alone. No double backward.
+    Args:
+        X: square matrices (..., n, n), float32 or float64, n ≥ 1.
 
-    Raises TypeError or ValueError for a wrong dtype or shape or a non-finite entry, torch.linalg.LinAlgError where
-    I - X/2 is singular.
+    Returns:
+        Q (..., n, n), of the same dtype and device.
+
+    Raises:
+        TypeError: X is no tensor, or of another dtype.
+        ValueError: X is not square, or has an entry that is not finite.
+        torch.linalg.LinAlgError: I - X/2 is singular.
 
     >>> W = torch.randn(5, 8, 8)
     >>> Q = lmc.cayley(W - W.mT)  # five rotations

@@ -26,13 +26,21 @@ from lmc_fast.solvers.taylor import SCHEMES
 
 
 def expm(X: Tensor) -> Tensor:  # (..., n, n) -> (..., n, n)
-    """exp(X), float32 or float64, n ≥ 1. Each matrix gets its own polynomial degree and number of squarings.
+    """exp(X). Each matrix gets its own polynomial degree and number of squarings.
 
-    Scaling follows ‖X‖₁; where X is exactly skew or symmetric, a closer bound of its spectral norm from X² and X³.
-    n = 2 has a closed form. Gradient: reverse mode over the saved products. No double backward.
+    Scaling follows ‖X‖₁; where X is exactly skew or symmetric, a closer bound of its spectral norm from X² and X³. n =
+    2 has a closed form. Gradient: reverse mode over the saved products; no double backward.
 
-    Raises TypeError or ValueError for a wrong dtype or shape, a non-finite entry, or ‖X‖₁ > 1/ε (no digit would be
-    right); OverflowError where exp(X) does not fit the dtype.
+    Args:
+        X: square matrices (..., n, n), float32 or float64, n ≥ 1.
+
+    Returns:
+        exp(X) (..., n, n), of the same dtype and device.
+
+    Raises:
+        TypeError: X is no tensor, or of another dtype.
+        ValueError: X is not square, has an entry that is not finite, or ‖X‖₁ > 1/ε: no digit would be right.
+        OverflowError: exp(X) does not fit the dtype.
 
     >>> X = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
     >>> lmc.expm(X)

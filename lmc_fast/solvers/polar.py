@@ -17,8 +17,17 @@ def polar(
     Every invertible matrix of positive determinant whose rotation has no eigenvalue -1 is such an M, uniquely. Both
     exponentials run as one batch, and the inverse costs no solve. The singular values of M are exp(eigenvalues of H).
 
-    Raises ValueError unless X is exactly skew (else cayley(X)ᵀ is not its inverse) and the shapes agree; otherwise as
-    `cayley` and `expm`.
+    Args:
+        X: skew matrices (..., n, n), float32 or float64.
+        H: symmetric matrices (..., n, n), of the same dtype.
+
+    Returns:
+        M and M⁻¹ (..., n, n).
+
+    Raises:
+        TypeError: as `cayley` and `expm`.
+        ValueError: X is not exactly skew (else cayley(X)ᵀ is not its inverse), the shapes differ, or as `expm`.
+        OverflowError: as `expm`.
 
     >>> V, W = torch.randn(2, 8, 8, dtype=torch.float64)
     >>> M, back = lmc.polar(W - W.mT, 0.1 * (V + V.mT))

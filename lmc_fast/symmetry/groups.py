@@ -11,7 +11,13 @@ _ALIBI = "ALiBi's slope belongs to the head's index"
 
 @dataclass(frozen=True)
 class Group:
-    """One factor of the symmetry group. `what` names it; `why` gives the reason, above all when it is not legal.
+    """One factor of the symmetry group.
+
+    Attributes:
+        name: of the factor, e.g. "residual rotation".
+        legal: whether it may be used.
+        what: the group itself, with its sizes.
+        why: the reason, above all where it is not legal.
 
     >>> stream = lmc.inspect("A").groups[1]
     >>> stream.legal, stream.what

@@ -11,8 +11,9 @@ import torch
 
 from ..architectures import Spec
 from ..architectures.resize import common_spec, resized, sizes_of
+from ..checkpoints.configs import spec_of
 from ..checkpoints.coverage import spellings
-from ..checkpoints.weights import Model, Weights, spec_of
+from ..checkpoints.weights import Model, Weights
 from ..errors import LmcError
 from .growth import Growth, Places, obstacle, place_evenly
 

@@ -20,7 +20,9 @@ class Transform:
     """A group element for a whole model; spaces that are missing stay as they are. The group acts on weights in
     canonical form.
 
-    model: of the spaces that a model has once (stream, head_units). blocks: of each block's own.
+    Attributes:
+        model: {space: element}, of the spaces that a model has once: "stream", "head_units".
+        blocks: the same for each block's own: "heads", "queries", "vo", "qk", "units", "experts", "expert_units".
 
     >>> g = lmc.Alignment.load("DIR/alignment.safetensors").a
     >>> sorted(g.compose(g.inverse()).model)
@@ -32,14 +34,30 @@ class Transform:
 
     @staticmethod
     def identity(spec: Spec) -> Transform:
+        """The element that changes nothing.
+
+        Args:
+            spec: of the model.
+
+        Returns:
+            An element without spaces.
+        """
         return Transform({}, [{} for _ in range(spec.layers)])
 
     @property
     def stream(self) -> Element | None:
+        """What acts on the residual stream; None where nothing does."""
         return self.model.get(STREAM)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Transform:
-        """Applies `function` to every floating-point tensor (e.g. a change of dtype or device)."""
+        """Applies a function to every floating-point tensor, e.g. a change of dtype.
+
+        Args:
+            function: what to do to a tensor; its shape must stay.
+
+        Returns:
+            The element with the results.
+        """
 
         def change(t: Tensor) -> Tensor:
             return function(t) if t.is_floating_point() else t
@@ -51,11 +69,24 @@ class Transform:
         return Transform(model, blocks)
 
     def to(self, device: torch.device | str) -> Transform:
+        """The same on another device, permutations included.
+
+        Args:
+            device: where to.
+
+        Returns:
+            The element there.
+        """
         return self._each(lambda g: g.map(lambda t: t.to(device)))
 
     def apply(self, weights: Weights) -> Weights:
-        """g · weights, block by block in the wider dtype of both, returned in that of `weights` and on their device;
-        differentiable.
+        """g · weights, block by block in the wider dtype of both; differentiable.
+
+        Args:
+            weights: in canonical form, loaded or lazy.
+
+        Returns:
+            The moved weights, in the dtype and on the device of `weights`, and lazy where they are.
         """
         spec = weights.spec
         dtype = max((t.dtype for t in self._floats()), key=lambda d: d.itemsize, default=torch.float32)
@@ -78,11 +109,22 @@ class Transform:
         return found
 
     def inverse(self) -> Transform:
-        """g⁻¹."""
+        """g⁻¹.
+
+        Returns:
+            The element that undoes this one.
+        """
         return Transform(inverse_of(self.model), [inverse_of(block) for block in self.blocks])
 
     def compose(self, first: Transform) -> Transform:
-        """self · first: what applying `first` and then self does."""
+        """self · first.
+
+        Args:
+            first: an element of the same model.
+
+        Returns:
+            What applying `first` and then this one does.
+        """
         blocks = [compose(a, b) for a, b in zip(self.blocks, first.blocks, strict=True)]
         return Transform(compose(self.model, first.model), blocks)
 

@@ -82,10 +82,10 @@ def align(
         pair: the models.
         tokens: calibration data: token ids (n, T) of integers, also numpy's, or Examples; see read_data.
         method: "dual" (both move), "one-sided" (B moves), "activation" or "weight" (matching alone, by such evidence).
-        scheme: of more than two: "joint": all are learned together, on all that lies between them; "hierarchical":
-            pairs, then the averages of pairs, and so on, with so many steps for each; "universe": closed-form matching
-            of all; "mergemany": the same by weights alone.
-        start: of joint learning: "universe", or "hierarchical" with as many steps.
+        scheme: of more than two: "joint", the default: all are learned together, on all that lies between them;
+            "hierarchical": pairs, then the averages of pairs, and so on, with so many steps for each; "universe":
+            closed-form matching of all; "mergemany": the same by weights alone.
+        start: of joint learning: "universe", the default, or "hierarchical" with as many steps.
         schedule: how to learn; None: made of `options`.
         validation: (m, T), what the run is steered by: nothing worse on it than what matching found is returned. None:
             a part of `tokens` is held out.
@@ -95,12 +95,10 @@ def align(
             beside the state file, and stream through. None: whole models are held.
         progress: called in every stage, see Progress.
         cancel: called, or a threading.Event looked at, then; True ends the work.
-        state_file: written every 20 seconds or so and on interruption; if it exists, the run goes on, to the same
-            result.
+        state_file: written every 20 seconds or so and on interruption; if it exists, the run goes on from there.
         meter: told what each stage takes.
         base: an alignment of the same models to learn from, instead of what matching finds.
-        blocks: numbers of those whose heads and units learning may change; None: all. The stream, which all share,
-            turns.
+        blocks: numbers of those whose heads and units learning may change; None: all. The stream always turns.
         **options: fields of a Schedule (steps, batch, ...).
 
     Returns:

@@ -41,7 +41,7 @@ def diagnose(
         pair: the endpoints.
         tokens: held-out data, as for `align`.
         alignment: by which they are aligned first; None: as they are.
-        sequences: inputs that are taken at most, spread evenly.
+        sequences: inputs that are taken at most, by default 16, spread evenly.
         device: where to compute.
         progress: called in every stage, see Progress.
         cancel: called, or a threading.Event looked at, then; True ends the work.

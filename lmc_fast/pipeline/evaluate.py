@@ -80,7 +80,7 @@ def barrier(
         pair: the models.
         tokens: held-out data: token ids (n, T) of integers, also numpy's, or Examples.
         alignment: by which they are aligned first; None: as they are.
-        points: of the line, or of each edge, from 3 to 1001, ends included.
+        points: of the line, or of each edge, from 3 to 1001, by default 11, ends included.
         name: of the result.
         device: where to compute.
         memory: bytes that this process (on a GPU: its memory there) may take; None: what is convenient.

@@ -104,7 +104,7 @@ def merge(
             share of `b`, or one for each model; or a JSON file of that.
         base: task arithmetic instead: base + Σ weight (model - base); then weights are needed, and not divided.
         dtype: of the weights that are written; None: what the first model stores each tensor in.
-        shard_bytes: of a file at most, where no tensor has more.
+        shard_bytes: of a file at most, where no tensor has more; by default 5 GB.
         extrapolate: weights outside [0, 1] are wanted.
 
     Returns:

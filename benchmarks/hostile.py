@@ -11,8 +11,6 @@ than LIMIT_SECONDS), memory (more than LIMIT_BYTES), messages that are not one p
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import random
@@ -28,14 +26,43 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, ROOT, Row, options, provenance, write_csv, write_json
+from benchmarks import judges, judges_commands
+from benchmarks.common import RESULTS, ROOT, Row, options, provenance, read_csv, write_csv, write_json
 
-SOURCES = ("lmc_fast", *(f"benchmarks/{name}.py" for name in ("hostile", "mutants", "mutant_data", "mutant_pickles")))
+SOURCES = (
+    "lmc_fast",
+    *(
+        f"benchmarks/{name}.py"
+        for name in (
+            "hostile",
+            "mutants",
+            "mutant_data",
+            "mutant_pickles",
+            "mutant_commands",
+            "judges",
+            "judges_commands",
+        )
+    ),
+)
 LIMIT_SECONDS = 20.0
 LIMIT_BYTES = 1 << 30  # above what the worker had before
 QUICK = 300
 PROMISED = {"config": 2000, "safetensors": 300, "pickled": 100, "index, tokenizer, data": 300, "own": 100}
 FAULTS = ("traceback", "hang", "memory", "message", "silent")
+
+
+JUDGES: dict[str, Callable[[Path, str, str], None]] = {
+    **dict.fromkeys(("config", "safetensors", "index", "pickled"), judges.checkpoint),
+    "tokenizer": judges.tokenizer,
+    "data": judges.text,
+    "images": judges.images,
+    "own": judges.own,
+    "adapter": judges_commands.adapter,
+    "option": judges_commands.option,
+    "grown": judges_commands.grown,
+    "unfinished": judges_commands.unfinished,
+    "argument": judges_commands.argument,
+}
 
 
 def prepare(home: Path) -> None:
@@ -45,6 +72,7 @@ def prepare(home: Path) -> None:
     import zoo
     from checkpoints_tiny import save_tokenizer
 
+    from benchmarks import mutant_commands
     from benchmarks.mutants import FAMILIES
     from lmc_fast import Schedule, align, open_pair
 
@@ -64,11 +92,12 @@ def prepare(home: Path) -> None:
     pair, state = open_pair(home / "neox", home / "other"), home / "own" / "state.safetensors"
     found = align(pair, tokens, validation=tokens, schedule=Schedule(steps=2, batch=1), state_file=state)
     found.save(home / "own" / "alignment.safetensors")
+    mutant_commands.prepare(home / "tiny", home / "tiny-expected")
 
 
 def cases(home: Path) -> list[Any]:
     """Every case, in an order that does not depend on anything but the seed."""
-    from benchmarks import mutant_data, mutant_pickles, mutants
+    from benchmarks import mutant_commands, mutant_data, mutant_pickles, mutants
 
     bases = {name: home / name for name in mutants.FAMILIES}
     found = [
@@ -80,6 +109,12 @@ def cases(home: Path) -> list[Any]:
         *mutant_data.texts("text"),
         *mutant_data.images("images"),
         *mutant_data.own("own", home / "own"),
+        *mutant_commands.alignments("tiny", home / "tiny"),
+        *(mutant_commands.adapters("tiny", home / "tiny") if judges_commands.HAS_PEFT else ()),
+        *mutant_commands.option_files("tiny"),
+        *mutant_commands.larger("tiny", home / "tiny"),
+        *mutant_commands.unfinished("tiny", home / "tiny"),
+        *mutant_commands.arguments("tiny"),
     ]
     random.Random(1).shuffle(found)
     return found
@@ -88,149 +123,6 @@ def cases(home: Path) -> list[Any]:
 def _paths() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     sys.path[:0] = [str(ROOT / "tests" / part) for part in ("", "symmetry", "families")]
-
-
-class _Refused(Exception):
-    """What the library said."""
-
-
-def _command(*arguments: object) -> int:
-    """Exit code of a command. Raises _Refused with its message, AssertionError for a bad one."""
-    from lmc_fast.cli import main
-
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main([str(argument) for argument in arguments])
-    if code == 2:
-        raise _Refused(err.getvalue().strip("\n").removeprefix("lmc-fast: error: "))
-    return code
-
-
-def checkpoint(home: Path, base: str, name: str) -> None:
-    """A damaged checkpoint, given to `inspect` and `verify`, then beside transformers."""
-    import torch
-    import zoo
-
-    from lmc_fast.checkpoints import Model
-    from lmc_fast.engine.model import logits
-
-    kind = "neox" if base in ("sharded", "pickled") else base
-    os.chdir(home)
-    try:
-        _command("inspect", home, "--quiet")
-    finally:
-        assert not Path("was-here").exists(), "a pickle's code ran"
-    _command("verify", home, home.parent / "good", "--quiet")
-    model = Model(home)
-    x = zoo.inputs(kind)
-    if not x.is_floating_point():
-        x = x[:, : model.spec.max_positions].clamp(max=(model.spec.table or model.spec.vocab) - 1)
-    ours = logits(model.load(torch.float32), x.float() if x.is_floating_point() else x)
-    config = json.loads((home / "config.json").read_text())
-    if not config.get("architectures"):  # transformers' caller chooses the class then, as we do
-        good = json.loads((home.parent / "good" / "config.json").read_text())
-        (home / "config.json").write_text(json.dumps(config | {"architectures": good["architectures"]}))
-    theirs = zoo.reference(home, x, torch.float32)
-    ours, theirs = zoo.outcome(kind, ours), zoo.outcome(kind, theirs)
-    assert ours.shape == theirs.shape, f"{tuple(ours.shape)} and {tuple(theirs.shape)}"
-    apart, size = (ours - theirs).abs().max().item(), theirs.abs().max().item()
-    assert apart <= 1e-4 * max(size, 1.0), f"{apart:.1e} apart, of {size:.1e}"
-
-
-def tokenizer(home: Path, base: str, name: str) -> None:
-    """A damaged tokenizer cuts text as transformers' does."""
-    from transformers import AutoTokenizer
-
-    from lmc_fast import open_pair
-    from lmc_fast.checkpoints import Model
-    from lmc_fast.data import read_tokens
-
-    ours = read_tokens(home / "text.txt", Model(home), 8).flatten().tolist()
-    open_pair(home, home.parent / "good")
-    theirs = AutoTokenizer.from_pretrained(home)((home / "text.txt").read_text(), add_special_tokens=False)["input_ids"]
-    assert ours == theirs[: len(ours)] and len(theirs) - len(ours) < 8, "other ids"
-
-
-def text(home: Path, base: str, name: str) -> None:
-    """Data for a language model is what numpy, or json line by line, reads."""
-    import numpy as np
-
-    from lmc_fast.checkpoints import Model
-    from lmc_fast.data import read_tokens
-
-    file = home / name.split(":")[0].split(" ")[0]
-    ours = read_tokens(file, Model(home), 4).flatten().tolist()
-    if file.suffix == ".npy":
-        array = np.load(file)
-        assert array.dtype.kind in "iu", array.dtype
-        theirs = [int(i) for i in array.reshape(-1)]
-    else:
-        content = file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-        documents = [content]
-        if file.suffix == ".jsonl":
-            documents = [json.loads(line)["text"] for line in content.split("\n") if line.strip()]
-        assert all(type(document) is str for document in documents)
-        words = {f"w{i}": i for i in range(2, 40)}
-        end = [0] if len(documents) > 1 else []
-        theirs = [i for document in documents for i in [*(words.get(w, 1) for w in document.split()), *end]]
-    assert ours == theirs[: len(ours)] and len(theirs) - len(ours) < 4, "other ids"
-
-
-def images(home: Path, base: str, name: str) -> None:
-    """Images are what numpy reads, normalised."""
-    import numpy as np
-
-    from lmc_fast.checkpoints import Model
-    from lmc_fast.images import read_images
-
-    if not (home / "data.npz").exists():
-        pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3)).astype(np.uint8)
-        np.savez(home / "data.npz", images=pixels, labels=np.arange(6) % 5)
-    ours = read_images(home / "data.npz", Model(home))
-    with np.load(home / "data.npz") as arrays:
-        pixels, labels = arrays["images"], arrays["labels"]
-    theirs = pixels.astype(np.float64).transpose(0, 3, 1, 2) / (255 if pixels.dtype == np.uint8 else 1)
-    settings = {"do_normalize": False}
-    if (home / "preprocessor_config.json").exists():
-        settings = json.loads((home / "preprocessor_config.json").read_text())
-    if settings.get("do_normalize", True) and pixels.dtype == np.uint8:
-        mean, std = (np.array(settings[key], float).reshape(1, -1, 1, 1) for key in ("image_mean", "image_std"))
-        theirs = (theirs - mean) / std
-    apart = np.abs(ours.inputs.numpy() - theirs).max()
-    assert apart <= 1e-5 * max(1, np.abs(theirs).max()), f"{apart} apart"
-    assert ours.targets.tolist() == labels.astype(int).tolist()
-
-
-def own(home: Path, base: str, name: str) -> None:
-    """An alignment or a state that is accepted is the undamaged one."""
-    import torch
-
-    from lmc_fast import Alignment, Schedule, align, open_pair
-    from lmc_fast.symmetry.storage import pack
-
-    good = home.parent / "good"
-    pair = open_pair(good, home.parent / "other")
-    if name.startswith("alignment"):
-        found, expected = (Alignment.load(h / "alignment.safetensors", pair.spec) for h in (home, good))
-    else:
-        tokens = torch.arange(60).view(3, 20) % 40
-        run = {"validation": tokens, "schedule": Schedule(steps=2, batch=1)}
-        found = align(pair, tokens, state_file=home / "state.safetensors", **run)
-        expected = Alignment.load(good / "alignment.safetensors", pair.spec)
-    ours, theirs = pack(found.a, "a") | pack(found.b, "b"), pack(expected.a, "a") | pack(expected.b, "b")
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in theirs), "other elements"
-
-
-JUDGES: dict[str, Callable[[Path, str, str], None]] = {
-    "config": checkpoint,
-    "safetensors": checkpoint,
-    "index": checkpoint,
-    "pickled": checkpoint,
-    "tokenizer": tokenizer,
-    "data": text,
-    "images": images,
-    "own": own,
-}
 
 
 def judged(case: Any, home: Path, scratch: Path) -> tuple[str, str]:
@@ -246,7 +138,7 @@ def judged(case: Any, home: Path, scratch: Path) -> tuple[str, str]:
     try:
         JUDGES[case.group](scratch / "bad", case.base, case.name)
         outcome, detail = "equal", ""
-    except (_Refused, LmcError) as error:
+    except (judges.Refused, LmcError) as error:
         outcome, detail = "refused", str(error)
         if "this is a bug" in detail:
             outcome = "traceback"
@@ -371,8 +263,9 @@ def main() -> int:
         write_json(args.json, rows)
     if args.list:
         write_json(args.list, lines)
-    if not args.quick and not args.only:
-        write_csv(RESULTS / "hostile.csv", rows)
+    if not args.quick:  # in the place of earlier rows of the same groups
+        kept = [row for row in read_csv(RESULTS / "hostile.csv") if row["group"] not in counts]
+        write_csv(RESULTS / "hostile.csv", sorted(kept + rows, key=_group))
     faults = sum(row[fault] for row in rows for fault in FAULTS)
     short = {
         part: most
@@ -380,6 +273,10 @@ def main() -> int:
         if not args.quick and not args.only and _count(counts, part) < most
     }
     return int(args.check and bool(faults or short))
+
+
+def _group(row: Row) -> str:
+    return str(row["group"])
 
 
 def _count(counts: dict[str, Counter[str]], part: str) -> int:

@@ -122,6 +122,18 @@ def odd_files(file: str) -> Iterator[tuple[str, Callable[[Path], None]]]:
     yield "a byte more", with_bytes(file, lambda b: b + b"\0")
 
 
+def damaged_files(
+    file: str, content: bytes, rng: random.Random, count: int
+) -> Iterator[tuple[str, Callable[[Path], None]]]:
+    """Bits changed at `count` places, cuts, and zeros to the end."""
+    for place in rng.choices(range(len(content)), k=count if content else 0):
+        yield f"changed at {place}", with_bytes(file, flipped(place, rng.randrange(8)))
+    for length in sorted({0, 7, 8, len(content) // 2, max(0, len(content) - 1)}):
+        yield f"cut at {length}", with_bytes(file, lambda b, n=length: b[:n])
+    start = len(content) // 3
+    yield f"zeros from {start}", with_bytes(file, lambda b: b[:start] + bytes(len(b) - start))
+
+
 def odd_json(file: str) -> Iterator[tuple[str, Callable[[Path], None]]]:
     """What may stand where a JSON object is expected."""
     for text in (
@@ -198,64 +210,65 @@ def safetensors(bases: dict[str, Path], seed: int = 0) -> Iterator[Case]:
     rng = random.Random(seed)
     file = "model.safetensors"
     for base, home in list(bases.items())[:4]:
-        content = (home / file).read_bytes()
-        size = 8 + struct.unpack("<Q", content[:8])[0]
-
-        def case(name: str, function: Callable[[bytes], bytes], base: str = base) -> Case:
-            return Case("safetensors", base, name, with_bytes(file, function))
-
-        for i in range(24):
-            place = (
-                rng.randrange(8) if i < 4 else rng.randrange(8, size) if i < 16 else rng.randrange(size, len(content))
-            )
-            yield case(f"bit at {place}", flipped(place, rng.randrange(8)))
-        for length in (0, 4, 8, size // 2, size - 1, size, (size + len(content)) // 2, len(content) - 1):
-            yield case(f"cut at {length}", lambda b, n=length: b[:n])
-        for length in (0, 1, size - 9, size - 7, 2**20, 2**27, 2**40, 2**63, 2**64 - 1):
-            yield case(f"header of {length}", lambda b, n=length: struct.pack("<Q", n) + b[8:])
-        names = [n for n in json.loads(content[8:size]) if n != "__metadata__"]
-        for name in rng.sample(names, min(5, len(names))):
-            for key, values in {
-                "dtype": ("F64", "F16", "BF16", "I32", "I64", "U8", "BOOL", "F8_E4M3", "F4", "x", 5, None),
-                "shape": ([], [0], [1], [-1], [2**62, 2], [1.5], "x", None, [[1]], [10**30]),
-                "data_offsets": ([0, 0], [1, 0], [-1, 4], [0, 2**62], [0], "x", None, [0.5, 1]),
-            }.items():
-                for value in rng.sample(values, 4):
-                    changed = _header(lambda h, n=name, k=key, v=value: h[n].update({k: v}))
-                    yield case(f"{name}: {key} = {value}", changed)
-            yield case(f"{name} is gone", _header(lambda h, n=name: h.pop(n) and None))
-            yield case(f"{name} has another name", _header(lambda h, n=name: h.update({n + "x": h.pop(n)})))
-            yield case(f"{name} is transposed", _header(lambda h, n=name: h[n]["shape"].reverse()))
-            yield case(
-                f"{name} twice",
-                _header(lambda h, n=name: json.dumps(h)[:-1].encode() + f', "{n}": {json.dumps(h[n])}}}'.encode()),
-            )
-        for name, function in {
-            "a list": lambda h: b"[]",
-            "empty": lambda h: b"{}",
-            "deep": lambda h: b'{"__metadata__":' + b'{"a":' * 5000 + b"1" + b"}" * 5001,
-            "metadata of numbers": lambda h: h.update(__metadata__={"a": 5}),
-            "metadata null": lambda h: h.update(__metadata__=None),
-            "no metadata": lambda h: h.pop("__metadata__", None) and None,
-            "an odd name": lambda h: h.update(
-                {"\x1b[2J\n\u202e": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}
-            ),
-            "an empty name": lambda h: h.update({"": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}),
-            "overlap": lambda h, names=names: (
-                [h[n].update(data_offsets=h[names[0]]["data_offsets"]) for n in names[:2]] and None
-            ),
-        }.items():
-            yield case(f"header: {name}", _header(function))
-        for value in (float("nan"), float("inf"), -float("inf"), 3e38, 1e30, 1e-45, 0.0):
-            word = struct.pack("<f", value)
-            place = (size + len(content)) // 8 * 4
-            place = size + (place - size) // 4 * 4
-            yield case(f"{value} inside", lambda b, p=place, w=word: b[:p] + w + b[p + 4 :])
+        for name, change in header_changes(file, (home / file).read_bytes(), rng):
+            yield Case("safetensors", base, name, change)
     base = next(iter(bases))
     for name, change in odd_files(file):
         yield Case("safetensors", base, f"{file} is {name}", change)
     yield Case("safetensors", base, "1.2 million names", replaced(file, _many_names))
     yield Case("safetensors", base, "200,000 names", replaced(file, lambda f: _many_names(f, 200_000)))
+
+
+def header_changes(file: str, content: bytes, rng: random.Random) -> Iterator[tuple[str, Callable[[Path], None]]]:
+    """Changes of a safetensors file of this content."""
+    size = 8 + struct.unpack("<Q", content[:8])[0]
+
+    def case(name: str, function: Callable[[bytes], bytes]) -> tuple[str, Callable[[Path], None]]:
+        return name, with_bytes(file, function)
+
+    for i in range(24):
+        place = rng.randrange(8) if i < 4 else rng.randrange(8, size) if i < 16 else rng.randrange(size, len(content))
+        yield case(f"bit at {place}", flipped(place, rng.randrange(8)))
+    for length in (0, 4, 8, size // 2, size - 1, size, (size + len(content)) // 2, len(content) - 1):
+        yield case(f"cut at {length}", lambda b, n=length: b[:n])
+    for length in (0, 1, size - 9, size - 7, 2**20, 2**27, 2**40, 2**63, 2**64 - 1):
+        yield case(f"header of {length}", lambda b, n=length: struct.pack("<Q", n) + b[8:])
+    names = [n for n in json.loads(content[8:size]) if n != "__metadata__"]
+    for name in rng.sample(names, min(5, len(names))):
+        for key, values in {
+            "dtype": ("F64", "F16", "BF16", "I32", "I64", "U8", "BOOL", "F8_E4M3", "F4", "x", 5, None),
+            "shape": ([], [0], [1], [-1], [2**62, 2], [1.5], "x", None, [[1]], [10**30]),
+            "data_offsets": ([0, 0], [1, 0], [-1, 4], [0, 2**62], [0], "x", None, [0.5, 1]),
+        }.items():
+            for value in rng.sample(values, 4):
+                changed = _header(lambda h, n=name, k=key, v=value: h[n].update({k: v}))
+                yield case(f"{name}: {key} = {value}", changed)
+        yield case(f"{name} is gone", _header(lambda h, n=name: h.pop(n) and None))
+        yield case(f"{name} has another name", _header(lambda h, n=name: h.update({n + "x": h.pop(n)})))
+        yield case(f"{name} is transposed", _header(lambda h, n=name: h[n]["shape"].reverse()))
+        yield case(
+            f"{name} twice",
+            _header(lambda h, n=name: json.dumps(h)[:-1].encode() + f', "{n}": {json.dumps(h[n])}}}'.encode()),
+        )
+    for name, function in {
+        "a list": lambda h: b"[]",
+        "empty": lambda h: b"{}",
+        "deep": lambda h: b'{"__metadata__":' + b'{"a":' * 5000 + b"1" + b"}" * 5001,
+        "metadata of numbers": lambda h: h.update(__metadata__={"a": 5}),
+        "metadata null": lambda h: h.update(__metadata__=None),
+        "no metadata": lambda h: h.pop("__metadata__", None) and None,
+        "an odd name": lambda h: h.update({"\x1b[2J\n\u202e": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}),
+        "an empty name": lambda h: h.update({"": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}),
+        "overlap": lambda h, names=names: (
+            [h[n].update(data_offsets=h[names[0]]["data_offsets"]) for n in names[:2]] and None
+        ),
+    }.items():
+        yield case(f"header: {name}", _header(function))
+    for value in (float("nan"), float("inf"), -float("inf"), 3e38, 1e30, 1e-45, 0.0):
+        word = struct.pack("<f", value)
+        place = (size + len(content)) // 8 * 4
+        place = size + (place - size) // 4 * 4
+        yield case(f"{value} inside", lambda b, p=place, w=word: b[:p] + w + b[p + 4 :])
 
 
 def _many_names(file: Path, count: int = 1_200_000) -> None:

@@ -25,6 +25,7 @@ EDGE_STEPS = 6  # between many models, one step of so many is on an edge
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _PLASTIC = 0.7548776662466927  # apart from the golden ratio, which lambda follows
 _SEEDS = 1 << 32
+_MOST_STEPS = 10_000_000
 _FASTEST = 100.0  # radians, or e-folds, in one step: more is a slip of the pen, and overflows
 
 
@@ -72,6 +73,8 @@ class Schedule:
             self._set_integer(name, least)
         for name in ("low", "high", "matrix_lr", "scale_lr", "final"):
             self._set_number(name)
+        if self.steps > _MOST_STEPS:
+            raise LmcError(f"steps must be at most {_MOST_STEPS:,}, not {self.steps}; nobody has so long")
         if self.seed >= _SEEDS:
             raise LmcError(f"seed must be less than {_SEEDS}, not {self.seed}")
         if self.sides is not None:

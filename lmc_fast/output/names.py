@@ -43,10 +43,19 @@ def read_marker(content: bytes) -> dict[str, Any] | None:
     """What `marker` was told, or None if it did not write this."""
     try:
         found = json.loads(content)
+        known = isinstance(found, dict) and (found.get("made by"), found.get("version")) == (_MAGIC, _VERSION)
+        sound = known and _are_names(found.get("names", {})) and _are_texts(found.get("kept", []))
     except (ValueError, RecursionError):
         return None
-    known = isinstance(found, dict) and (found.get("made by"), found.get("version")) == (_MAGIC, _VERSION)
-    return found if known and isinstance(found.get("id"), str) and len(found["id"]) == 32 else None
+    return found if sound and isinstance(found.get("id"), str) and len(found["id"]) == 32 else None
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, dict) and all(below is None or _are_names(below) for below in value.values())
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(part, str) for part in value)
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def _make(members: Sequence[Weights], base: Base, plan: Plan, target: Path, key:
     spec = members[0].spec
     if target.exists():
         try:
-            Store.open(target, spec, key)
+            Store.open(target, spec, key).verify()  # rows of embeddings are read without a checksum, later
             return
         except LmcError as error:
             _log.info("%s: it is made anew", error)

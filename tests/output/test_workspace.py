@@ -125,9 +125,21 @@ def _own_with_a_linked_file(path):
     (path / "result" / "report.json").symlink_to("../../precious")
 
 
+def _odd_names(path):
+    path.mkdir()
+    (path / "lock").write_bytes(marker(names={"lock": None, "x": 5}, kept=[]))
+
+
+def _odd_kept(path):
+    path.mkdir()
+    (path / "lock").write_bytes(marker(names={"lock": None}, kept=7))
+
+
 @pytest.mark.parametrize(
     "make",
     [
+        _odd_names,
+        _odd_kept,
         _directory,
         _link,
         _dangling,

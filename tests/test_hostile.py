@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from benchmarks import hostile, mutants
+from benchmarks import hostile, judges, mutants
 
 PER_GROUP = 8
 
@@ -40,5 +40,5 @@ def test_what_is_wrong_is_noticed(home, tmp_path, monkeypatch):
     monkeypatch.setitem(hostile.JUDGES, "data", lambda *_: exec("assert False, 'differs'"))
     assert hostile.judged(case, home, tmp_path / "case") == ("silent", "differs")
     monkeypatch.setattr("lmc_fast.data.require_regular", lambda *_: 1 / 0)
-    monkeypatch.setitem(hostile.JUDGES, "data", hostile.text)
+    monkeypatch.setitem(hostile.JUDGES, "data", judges.text)
     assert hostile.judged(case, home, tmp_path / "case")[0] == "traceback"

@@ -1,10 +1,11 @@
 """Is a memory budget kept where it is smallest? Of each pair (synthetic GPT-NeoX, random weights, B planted in A):
 
 the budget that `align --memory 1MiB` names must be accepted when it is typed, and every stage of that run stay below it
-and 5 %. The same for `verify`, `barrier` and `barrier --alignment`; `merge` has to do with what `align` was given. And
-for `align` of four models, and of a smaller model with a larger one.
+and 5 %. The same for `verify`, `barrier`, `barrier --alignment` and `carry --onto`; `merge` has to do with what `align`
+was given, and `heal` with what `plan` says of it beside what the command takes to begin with. And for `align` of four
+models, and of a smaller model with a larger one, where `grow` has to do with what `align` was given.
 
-python -m benchmarks.budget [--quick] [--only-align] [--many] [--width WIDTH] [--check] [--directory DIR]
+python -m benchmarks.budget [--quick] [--only-align] [--many] [--width WIDTH] [--pairs I...] [--check] [--directory DIR]
 """
 
 from __future__ import annotations
@@ -80,7 +81,12 @@ def rows_of_many(place: Path, name: str, shapes: list[Shape], length: int) -> li
         shutil.copytree(home / "ab"[k % 2], models[-1], copy_function=os.link, dirs_exist_ok=True)
     data = ["--data", home / "tokens.npy", "--block", length]
     align = ["align", *models, *data, "--steps", 2, "--batch", 4, "--out", place / "out"]
-    return measured(f"{name}: {', '.join(str(tuple(s)) for s in dict.fromkeys(shapes))}", named(*align), *align)
+    case, budget = f"{name}: {', '.join(str(tuple(s)) for s in dict.fromkeys(shapes))}", named(*align)
+    rows = measured(case, budget, *align)
+    if len(set(shapes)) > 1:
+        grow = ["grow", models[0], "--like", models[1], "--out", place / "larger"]
+        rows += measured(case, budget, *grow, limit=False)
+    return rows
 
 
 def rows_of(pair: Path, shape: Shape, length: int, others: bool) -> list[Row]:
@@ -106,7 +112,15 @@ def rows_of(pair: Path, shape: Shape, length: int, others: bool) -> list[Row]:
         ["verify", a, out / "a", *line[:2]],
     ):
         rows += measured(case, named(*command), *command)
-    return rows + measured(case, budget, "merge", out / "a", out / "b", "--out", pair / "merged", limit=False)
+    child = shutil.copytree(b, pair / "child", copy_function=os.link, dirs_exist_ok=True)
+    carry = ["carry", alignment[1], child, "--from", "b", "--onto", out / "a", "--out", pair / "carried"]
+    rows += measured(case, named(*carry), *carry)
+    rows += measured(case, budget, "merge", out / "a", out / "b", "--out", pair / "merged", limit=False)
+    _, before, _, _ = lmc_fast("inspect", a)
+    _, _, text, _ = lmc_fast("plan", a, b, "--memory", "64GiB", "--json")
+    holds = (before + json.loads(text)["heal_bytes"]) >> 20
+    heal = ["heal", pair / "merged", "--from", out / "a", out / "b", *line, "--steps", 2, "--batch", 4]
+    return rows + measured(case, holds, *heal, "--start", "average", "--out", pair / "healed", limit=False)
 
 
 def main() -> int:
@@ -114,6 +128,10 @@ def main() -> int:
     parser.add_argument("--only-align", action="store_true", help="none of the other commands")
     parser.add_argument("--many", action="store_true", help="only four models, and models of two sizes")
     parser.add_argument("--width", type=int, help="one case more of four models: two blocks of this width")
+    numbers = range(len(CASES))
+    parser.add_argument(
+        "--pairs", nargs="+", type=int, choices=numbers, metavar="I", help="only pairs of these numbers"
+    )
     parser.add_argument("--directory", type=Path, help="write pairs here (1 GB)")
     args = parser.parse_args()
     rows: list[Row] = []
@@ -129,10 +147,11 @@ def main() -> int:
             write_csv(RESULTS / "budget.csv", [r for r in earlier if r["case"] not in {m["case"] for m in rows}] + rows)
 
     many = MANY | ({"four wide": [Shape(args.width, 2, args.width // 128)] * 4} if args.width else {})
-    for name, shapes in many.items():
+    for name, shapes in {}.items() if args.pairs else many.items():
         with tempfile.TemporaryDirectory(dir=args.directory) as scratch:
             keep(rows_of_many(Path(scratch), name, shapes, 128))
-    for shape, length in [] if args.many else QUICK if args.quick else CASES:
+    pairs = [CASES[i] for i in args.pairs or numbers]
+    for shape, length in [] if args.many else QUICK if args.quick else pairs:
         with tempfile.TemporaryDirectory(dir=args.directory) as scratch:
             keep(rows_of(Path(scratch), shape, length, not args.only_align))
     return 1 if args.check and not all(made["ok"] for made in rows) else 0

@@ -127,8 +127,9 @@ def _tensor(given: Any, what: str) -> Tensor:
         native = given.astype(given.dtype.newbyteorder("="), copy=False)
         wide = native.astype(np.int64) if native.dtype.kind == "u" else native
         return torch.from_numpy(np.ascontiguousarray(wide))
-    if not isinstance(given, Tensor) or given.dtype == torch.bool or given.is_complex():
-        kind = getattr(given, "dtype", type(given).__name__)
+    dense = isinstance(given, Tensor) and given.layout is torch.strided and not given.is_meta
+    if not isinstance(given, Tensor) or not dense or given.dtype == torch.bool or given.is_complex():
+        kind = getattr(given, "dtype" if dense else "layout", type(given).__name__)
         raise LmcError(f"{what} must be a tensor or a numpy array of numbers, not {kind}; read files with read_data")
     return given
 

@@ -29,6 +29,12 @@ def parse_bytes(text: str | int, what: str = "memory") -> int:
     return int(size)
 
 
+def require_bytes(memory: object) -> None:
+    """Raises LmcError unless a budget is a number of bytes, or None: there is no limit."""
+    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int)):
+        raise LmcError(f"memory is a number of bytes, not {memory!r}")
+
+
 def show_bytes(size: float) -> str:
     """With three figures: 2.81 GiB."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):

@@ -87,7 +87,8 @@ class MemoryCheckpoint(Checkpoint):
     def __init__(self, model: Any):
         self.remote, self.home = None, None
         config, tensors, owner = _parts(model)
-        kind = owner or next(iter(config.get("architectures") or []), None) or config.get("model_type")
+        names = config.get("architectures")
+        kind = owner or (names[0] if isinstance(names, list) and names else None) or config.get("model_type")
         self.source = f"{kind} in memory"
         self.path = Path(f"<{self.source}>")
         self.config = config
@@ -210,7 +211,8 @@ def _sound(tensors: Mapping[str, Any], owner: str) -> dict[str, Tensor]:
             raise LmcError(f"{name} of {owner} is a {type(t).__name__}, not a tensor")
         if t.is_meta:
             raise LmcError(f"{name} of {owner} has no values in memory; load the model without offloading")
-        if type(t) not in (Tensor, torch.nn.Parameter):
+        plain = type(t) in (Tensor, torch.nn.Parameter) and t.layout is torch.strided
+        if not plain or t.is_quantized or t.is_nested:
             raise LmcError(f"{name} of {owner} is a {type(t).__name__}, not a plain tensor; gather or dequantise it")
     return dict(tensors)
 

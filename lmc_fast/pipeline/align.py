@@ -33,6 +33,7 @@ from ..learning.steering import is_due, share_of_text
 from ..matching.closed_form import Evidence
 from ..members import CLOSED_SCHEMES, SCHEMES, STARTS
 from ..pair import Models
+from ..sizes import require_bytes
 from ..streaming.ring import Streamed
 from ..symmetry import canonicalize
 from ..symmetry.checksum import understood
@@ -133,6 +134,7 @@ def align(
         raise LmcError(
             f"a batch of {schedule.batch} is more than all {len(tokens)} calibration blocks; give a smaller --batch"
         )
+    require_bytes(memory)
     if None in pair.homes and memory is not None:
         raise LmcError("memory= prepares a pair on disk, and these models are in memory: save them, or leave it out")
     chosen = None if blocks is None else blocks_chosen(blocks, pair.spec.layers)

@@ -24,6 +24,7 @@ from ..errors import LmcError
 from ..examples import Data
 from ..output import Names, atomic_directory, check_target, partial_of, remove_own, require_apart, user_path
 from ..pair import in_common, pair_of, unlike
+from ..sizes import require_bytes
 from ..symmetry import canonicalize, check_legal
 from ..symmetry.grown import GrownModel
 from .carry_adapters import carry_adapters
@@ -114,8 +115,7 @@ def carry(
     """
     require_device(device)
     require_writable(dtype)
-    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int)):
-        raise LmcError(f"memory is a number of bytes, not {memory!r}")
+    require_bytes(memory)
     how = Addition(weight, basis, evenly)
     file, target = user_path(alignment), user_path(out)
     require_apart((target, partial_of(target)), (file, child, endpoint, onto))

@@ -24,6 +24,7 @@ from ..evaluation.reference import Unreadable
 from ..examples import Data, Examples, inputs_of
 from ..pair import Models, Pair, in_common
 from ..places import simplex_places
+from ..sizes import require_bytes
 from ..symmetry import canonicalize
 from .placing import placed
 from .progress import Cancel, Progress, Watch
@@ -103,6 +104,7 @@ def barrier(
     """
     require_points(points)
     require_device(device)
+    require_bytes(memory)
     tokens = as_data(tokens, pair.a)
     if alignment is not None:
         require_fitting(pair, alignment)
@@ -210,6 +212,7 @@ def verify(
     (True, False)
     """
     require_device(device)
+    require_bytes(memory)
     x, y = Model(a), Model(b)
     tokens = None if tokens is None else as_data(tokens, x)
     if memory is not None:

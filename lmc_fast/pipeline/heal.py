@@ -31,6 +31,7 @@ from ..pair import Models, models_of
 from ..sizes import show_bytes
 from ..symmetry.checksum import understood
 from ..symmetry.storage import load_tensors, save_tensors
+from .export import require_unchanged
 from .held_out import evenly
 from .progress import Cancel, Progress, Watch
 from .resume import telling_what_is_kept
@@ -144,6 +145,7 @@ def heal(
         read = job.loss_of(Model(work.result).load(torch.float32, device))
         _require_same(read, history[best], dtype or model.dtype)
         write_whole(work.result / _REPORT, to_json(report, indent=2) + "\n")
+        require_unchanged(models)
         with uninterrupted():
             work.publish()
     return report

@@ -151,6 +151,7 @@ def test_what_is_no_model_is_refused(make_checkpoint, tokens, tmp_path):
     refused((config, [1]), "not LlamaConfig and list")
     refused((config, tensors | {"lm_head.weight": 3}), "lm_head.weight of the state dict is a int")
     refused((config, tensors | {"lm_head.weight": tensors["lm_head.weight"].to("meta")}), "no values in memory")
+    refused((config, tensors | {"lm_head.weight": tensors["lm_head.weight"].to_sparse()}), "not a plain tensor")
     refused((config, tensors | {"more": tensors["lm_head.weight"]}), "tensor more .* is not part of the llama")
     refused((config, {n: t for n, t in tensors.items() if n != "lm_head.weight"}), "lm_head.weight is missing")
     refused((config, tensors | {"lm_head.weight": tensors["lm_head.weight"][:3]}), r"has shape \[3, 24\]")

@@ -29,6 +29,15 @@ def text(tmp_path):
     return write_lines(tmp_path / "text.txt", 3000)
 
 
+def test_a_model_that_changes_during_the_work_is_noticed(models, tokens, tmp_path):
+    def change(_):
+        (models[0] / "config.json").write_text((models[0] / "config.json").read_text() + " ")
+
+    with pytest.raises(lmc.LmcError, match="was changed while it was in use"):
+        lmc.heal(models[0], models[1:], tokens, tmp_path / "out", steps=1, batch=2, start="average", progress=change)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("who", [(0, 1), (1,)])
 def test_a_step_is_that_of_transformers_and_torch(models, who, tokens):
     rows = torch.cat([tokens] * 2)[:4]

@@ -92,6 +92,8 @@ def as_data(given: Given, model: Model) -> Data:
     Examples. Raises LmcError for what the model does not read.
     """
     spec = model.spec
+    if spec.task == "features":
+        return _whose_features(given, model)
     if not isinstance(given, Examples):
         if spec.image or spec.task in ("masked", *LABELLED):
             raise LmcError(f"{spec.family} needs inputs and targets: give Examples(inputs, targets)")
@@ -106,6 +108,15 @@ def as_data(given: Given, model: Model) -> Data:
         raise LmcError(f"targets must be integers of shape {list(shape)}, not {targets.dtype} of {list(targets.shape)}")
     _require_ids(targets if whole else targets[targets != -1], "a target", spec.vocab)
     return Examples(inputs, targets.long())
+
+
+def _whose_features(given: Given, model: Model) -> Examples:
+    """Inputs with a place for each vector of features: one for an input or, where a head reads all tokens, for each."""
+    spec = model.spec
+    inputs = _tensor(given.inputs if isinstance(given, Examples) else given, "the data")
+    inputs = _images(inputs, model) if spec.image else _ids(inputs, model)
+    shape = inputs.shape[:1] if spec.image or spec.headless or spec.pooling else inputs.shape
+    return Examples(inputs, torch.zeros(shape, dtype=torch.int64))
 
 
 def _images(pixels: Tensor, model: Model) -> Tensor:

@@ -96,9 +96,8 @@ class Stages:
         """
         found = {} if matched else {"matching": self.matching()}
         found["preparing"] = self.preparing()
-        if self.spec.task != "features":
-            places = POINTS if self.members == 2 else len(simplex_places(self.members, POINTS))
-            found["measuring"] = self.measuring(places)
+        places = POINTS if self.members == 2 else len(simplex_places(self.members, POINTS))
+        found["measuring"] = self.measuring(places)
         if kind == "cpu":
             found["writing"] = self.writing()
         return found | {"verifying": self.verifying()}

@@ -12,7 +12,7 @@ from .attention import Positions
 from .block import block
 from .evaluate import STREAM_ELEMENTS
 from .head import CHUNK_ELEMENTS, HeadInputs, softmax_
-from .model import embed, head_input, labels, model_inputs, require_task, target_rows
+from .model import embed, head_rows, labels, model_inputs
 from .passes import visit_order
 from .slots import Slots
 from .source import Source
@@ -34,7 +34,8 @@ def ensemble_loss(
     make STREAM_ELEMENTS; logits: how many are held at a time; visited: told the number of each segment before it is
     visited.
     """
-    require_task(source.spec)
+    if source.spec.task == "features":
+        return 0.0  # the mixture is what distances are measured from
     spec, count = source.spec, len(source.ends)
     length = spec.length(model_inputs(data).shape)
     rows = max(batch, rows or STREAM_ELEMENTS // (count * length * spec.width))
@@ -98,7 +99,7 @@ def _embedded(source: Source, part: Data) -> list[Tensor]:
 
 
 def _read(source: Source, w: Slots, x: Tensor, part: Data) -> Tensor:
-    return target_rows(head_input(source.spec, w, x, model_inputs(part)), part)
+    return head_rows(source.spec, w, x, part)
 
 
 def _scan(head: HeadInputs, w: Slots, start: int, target: Tensor, found: Tensor, softcap: float, most: int) -> None:

@@ -12,11 +12,12 @@ from torch import Tensor
 from ..errors import LmcError
 from ..examples import Data
 from ..members import member_names
-from ..places import Place, shares_of
+from ..places import Place, corner, shares_of
 from ..symmetry.charts import Chart
 from .block import block
+from .features import distances
 from .head import CHUNK_ELEMENTS, HeadLoss
-from .model import embed, head_input, label_counts, labels, model_inputs, target_rows
+from .model import embed, head_rows, label_counts, labels, model_inputs
 from .passes import Item, Pass, visit_order
 from .source import Source
 
@@ -38,9 +39,9 @@ class Score:
 
 class _Evaluation(Pass):
     @torch.no_grad()
-    def run(self, visited: Callable[[int], None] | None) -> list[Score]:
+    def _last_rows(self, visited: Callable[[int], None]) -> list[Tensor]:
+        """What the head reads, of every item."""
         source, spec = self.source, self.spec
-        visited = visited or _ignore
         source.begin(visit_order(spec.layers, source.head_parts, learn=False))
         streams = [self._embedded(item) for item in self.items]
         for i in range(spec.layers):
@@ -51,11 +52,14 @@ class _Evaluation(Pass):
                     line = self.line(members, shares, maps)
                     for m in group:
                         streams[m] = block(spec, line, streams[m], self.positions(streams[m]), i)
-        losses = []
         for m, item in enumerate(self.items):
-            line = self.line(source.ends, item.shares, None)
-            rows = target_rows(head_input(spec, line, streams[m], model_inputs(item.data)), item.data)
-            streams[m] = rows
+            streams[m] = head_rows(spec, self.line(source.ends, item.shares, None), streams[m], item.data)
+        return streams
+
+    @torch.no_grad()
+    def run(self, visited: Callable[[int], None]) -> list[Score]:
+        source, spec, losses = self.source, self.spec, []
+        for item, rows in zip(self.items, self._last_rows(visited), strict=True):
             student = self.head_inputs(rows, item.shares)
             losses.append(HeadLoss(student, labels(item.data), softcap=spec.head_softcap, elements=self.logits))
         start = 0
@@ -69,10 +73,45 @@ class _Evaluation(Pass):
                 start += len(members[0]["head"])
         return [_score(item, h) for item, h in zip(self.items, losses, strict=True)]
 
+    @torch.no_grad()
+    def features(self, visited: Callable[[int], None]) -> list[Tensor]:
+        """Of every item, all of them (n, k)."""
+        source, rows = self.source, self._last_rows(visited)
+        students = [self.head_inputs(x, item.shares) for x, item in zip(rows, self.items, strict=True)]
+        found: list[list[Tensor]] = [[] for _ in rows]
+        for k in range(source.head_parts):
+            visited(self.spec.layers + k)
+            with source.visit(self.spec.layers + k) as members:
+                for shares, group in self.groups():
+                    with self.head_chunk(members, shares, 0) as chunk:
+                        for m in group:
+                            found[m].append(students[m].products(chunk.weights, chunk.bias, slice(None)))
+        return [torch.cat(parts, dim=1) for parts in found]
+
     def _embedded(self, item: Item) -> Tensor:
         """An item's stream in front of the first block; its rows of the embedding are dropped."""
         line, _, rows = self.ends(item)
         return embed(self.spec, line, model_inputs(item.data), rows)
+
+
+def _feature_scores(
+    source: Source, items: Sequence[Item], route: tuple[Chart | None, str | None], visited: Callable[[int], None]
+) -> list[Score]:
+    """Distances from the mixture of the members' own features, which are computed in the same pass."""
+    count, parts = len(source.ends), list({id(item.data): item.data for item in items}.values())
+    corners = [Item(part, corner(k, count)) for part in parts for k in range(count)]
+    job = _Evaluation(source, [*items, *corners], *route, CHUNK_ELEMENTS, learn=False, keep=False)
+    found = {(id(item.data), item.shares): y for item, y in zip(job.items, job.features(visited), strict=True)}
+    scores = []
+    for item in sorted(items, key=lambda item: item.shares[1:]):
+        members = [found[id(item.data), shares_of(corner(k, count))] for k in range(count)]
+        each = distances(found[id(item.data), item.shares], members, item.shares)
+        asks = label_counts(item.data)
+        owner = torch.arange(len(asks), device=asks.device).repeat_interleave(asks)
+        sums = each.new_zeros(len(asks)).index_add_(0, owner, each)
+        inputs = torch.stack([sums, asks.double()], 1).cpu()
+        scores.append(Score(each.mean().item(), 0.0, len(each), inputs))
+    return scores
 
 
 def _score(item: Item, h: HeadLoss) -> Score:
@@ -92,9 +131,12 @@ def evaluate(
 ) -> list[Score]:
     """Scores of `items`, in order of lambda, in one pass over the segments. chart: applied to b; None: the plain line.
 
-    logits: how many are held at a time. visited: told the number of each segment before it is visited.
+    Of models that predict nothing the loss is the squared distance from the mixture of the members' features, relative
+    to their squares. logits: how many are held at a time. visited: told the number of each segment before its visit.
     """
-    return _Evaluation(source, items, chart, route, logits, learn=False, keep=False).run(visited)
+    if source.spec.task == "features":
+        return _feature_scores(source, items, (chart, route), visited or _ignore)
+    return _Evaluation(source, items, chart, route, logits, learn=False, keep=False).run(visited or _ignore)
 
 
 def _ignore(_: int) -> None:

@@ -121,16 +121,28 @@ def prediction_rows(weights: Weights, data: Data) -> Tensor:
 
     Next tokens for tokens (batch, T); else where the examples have a target.
     """
-    require_task(weights.spec)
-    return target_rows(last_hidden(weights, model_inputs(data)), data)
+    return head_rows(weights.spec, weights.ends, final_stream(weights, model_inputs(data)), data)
+
+
+def head_rows(spec: Spec, w: Slots, x: Tensor, data: Data) -> Tensor:
+    """Stream behind the last block -> what the head reads wherever `data` asks for something: (n, d).
+
+    Of a model without a head one vector for each input: its pooled output or, without one, the mean of all tokens, as
+    sentence encoders take it.
+    """
+    inputs = model_inputs(data)
+    read = head_input(spec, w, x, inputs)
+    if spec.headless:
+        read = read[:, -1] if spec.pooling else read[:, : spec.length(inputs.shape)].mean(1)
+    return target_rows(read, data)
 
 
 def require_task(spec: Spec) -> None:
     """Raises LmcError for models that predict nothing."""
     if spec.task == "features":
         raise LmcError(
-            f"{spec.family} computes features, not predictions, so that it has no loss to learn from or to "
-            "draw a barrier with; match it with --method weight and check it with verify"
+            f"{spec.family} computes features, not predictions: this needs a model with a loss; its pair can be "
+            "aligned, and the barrier is measured in the distance of features"
         )
 
 

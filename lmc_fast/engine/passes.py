@@ -21,7 +21,7 @@ from ..symmetry.charts import Chart
 from ..symmetry.elements import Element, Elements
 from .attention import Positions
 from .head import HeadInputs, VocabChunk
-from .model import labels, model_inputs, require_task
+from .model import labels, model_inputs
 from .slots import LineSlots, Slots
 from .source import Source
 
@@ -82,7 +82,6 @@ class Pass:
         learn: bool,
         keep: bool,
     ):
-        require_task(source.spec)
         self.logits, self.learns = logits, learn
         self.source, self.spec, self.chart = source, source.spec, chart
         self.items = sorted(items, key=lambda item: item.shares[1:])

@@ -11,7 +11,7 @@ from ..checkpoints import Weights
 from ..engine.evaluate import Score, line_scores
 from ..engine.source import Resident
 from ..examples import Data, Examples
-from .curve import Curve
+from .curve import OF_FEATURES, Curve
 
 
 def curve_between(
@@ -40,7 +40,8 @@ def curve_between(
     if isinstance(tokens, Examples) and a.spec.task in ("image", "label", "tags"):
         accuracies = [score.accuracy for score in scores]
     errors = _errors(lambdas, [score.inputs for score in scores])
-    return Curve(lambdas, [score.loss for score in scores], name, accuracies, errors)
+    unit = OF_FEATURES if a.spec.task == "features" else "nats"
+    return Curve(lambdas, [score.loss for score in scores], name, accuracies, errors, unit)
 
 
 def _errors(lambdas: list[float], inputs: list[Tensor]) -> list[float] | None:

@@ -13,6 +13,7 @@ from ..output import write_whole
 from .plots import is_own_picture, new_figure, save_figure
 
 DEFINITION = "barrier = max over the grid of L(lambda) - [(1 - lambda) L(A) + lambda L(B)], L in nats per token"
+OF_FEATURES = "of the features' squares"  # unit of distances between features
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Curve:
         name: in pictures and files.
         accuracies: of image classifiers, the share whose first guess is right at each place; else None.
         errors: standard errors of `excess` in nats, from how much it differs between inputs; None where not known.
+        unit: of the losses; of models without a loss, OF_FEATURES: squared distances from the mixture of the endpoints'
+            features, relative to their squares.
 
     Raises:
         LmcError: a loss is not finite.
@@ -40,6 +43,7 @@ class Curve:
     name: str = "line"
     accuracies: list[float] | None = None
     errors: list[float] | None = None
+    unit: str = "nats"
 
     def __post_init__(self) -> None:
         if not self.losses or len(self.losses) != len(self.lambdas):
@@ -80,7 +84,7 @@ class Curve:
         middle = f" ± {self.errors[len(self.errors) // 2]:.4f}" if self.errors else ""
         least, place = self.lowest
         return (
-            f"{self.barrier:.4f}{error} nats at lambda {self.at:.2g}; middle {self.middle:+.4f}{middle}, "
+            f"{self.barrier:.4f}{error} {self.unit} at lambda {self.at:.2g}; middle {self.middle:+.4f}{middle}, "
             f"lowest {least:+.4f} at {place:.2g}"
         )
 
@@ -136,6 +140,7 @@ def plot_curves(curves: list[Curve], file: Path) -> None:
     for curve in curves:
         axes.plot(curve.lambdas, curve.losses, marker="o", markersize=4, label=f"{curve.name}: {curve.barrier:.3f}")
     axes.set_xlabel("λ  (0: endpoint A, 1: endpoint B)")
-    axes.set_ylabel("held-out loss (nats per token)")
-    axes.legend(title="barrier (nats)", frameon=False)
+    unit = curves[0].unit if curves else "nats"
+    axes.set_ylabel("held-out loss (nats per token)" if unit == "nats" else f"distance from the mixture ({unit})")
+    axes.legend(title=f"barrier ({unit})", frameon=False)
     save_figure(figure, file)

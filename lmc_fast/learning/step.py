@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..engine.block import block
+from ..engine.features import FeatureLoss
 from ..engine.head import CHUNK_ELEMENTS, HeadInputs, HeadLoss, VocabChunk
-from ..engine.model import embed, head_input, labels, model_inputs, target_rows
+from ..engine.model import embed, head_rows, labels, model_inputs
 from ..engine.passes import Item, Pass, pull_back, visit_order
 from ..engine.slots import LineSlots, Slots
 from ..engine.source import Source
@@ -109,13 +110,12 @@ class Learning(Pass):
         losses = []
         total = sum(item.count for item in self.items)
         for m, (item, (line, members, _)) in enumerate(zip(self.items, ends, strict=True)):
-            rows = target_rows(head_input(spec, line, streams[m], model_inputs(item.data)), item.data)
+            rows = head_rows(spec, line, streams[m], item.data)
             teachers, starts = None, None
             if self.divergence:
                 own = [item.data[some] for some in lessons(item)]
                 taught = [
-                    target_rows(head_input(spec, w, x, model_inputs(data)), data)
-                    for w, x, data in zip(members, self.teachers[m], own, strict=True)
+                    head_rows(spec, w, x, data) for w, x, data in zip(members, self.teachers[m], own, strict=True)
                 ]
                 shares = item.shares if item.taught is None else [1.0] * len(taught)
                 teachers = [(s, HeadInputs([t], [1.0])) for s, t in zip(shares, taught, strict=True)]
@@ -123,7 +123,8 @@ class Learning(Pass):
                     starts = [0, *accumulate(len(t) for t in taught)][:-1]
             target = None if self.divergence else labels(item.data)
             student = self.head_inputs(rows, item.shares)
-            loss = partial(HeadLoss, softcap=spec.head_softcap, learn=True, elements=self.logits)
+            kind = FeatureLoss if spec.task == "features" else HeadLoss
+            loss = partial(kind, softcap=spec.head_softcap, learn=True, elements=self.logits)
             losses.append(loss(student, target, teachers, starts=starts))
         self.teachers = []
         self._over_head(losses, total)
@@ -132,7 +133,7 @@ class Learning(Pass):
             gradients = [g / total for g in h.gradients]
 
             def rows_of(w: LineSlots, x: Tensor, item: Item = item) -> list[Tensor]:
-                rows = target_rows(head_input(spec, w, x, model_inputs(item.data)), item.data)
+                rows = head_rows(spec, w, x, item.data)
                 return self.head_inputs(rows, item.shares).inputs
 
             slopes.append(self._outside(line, rows_of, gradients, streams[m]))
@@ -140,10 +141,10 @@ class Learning(Pass):
 
     def _over_head(self, losses: list[HeadLoss], total: int) -> None:
         """All losses through the head's runs: once, or, where there are several, forth and back."""
-        parts = [(k, HeadLoss.scan) for k in range(self.source.head_parts)]
-        parts += [(k, HeadLoss.add) for k in reversed(range(self.source.head_parts))]
+        parts = [(k, "scan") for k in range(self.source.head_parts)]
+        parts += [(k, "add") for k in reversed(range(self.source.head_parts))]
         if self.source.head_parts == 1:
-            parts = [(0, HeadLoss.whole)]
+            parts = [(0, "whole")]
         starts = [0]
         for k, apply in parts:
             with self.source.visit(self.spec.layers + k) as members:
@@ -152,10 +153,10 @@ class Learning(Pass):
                     [VocabChunk([w["head"]], w.get("head_bias"), start) for w in members] if self.divergence else []
                 )
                 for shares, group in self.groups():
-                    pull = 0 if apply is HeadLoss.scan else 1 / total
+                    pull = 0 if apply == "scan" else 1 / total
                     with self.head_chunk(members, shares, start, pull) as chunk:
                         for m in group:
-                            apply(losses[m], chunk, teachers)
+                            getattr(losses[m], apply)(chunk, teachers)
                 starts.append(start + len(members[0]["head"]))
 
     def _outside(self, line: LineSlots, function, slopes: list[Tensor], x: Tensor | None = None) -> Tensor | None:
@@ -244,6 +245,7 @@ def learn(
     """Mean loss over all predictions of `items` (0-d, float64), and its gradients by the chart's tensors.
 
     divergence: from (1-λ) p_A + λ p_B (Σ share · p), the members' own predictions; else cross-entropy with the text.
+    Of models that predict nothing: the squared distance from the members' features.
     keep: hold every block's graph until backward instead of computing it again; the source must then be `Resident`.
     route: one of kernels.routes.ROUTES; None: kernels.dispatch chooses. logits: how many are held at a time.
     offload: see ActivationCheckpoints.

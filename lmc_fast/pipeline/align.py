@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -118,9 +118,11 @@ def align(
     require_scheme(scheme, start)
     count = len(pair.members)
     method = CLOSED_SCHEMES.get(scheme, method)
-    if pair.spec.task == "features" and method in LEARNING:
-        raise LmcError(f"{pair.spec.family} computes features and has no loss to learn from; use --method weight")
     schedule = Schedule.of(method, schedule, options)
+    if pair.spec.task == "features":
+        if schedule.objective == "text":
+            raise LmcError(f"{pair.spec.family} computes features and predicts no text; use the objective endpoints")
+        schedule = replace(schedule, objective="endpoints")
     device = require_device(device)
     meter, watch = meter or Meter(device), Watch(progress, cancel)
     tokens = as_data(tokens, pair.a)

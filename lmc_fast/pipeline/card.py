@@ -85,7 +85,8 @@ def _barrier(models: Sequence[Model]) -> dict[str, Any] | None:
         return None  # another program's
     if names != {model.path.name for model in models} or not math.isfinite(barrier + at):
         return None
-    return {"nats": barrier, "at": at, "between": sorted(names), "curve": str(curve.get("name"))}
+    unit = str(curve.get("unit", "nats"))
+    return {"nats": barrier, "unit": unit, "at": at, "between": sorted(names), "curve": str(curve.get("name"))}
 
 
 def _mergekit(record: dict[str, Any], family: Family) -> dict[str, Any]:
@@ -133,8 +134,8 @@ def _card(record: dict[str, Any], config: str) -> str:
     if record["barrier"]:
         found = record["barrier"]
         lines.append(
-            f"The loss along the line between {' and '.join(found['between'])} lies at most {found['nats']:.4f} nats "
-            f"above the straight line (at {found['at']:.2f}), says the report of the run that aligned them.\n"
+            f"The loss along the line between {' and '.join(found['between'])} lies at most "
+            f"{found['nats']:.4f} {found['unit']} above the straight line (at {found['at']:.2f}), says the report of the run that aligned them.\n"
         )
     lines += [f"Note: {_cell(note)}.\n" for note in record["notes"]]
     lines.append("SHA-256 of what was merged:\n\n```")

@@ -19,6 +19,7 @@ from ..checkpoints import Model, Weights, checkpoint_names
 from ..checkpoints import export as export_weights
 from ..checkpoints.tensor_file import require_writable
 from ..data import Given, as_data, split_validation
+from ..engine.model import require_task
 from ..errors import Cancelled, LmcError
 from ..examples import Data, digest, inputs_of
 from ..files import to_json
@@ -114,6 +115,7 @@ def heal(
     device, target = require_device(device), user_path(out)
     require_apart((target, partial_of(target)), (merged, *endpoints))
     models = models_of([Model(place) for place in (merged, *endpoints)], repeated=True)
+    require_task(models.spec)
     given = data if isinstance(data, Mapping) else {"": data}
     wrong = [name for name in given if name and name not in names[1:]]
     if wrong or not given:

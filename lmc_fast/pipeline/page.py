@@ -65,7 +65,9 @@ def _verdict(report: dict[str, Any]) -> list[str]:
     curves = report.get("curves", [])
     if len(curves) > 1:
         first, last = curves[0], curves[-1]
-        lines += [f"The barrier is {last['barrier']:.3f} nats, and was {first['barrier']:.3f} before."]
+        lines += [
+            f"The barrier is {last['barrier']:.3f} {last.get('unit', 'nats')}, and was {first['barrier']:.3f} before."
+        ]
     return lines
 
 

@@ -123,8 +123,6 @@ def run(
     test = validation if test is None else test
     if points is not None:
         require_points(points)
-    if pair.spec.task == "features":
-        validation = test = None  # features have no loss
     meter, watch = meter or Meter(device), Watch(progress, cancel)
     for note in dict.fromkeys(f"{model.source}: {note}" for model in pair.members for note in notes_on(model)):
         _log.info(note)

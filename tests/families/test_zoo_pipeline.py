@@ -118,19 +118,25 @@ def test_labelled_texts_that_are_refused(checkpoint_of, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["clip-vision", "clip-text", "clip-vision-headless", "bert-headless", "bert-answers"])
-def test_towers_are_matched_without_a_loss(name, ends, tmp_path):
+def test_towers_learn_from_the_distance_of_features(name, ends, tmp_path, capsys):
     a, b = ends(name)
     if name.startswith("clip-vision"):
         data = write_images(tmp_path / "data.npz")
     else:
         data = tmp_path / "ids.npy"
         np.save(data, np.arange(1200) % 40)
-    common = [str(a), str(b), "--data", str(data), "--out", str(tmp_path / "out"), "--block", "16", "--quiet"]
-    assert main(["align", *common, "--method", "dual"]) == 2
-    assert main(["align", *common, "--method", "weight"]) == 0
+    common = [str(a), str(b), "--data", str(data), "--out", str(tmp_path / "out"), "--block", "16"]
+    assert main(["align", *common, "--steps", "12", "--batch", "8", "--quiet", "--objective", "text"]) == 2
+    assert "features" in capsys.readouterr().err
+    assert main(["align", *common, "--steps", "12", "--batch", "8", "--json"]) == 0
+    naive, matched, learned = (curve for curve in json.loads(capsys.readouterr().out)["curves"])
+    assert naive["losses"][0] == naive["losses"][-1] == 0 and naive["unit"] == "of the features' squares"
+    assert naive["barrier"] > matched["barrier"] >= learned["barrier"] > 0
     assert main(["verify", str(b), str(tmp_path / "out" / "b"), "--quiet"]) == 0
     assert main(["verify", str(a), str(b), "--quiet"]) == 1
-    assert main(["barrier", str(a), str(b), "--data", str(data), "--block", "16", "--quiet"]) == 2
+    assert main(["barrier", str(a), str(b), "--data", str(data), "--block", "16", "--quiet"]) == 0
+    with pytest.raises(lmc.LmcError, match="this needs a model with a loss"):
+        lmc.heal(a, [a, b], zoo.inputs(name), tmp_path / "healed")
 
 
 @pytest.mark.parametrize("name", ["olmo2", "gemma2", "qwen2-moe", "bloom", "olmo-clipped"])

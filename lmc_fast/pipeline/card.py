@@ -135,7 +135,8 @@ def _card(record: dict[str, Any], config: str) -> str:
         found = record["barrier"]
         lines.append(
             f"The loss along the line between {' and '.join(found['between'])} lies at most "
-            f"{found['nats']:.4f} {found['unit']} above the straight line (at {found['at']:.2f}), says the report of the run that aligned them.\n"
+            f"{found['nats']:.4f} {found['unit']} above the straight line (at {found['at']:.2f}), says the report of "
+            "the run that aligned them.\n"
         )
     lines += [f"Note: {_cell(note)}.\n" for note in record["notes"]]
     lines.append("SHA-256 of what was merged:\n\n```")

@@ -169,6 +169,7 @@ def test_other_weights_for_some_blocks(three, tmp_path):
 
 def test_every_slot_outside_the_blocks_is_before_or_behind_them():
     before = {"embed", "positions", "types", "patch", "cls", "distill", "mask", "embed_norm"}
+    before |= {"relative", "relative_norm"}
     behind = {"final_norm", "head", "head_transform", "head_norm", "pooler", "relation"}
     for family in FAMILIES.values():
         for entry in family.ends:

@@ -197,7 +197,7 @@ def test_the_card_tells_the_barrier_that_a_report_beside_the_models_tells(make_c
     record = lmc.merge(tmp_path / "out" / "a", tmp_path / "out" / "b", tmp_path / "m")
     curve = report["curves"][-1]
     assert record["barrier"] == {
-        "nats": curve["barrier"], "at": curve["at"], "between": ["a", "b"], "curve": "matched"
+        "nats": curve["barrier"], "unit": "nats", "at": curve["at"], "between": ["a", "b"], "curve": "matched"
     }  # fmt: skip
     assert f"{curve['barrier']:.4f} nats" in (tmp_path / "m" / "README.md").read_text()
     for damage in ("[]", '{"members": 3}', '{"members": [{"name": "a"}], "curves": [{"barrier": "x", "at": []}]}', "{"):

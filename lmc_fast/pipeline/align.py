@@ -361,7 +361,11 @@ def _learn(
         watch.begin("learning", steps, learner.done, step_seconds)
         held_out = learner.tokens if validation is None else validation.to(learner.tokens.device)
         judge = judging(held_out, steps * learner.schedule.batch)
+        began = time.monotonic()
         ends = learner.corner_losses(judge)
+        if step_seconds is None:  # a step's passes forward, and one backward of twice as much
+            pass_seconds = (time.monotonic() - began) / (len(ends) * len(judge))
+            watch.expect(pass_seconds * learner.schedule.batch * (learner.schedule.teachers + 3))
         notes += useless_endpoints(learner.source.spec, ends)
         for note in notes:
             _log.warning(note)

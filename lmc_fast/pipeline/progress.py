@@ -29,8 +29,8 @@ class Progress:
         stage: "placing", "matching", "preparing", "learning", "measuring", "writing", "verifying", "diagnosing", or of
             heal "trying" and "healing".
         note: for people.
-        eta: seconds that are left of the stage: from the plan before the first step, then from what steps took; None
-            where nothing is known.
+        eta: seconds that are left of the stage: before the first step of learning from the plan, or from what a pass
+            through the models took, then from what steps took; None where nothing is known.
 
     >>> pair = lmc.open_pair("A", "B")
     >>> tokens = lmc.read_tokens("text.txt", pair.a, 16)
@@ -63,6 +63,10 @@ class Watch:
         self.stage, self._first, self._expected = stage, done, step_seconds
         self._began = time.monotonic()
         self.at(done, steps, **facts)
+
+    def expect(self, step_seconds: float) -> None:
+        """A better guess of what a step of this stage takes, before there is one."""
+        self._expected = step_seconds
 
     def at(self, step: int, steps: int, **facts: Any) -> None:
         """facts: other fields of Progress."""

@@ -58,6 +58,7 @@ def test_every_stage_tells_how_far_it_is(case, memory, tmp_path):
     )
     learning = [at for at in seen if at.stage == "learning"]
     assert [at.step for at in learning] == [0, 0, 1, 2, 3, 4] and learning[-1].loss is not None
+    assert learning[1].eta > 0 and learning[-1].eta == 0  # there is one before the first step
     assert learning[0].steps == 4 and learning[-1].eta == 0 and learning[3].eta > 0
     # before the first step the plan knows
     assert (learning[0].eta is not None) == (memory is not None) and (memory is None or learning[0].eta > 0)

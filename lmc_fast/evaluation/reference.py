@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..checkpoints.lazy import CHUNK_ELEMENTS
 from ..engine.model import model_inputs, target_rows
 from ..errors import LmcError
 from ..examples import Data, inputs_of
+from .stored import Part, names_in, tensors_in
 
 _AUTO = {"causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM", "image": "AutoModelForImageClassification"}
 
@@ -130,7 +130,7 @@ class Reference:
         if not lists:
             raise Unreadable(f"{type(model).__name__} has no list of {layers} blocks")
         blocks = min(lists, key=lambda item: item[0].count("."))[1]
-        self._file_of = {name: file for file in self._source[0] for name in _names(file)}
+        self._file_of = {name: file for file in self._source[0] for name in names_in(file)}
         groups: dict[int, list[str]] = {}
         for name in self._file_of:
             number = re.search(r"(?:^|\.)(\d+)\.", name)  # the first number of a name is its block's
@@ -189,8 +189,8 @@ class Reference:
     def _load(self, names: Sequence[str], rows: Tensor | None, config: Any) -> None:
         """Stored tensors, or some rows of them, into the model, by transformers' own loading."""
         with ExitStack() as stack, quiet():
-            files = {f: stack.enter_context(_opened(f)) for f in {self._file_of[name] for name in names}}
-            state = {name: _Part(files[self._file_of[name]](name), rows) for name in names}
+            files = {f: stack.enter_context(tensors_in(f)) for f in {self._file_of[name] for name in names}}
+            state = {name: Part(files[self._file_of[name]](name), rows) for name in names}
             found = self._stock._load_pretrained_model(self.model, state, None, config)
         info = found[0] if isinstance(found, tuple) else found
         bad = sorted(map(str, (*info.mismatched_keys, *info.conversion_errors)))
@@ -315,21 +315,6 @@ def _given(out: Any, *_: Any, **__: Any) -> Any:
     return out
 
 
-class _Part:
-    """A stored tensor, or rows of it, for a loader that asks for [...] once it is wanted."""
-
-    def __init__(self, stored: Any, rows: Tensor | None):
-        self._stored, self._numbers = stored, None if rows is None else rows.tolist()
-
-    def __getitem__(self, key: Any) -> Tensor:
-        numbers = self._numbers
-        if numbers is None:
-            return self._stored[key]
-        if numbers[-1] - numbers[0] == len(numbers) - 1:  # they ascend
-            return self._stored[numbers[0] : numbers[-1] + 1]
-        return torch.cat([self._stored[n : n + 1] for n in numbers])
-
-
 def _class_of(path: Path, task: str, names: Sequence[str]) -> Any:
     import transformers
 
@@ -364,29 +349,6 @@ def _places(module: nn.Module) -> list[_Place]:
 def _clear(places: Sequence[_Place]) -> None:
     for place in places:
         place.put(place.empty)
-
-
-def _names(file: str) -> list[str]:
-    if file.endswith(".safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            return list(tensors.keys())
-    return list(_pickled(file))
-
-
-@contextmanager
-def _opened(file: str) -> Iterator[Callable[[str], Any]]:
-    """Name -> what transformers reads that tensor from."""
-    if file.endswith(".safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors.get_slice
-    else:
-        yield _pickled(file).__getitem__
-
-
-def _pickled(file: str) -> dict[str, Tensor]:
-    from transformers.modeling_utils import load_state_dict
-
-    return load_state_dict(file)
 
 
 @contextmanager

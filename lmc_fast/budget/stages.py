@@ -205,7 +205,7 @@ class Stages:
         sums = _FP64 * (2 * heads**2 + 2 * kv**2 + units**2 + spec.width**2)
         seen = 2 * heads + 2 * kv + 2 * spec.width + 2 * units
         streams = 2 * FP32 * (tokens * spec.width + max(GATHERED, self.length) * seen)
-        return block_bytes(spec, FP32) + sums + streams + self._maps(2 * 2)
+        return block_bytes(spec, FP32) + sums + streams + self._maps(2 * self.members)
 
     def _comparing(self) -> int:
         """Every pair of a block's FFN units, experts or heads: both endpoints' block, and B's turned one.
@@ -219,10 +219,14 @@ class Stages:
         rest = _SQUARES * spec.width**2 + 4 * _FP64 * CHUNK_ELEMENTS
         if self.members == 2:
             return 3 * block_bytes(spec, size) // 2 + pairs + rest + self._maps(2 * 2 + 1)
-        # all members' blocks as they were found, their sum, one more that is matched to it, and what is found of each
+        # all members' blocks as they stand, the sum of all but one, that one, and room to make it; evidence from
+        # activations, as read, moved and by itself; of every two members' streams, from the ends and from all; what
+        # balances each member, with inverses, and what is found of it
         blocks = (self.members + 3) * self._elements * size
-        stream = 2 * self.members * _FP64 * spec.width**2
-        return blocks + pairs + rest + stream + self._maps(4 * self.members)
+        pairs = max(pairs, 4 * size * spec.ffn.width**2)
+        kinds = 2 if rotates(spec) else 4
+        stream = (self.members * (self.members - 1) // 2 * kinds + self.members) * _FP64 * spec.width**2
+        return blocks + pairs + rest + stream + self._maps(3 * self.members + 1)
 
     def _activations(self) -> int:
         """Of one input on its way through a block, with its rows of the embedding."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import combinations
 
 import torch
@@ -103,21 +105,33 @@ class _Universe:
 
     def _block(self, i: int, streams: _Streams) -> float:
         """Matches block i of each model in turn; adds what all say of the streams, returns what else agrees."""
-        spec, dtype = self.spec, work_dtype(self.spec)
-        own = [at_work(spec, w.blocks[i]) for w in self.members]
-        moved = [self._moved(k, i, own[k]) if k in self.known else None for k in range(len(own))]
-        for k in range(len(own)):
-            others = [m for j, m in enumerate(moved) if j != k and m is not None]
+        self._match_block(i)
+        return self.evidence.weights * streams.add(self._inside(i)) + self._agreeing(i)
+
+    def _match_block(self, i: int) -> None:
+        """Beside the models as they stand, no more is held than one of them as it was: blocks are read again."""
+        count = len(self.members)
+        moved = [self._moved(k, i) if k in self.known else None for k in range(count)]
+        for k in range(count):
+            others = [j for j, m in enumerate(moved) if j != k and m is not None]
             if not others:
                 continue
-            aim = {name: torch.stack([m[name] for m in others]).sum(0) for name in own[k]}
-            turned = apply(spec, _cast(dtype, {STREAM: self.found[k].model[STREAM]}), own[k])
-            seen = self._seen(k, i, [j for j, m in enumerate(moved) if j != k and m is not None])
-            seen = self._scaled(i, seen, aim, turned)
-            self._match(k, i, aim, turned, seen)
-            moved[k] = self._moved(k, i, own[k])
-        inside = [apply(spec, _cast(dtype, self.found[k].blocks[i]), own[k]) for k in range(len(own))]
-        return self.evidence.weights * streams.add(inside) + self._agreeing(i)
+            turned = self._own(k, i, {STREAM: self.found[k].model[STREAM]})
+            aim = _sum([m for j, m in enumerate(moved) if j in others and m is not None])
+            moved[k] = None  # what it becomes takes its place
+            self._match(k, i, aim, turned, self._scaled(i, self._seen(k, i, others), aim, turned))
+            moved[k] = apply(self.spec, _cast(work_dtype(self.spec), self.found[k].blocks[i]), turned)
+
+    def _own(self, k: int, i: int, elements: Elements) -> Slots:
+        """Block i of a model, moved by these alone."""
+        return apply(self.spec, _cast(work_dtype(self.spec), elements), at_work(self.spec, self.members[k].blocks[i]))
+
+    def _moved(self, k: int, i: int) -> Slots:
+        return self._own(k, i, self.found[k].model | self.found[k].blocks[i])
+
+    def _inside(self, i: int) -> list[Slots]:
+        """Block i of all models as they stand, but for their streams."""
+        return [self._own(k, i, self.found[k].blocks[i]) for k in range(len(self.members))]
 
     def _match(self, k: int, i: int, aim: Slots, turned: Slots, seen: Mapping[str, Table]) -> None:
         """The best elements of one model's block, unless those that it has are better."""
@@ -127,14 +141,8 @@ class _Universe:
         if spec.ffn.experts.count:
             found |= match_experts(spec, aim, turned)
         if spec.ffn.width:
-            score, negative = unit_scores(spec, aim, turned, seen.get("hidden"), shares)
-            found["units"] = match_units(score, negative)
-        groups: tuple[tuple[str, ...], ...] = (
-            ("heads", "queries", "vo", "qk"),
-            ("experts", "expert_units"),
-            ("units",),
-        )
-        for spaces in groups:
+            found["units"] = match_units(*unit_scores(spec, aim, turned, seen.get("hidden"), shares))
+        for spaces in _TOGETHER:
             mine, before = ({s: e[s] for s in spaces if s in e} for e in (found, old))
             if before and self._fit(aim, turned, seen, before) > self._fit(aim, turned, seen, mine):
                 continue  # an assignment that is not exact found worse than what there was
@@ -154,10 +162,6 @@ class _Universe:
                 total += float(_rows_moved(self.spec, name, elements, c.mT).diagonal().sum())
         return total
 
-    def _moved(self, k: int, i: int, own: Slots) -> Slots:
-        g = self.found[k]
-        return apply(self.spec, _cast(work_dtype(self.spec), g.model | g.blocks[i]), own)
-
     # ------------------------------------------------------------------------------------------------------ activations
 
     def _seen(self, k: int, i: int, others: Sequence[int]) -> dict[str, Table]:
@@ -165,10 +169,13 @@ class _Universe:
         if self.statistics is None:
             return {}
         total: dict[str, Tensor] = {}
-        for j in others:
+        for number, j in enumerate(others):
             for name, c in self._between(j, k, i).items():
                 part = _rows_moved(self.spec, name, self.found[j].blocks[i], c)
-                total[name] = total[name] + part if name in total else part  # which may be the statistics themselves
+                if number < 2:  # the first may be the statistics themselves
+                    total[name] = total[name] + part if number else part
+                else:
+                    total[name] += part
         return {name: Table.of(c) for name, c in total.items()}
 
     def _between(self, j: int, k: int, i: int) -> dict[str, Tensor]:
@@ -182,13 +189,15 @@ class _Universe:
         """Brought to the size of what weights say, by factors that stay as they were the first time."""
         scaled: dict[str, Table] = {}
         for name, table in seen.items():
-            c = table.rows(0, table.shape[0])
             if name not in self.scales[i]:
-                weights = torch.zeros_like(c)
-                add_evidence(weights, self.spec, _SPACES[name], aim, turned)
-                ratio = float(weights.norm() / c.norm().clamp(min=1e-30))
-                self.scales[i][name] = self.evidence.activations * ratio
-            scaled[name] = Table.of(c * self.scales[i][name])
+                squares = sizes = 0.0
+                for start, part in table.chunks():
+                    said = torch.zeros(part.shape, dtype=torch.float64, device=part.device)
+                    run = slice(start, start + len(part))
+                    add_evidence(said, self.spec, _SPACES[name], aim, turned, run=run)
+                    squares, sizes = squares + float(said.norm()) ** 2, sizes + float(part.double().norm()) ** 2
+                self.scales[i][name] = self.evidence.activations * (squares / max(sizes, 1e-60)) ** 0.5
+            scaled[name] = replace(table, function=partial(torch.mul, other=self.scales[i][name]))
         return scaled
 
     def _agreeing(self, i: int) -> float:
@@ -232,16 +241,18 @@ class _Universe:
         assert head is not None
         return head.rows(0, 0).device
 
-    def _aim(self, streams: _Streams, k: int, others: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _aim(self, streams: _Streams, k: int, others: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """What model k's stream should fit: of the sum of the others as they stand."""
-        mapped, ordered = torch.zeros_like(streams.mapped[0, 1]), torch.zeros_like(streams.mapped[0, 1])
+        mapped = torch.zeros_like(streams.mapped[0, 1])
+        ordered = torch.zeros_like(mapped) if streams.ordered else None
         for j in others:
             r, (c, o) = _matrix(self.found[j].model[STREAM]), self._pair(streams, j, k)
             mapped += r @ c
-            ordered += r.abs() @ o
+            if ordered is not None and o is not None:
+                ordered += r.abs() @ o
         return mapped, ordered
 
-    def _pair(self, streams: _Streams, j: int, k: int) -> tuple[Tensor, Tensor]:
+    def _pair(self, streams: _Streams, j: int, k: int) -> tuple[Tensor, Tensor | None]:
         """What weights and activations say of two streams: rows of model j, columns of model k."""
         low, high = min(j, k), max(j, k)
         c = self.evidence.weights * streams.mapped[low, high]
@@ -251,14 +262,16 @@ class _Universe:
                 ratio = float(streams.mapped[low, high].norm() / seen.norm().clamp(min=1e-30))
                 self.stream_scale = self.evidence.activations * ratio
             c = c + self.stream_scale * seen
-        o = self.evidence.weights * streams.ordered[low, high]
-        return (c, o) if j < k else (c.mT, o.mT)
+        o = self.evidence.weights * streams.ordered[low, high] if streams.ordered else None
+        return (c, o) if j < k else (c.mT, o if o is None else o.mT)
 
     def _agreement(self, streams: _Streams) -> float:
         total = 0.0
         for j, k in combinations(range(len(self.members)), 2):
             (c, o), r, s = self._pair(streams, j, k), *(_matrix(self.found[m].model[STREAM]) for m in (j, k))
-            total += float(((r @ c) * s).sum() + ((r.abs() @ o) * s.abs()).sum())
+            total += float(((r @ c) * s).sum())
+            if o is not None:
+                total += float(((r.abs() @ o) * s.abs()).sum())
         return total
 
     def _head_units(self, streams: _Streams) -> None:
@@ -293,17 +306,23 @@ class _Universe:
 
 
 class _Streams:
-    """What the slots of every two models say of their streams, before either is turned; (d, d) float64 each."""
+    """What the slots of every two models say of their streams, before either is turned; (d, d) float64 each.
+
+    ordered: of gains that lie in the stream; nothing where it rotates, since then there are none.
+    """
 
     def __init__(self, spec: Spec, mapped: dict[tuple[int, int], Tensor], ordered: dict[tuple[int, int], Tensor]):
         self.spec, self.mapped, self.ordered = spec, mapped, ordered
 
     @staticmethod
     def of_ends(members: Sequence[Weights]) -> _Streams:
-        found = {(j, k): ends_evidence(members[j], members[k]) for j, k in combinations(range(len(members)), 2)}
-        return _Streams(
-            members[0].spec, {p: e.mapped for p, e in found.items()}, {p: e.ordered for p, e in found.items()}
-        )
+        streams = _Streams(members[0].spec, {}, {})
+        for j, k in combinations(range(len(members)), 2):
+            found = ends_evidence(members[j], members[k])
+            streams.mapped[j, k] = found.mapped
+            if not rotates(streams.spec):
+                streams.ordered[j, k] = found.ordered
+        return streams
 
     def copy(self) -> _Streams:
         mapped, ordered = ({pair: c.clone() for pair, c in each.items()} for each in (self.mapped, self.ordered))
@@ -316,9 +335,19 @@ class _Streams:
         for j, k in self.mapped:
             x, y = members[j], members[k]
             add_evidence(self.mapped[j, k], self.spec, (STREAM,), x, y)
-            add_evidence(self.ordered[j, k], self.spec, (STREAM,), x, y, moves=ORDERED)
+            if self.ordered:
+                add_evidence(self.ordered[j, k], self.spec, (STREAM,), x, y, moves=ORDERED)
             inner += sum(float((x[name] * y[name]).sum(dtype=torch.float64)) for name in apart)
         return inner
+
+
+def _sum(blocks: Sequence[Slots]) -> Slots:
+    """Slot by slot."""
+    total = {name: t.clone() for name, t in blocks[0].items()}
+    for block in blocks[1:]:
+        for name, t in block.items():
+            total[name] += t
+    return total
 
 
 def _has_stream(spec: Spec, slot: str) -> bool:

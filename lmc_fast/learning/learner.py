@@ -235,7 +235,7 @@ class Learner:
 
     def _rate(self, step: int) -> float:
         rate = self.schedule.rate(step, self.schedule.batch * self.tokens.shape[1], self.history.since)
-        return rate * self.history.factor
+        return rate * self.schedule.haste * self.history.factor
 
     def _items(self, step: int) -> list[Item]:
         """This process's share of a step, in micro-batches."""

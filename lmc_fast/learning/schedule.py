@@ -21,6 +21,8 @@ METHODS = {"dual": 2, "one-sided": 1}  # that learn, and how many endpoints they
 CLOSED_FORMS = ("activation", "weight")  # methods without gradients
 WIDTH = 128  # of the models that matrix_lr is meant for; it falls as 1 / width
 WARMUP_TOKENS = 2048
+LONG = 250  # steps from which the rates are meant as they are; in fewer each step goes farther
+HASTE = 4.0  # times as far, at most
 EDGE_STEPS = 6  # between many models, one step of so many is on an edge
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _PLASTIC = 0.7548776662466927  # apart from the golden ratio, which lambda follows
@@ -179,7 +181,7 @@ class Schedule:
         return torch.bucketize(places, edges, right=True)
 
     def warmup_steps(self, tokens: int = WARMUP_TOKENS) -> int:
-        """Steps until the rate is full, at most a quarter of all.
+        """Steps until the rate is full, at most a tenth of all.
 
         Args:
             tokens: read in a step.
@@ -187,7 +189,12 @@ class Schedule:
         Returns:
             A number of steps.
         """
-        return min(math.ceil(self.warmup * WARMUP_TOKENS / tokens), max(1, self.steps // 4))
+        return min(math.ceil(self.warmup * WARMUP_TOKENS / tokens), max(1, self.steps // 10))
+
+    @property
+    def haste(self) -> float:
+        """By what a run multiplies its rates: short ones, of Muon's steps of one size, would not come far otherwise."""
+        return min(HASTE, math.sqrt(max(1.0, LONG / max(1, self.steps))))
 
     def rate(self, step: int, tokens: int = WARMUP_TOKENS, since: int = 0) -> float:
         """The learning rate's course: cosine, after linear warm-up at the start and at `since`.

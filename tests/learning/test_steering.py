@@ -63,9 +63,15 @@ def test_a_chosen_objective_is_not_tried_but_steered():
 
 def test_warm_up_counts_tokens_and_begins_again_where_a_run_goes_back():
     schedule = Schedule(steps=400)
-    assert [schedule.warmup_steps(tokens) for tokens in (2048, 1024, 512, 1, 1 << 20)] == [10, 20, 40, 100, 1]
+    assert [schedule.warmup_steps(tokens) for tokens in (2048, 1024, 512, 1, 1 << 20)] == [10, 20, 40, 40, 1]
     assert schedule.rate(4, 512) == 5 / 40 and schedule.rate(100, since=96) == 0.5 * schedule.rate(100)
     assert schedule.matrix_rate(64) == schedule.matrix_rate(128) == 4 * schedule.matrix_rate(512) == 0.035
+
+
+def test_short_runs_take_longer_steps():
+    hastes = [Schedule(steps=steps).haste for steps in (0, 1, 10, 30, 250, 1200)]
+    assert hastes[:3] == [4, 4, 4] and hastes[4:] == [1, 1]
+    assert hastes[3] == pytest.approx(math.sqrt(250 / 30)) and Schedule(steps=30).rate(2) == 1
 
 
 def test_best_is_the_first_of_the_least():

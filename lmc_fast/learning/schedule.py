@@ -42,7 +42,8 @@ class Schedule:
         low: lambda is drawn from [low, high].
         high: see low.
         objective: "endpoints", "text", or "auto": what a trial of both finds better, see learning.steering.
-        matrix_lr: of rotations and head maps: radians per step up to a width of 128, less beyond.
+        matrix_lr: of rotations and head maps: radians per step up to a width of 128, less beyond. Runs of fewer than
+            250 steps take this and scale_lr times `haste`.
         scale_lr: of scales and RoPE angles (Adam).
         warmup: steps of 2048 tokens each until the rate is full; with fewer tokens a step, more steps.
         final: the last learning rate, as a share of the first.

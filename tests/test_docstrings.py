@@ -25,6 +25,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lmc_fast as lmc
+from lmc_fast.budget.demand import Item, Job
+from lmc_fast.budget.devices import Device
+from lmc_fast.budget.meter import Stage
+from lmc_fast.budget.planner import Strategy
+from lmc_fast.checkpoints.weights import Weights
+from lmc_fast.evaluation.diagnosis import BlockReport
 
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
@@ -108,7 +114,8 @@ def members_of(found):
                 yield name, value
 
 
-PUBLIC = [(name, getattr(lmc, name)) for name in NAMES]
+PARTS = [Weights, BlockReport, Stage, Strategy, Item, Job, Device]  # of public objects; the reference shows them, too
+PUBLIC = [*((name, getattr(lmc, name)) for name in NAMES), *((part.__name__, part) for part in PARTS)]
 CLASSES = [(name, found) for name, found in PUBLIC if inspect.isclass(found)]
 FUNCTIONS = [(name, found) for name, found in PUBLIC if not inspect.isclass(found)]
 FUNCTIONS += [(f"{name}.{m}", f) for name, c in CLASSES for m, f in members_of(c) if not isinstance(f, property)]
@@ -162,7 +169,7 @@ def test_arguments_results_and_errors_of_functions(found):
 @by_name(CLASSES)
 def test_fields_and_arguments_of_classes(found):
     said, made = sections(found), "__dataclass_params__" in vars(found)
-    fields = [field.name for field in dataclasses.fields(found)] if made else []
+    fields = [field.name for field in dataclasses.fields(found)] if made else list(getattr(found, "_fields", ()))
     if "__init__" in vars(found) and not made:
         assert not wrong_arguments(found, said.get("Args", ""))
         stored = [n for n in nodes(found.__init__) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)]

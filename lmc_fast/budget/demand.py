@@ -41,6 +41,7 @@ class Job:
 
     @property
     def sequences(self) -> int:
+        """In a step."""
         return max(1, -(-self.tokens // self.length))
 
 

@@ -42,6 +42,7 @@ class Device:
 
     @property
     def itemsize(self) -> int:
+        """Bytes of a number in `dtype`."""
         return self.dtype.itemsize
 
 

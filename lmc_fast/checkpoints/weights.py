@@ -44,16 +44,30 @@ class Weights:
     tables: dict[str, Table] = field(default_factory=dict)
 
     def table(self, name: str) -> Table | None:
-        """One of TABLES by rows, lazy or not; None where the architecture has none of that name."""
+        """One of the tables by rows, lazy or not.
+
+        Args:
+            name: "embed" or "head".
+
+        Returns:
+            The table; None where the architecture has none of that name.
+        """
         return Table.of(self.ends[name]) if name in self.ends else self.tables.get(name)
 
     @property
     def small_ends(self) -> Slots:
-        """`ends` without TABLES."""
+        """`ends` without the tables."""
         return {name: t for name, t in self.ends.items() if name not in TABLES}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Weights:
-        """Applies `function` to every tensor; it must treat rows of tables one by one."""
+        """Applies a function to every tensor.
+
+        Args:
+            function: what to do to a tensor; it must treat rows of tables one by one.
+
+        Returns:
+            The weights with the results, as lazy as these.
+        """
         tables = {name: table.map(function) for name, table in self.tables.items()}
         ends = {name: function(t) for name, t in self.ends.items()}
         return Weights(self.spec, ends, self._map_blocks(lambda _, w: _each(w, function)), tables)
@@ -61,10 +75,16 @@ class Weights:
     def in_dtype(
         self, dtype: torch.dtype, ends: Callable[[Slots], Slots], block: Callable[[int, Slots], Slots]
     ) -> Weights:
-        """Applies functions to the ends and to each (index, block), in at least `dtype`; the result keeps its own.
+        """Applies functions to the ends and to each block, in at least `dtype`; the result keeps its own.
 
-        `ends` must treat rows of tables one by one: of lazy weights it is given some rows of a table at a time, and no
-        row of the others.
+        Args:
+            dtype: to compute in, where that of a tensor is narrower.
+            ends: must treat rows of tables one by one: of lazy weights it is given some rows of a table at a time, and
+                no row of the others.
+            block: of the number of a block and its slots.
+
+        Returns:
+            The weights with the results, as lazy as these.
         """
 
         def wide(function: Callable[[Slots], Slots], slots: Slots) -> Slots:
@@ -84,10 +104,23 @@ class Weights:
         return Weights(self.spec, small, blocks, {name: lazily(name) for name in self.tables})
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Weights:
+        """The same in another dtype, or on another device.
+
+        Args:
+            dtype: of all tensors.
+            device: where to; None: where they are.
+
+        Returns:
+            The weights there, as lazy as these.
+        """
         return self.map(lambda t: t.to(device=device, dtype=dtype))
 
     def load(self) -> Weights:
-        """The same with everything in memory."""
+        """The same with everything in memory.
+
+        Returns:
+            Weights that are not lazy.
+        """
         tables = {name: table.rows(0, table.shape[0]) for name, table in self.tables.items()}
         return Weights(self.spec, self.ends | tables, list(self.blocks))
 

@@ -113,14 +113,17 @@ def _read_folder(folder: Path, image: ImageInput) -> tuple[Tensor, Tensor]:
     mode = {1: "L", 3: "RGB"}.get(image.channels)
     if mode is None:
         raise LmcError(f"a model of {image.channels} channels reads no image files; give an .npz file")
-    pixels, labels = [], []
-    for label, home in enumerate(sorted(entry for entry in folder.iterdir() if entry.is_dir())):
-        for file in sorted(entry for entry in home.iterdir() if entry.suffix.lower() in _FILES):
-            pixels.append(_read_image(file, image, mode))
-            labels.append(label)
-    if not pixels:
+    homes = sorted(entry for entry in folder.iterdir() if entry.is_dir())
+    found = [
+        (label, file)
+        for label, home in enumerate(homes)
+        for file in sorted(entry for entry in home.iterdir() if entry.suffix.lower() in _FILES)
+    ]
+    if not found:
         raise LmcError(f"{folder} holds no class folders with image files ({', '.join(_FILES)})")
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), torch.tensor(labels)
+    require_memory(_COPIES * len(found) * image.size**2 * image.channels, folder)
+    pixels = np.stack([_read_image(file, image, mode) for _, file in found])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor([label for label, _ in found])
 
 
 def _read_image(file: Path, image: ImageInput, mode: str) -> np.ndarray:

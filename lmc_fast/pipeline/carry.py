@@ -309,7 +309,7 @@ def _judge(
         f"{child.source} is {distance:.2f} away from {base.model.source}, "
         "where 0 is the same weights and 1 unrelated ones"
     )
-    if distance >= UNRELATED:
+    if not distance < UNRELATED:  # NaN, too
         others = [name for name in known.names if name != member]
         near = next((name for name in others if _is_near(known, name, child)), None)
         remedy = f"it is near to {near}: use --from {near}" if near else "give a checkpoint that was trained from it"

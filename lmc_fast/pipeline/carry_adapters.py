@@ -191,7 +191,7 @@ def _compare_slots(adapter: Adapter, eps: float, wanted: Slots, found: Slots, pl
     change = sum(float((wanted[name] - t).square().sum()) for name, t in plain.items()) ** 0.5
     for name, t in plain.items():
         off = float((found[name] - wanted[name]).norm())
-        if off > _ROUNDING * eps * (change + float((wanted[name] - t).norm())) + _EXACT * float(t.norm() + 1):
+        if not off <= _ROUNDING * eps * (change + float((wanted[name] - t).norm())) + _EXACT * float(t.norm() + 1):
             raise LmcError(
                 f"{adapter.path} cannot be carried exactly as an adapter: {name} would be {off:.1e} off, since what "
                 f"becomes of it in the aligned basis is no change of low rank; {_REMEDY}"

@@ -21,6 +21,7 @@ PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 60  # cgroup v1 writes a number near 2^63 for "no limit"
 _MMAP_THRESHOLD = -3  # of mallopt
+LIBRARIES = 176 << 20  # pages of libraries that a process has when it begins to compute (measured)
 FIRST_USE = 56 << 20  # code and buffers of libraries that come into memory with the first computation (measured)
 UNCERTAIN = 16 << 20  # the process's own size is rounded up to multiples of it: it is never twice the same
 
@@ -39,7 +40,8 @@ def counted_bytes(device: torch.device | str) -> int:
     global _first_counted
     if torch.device(device).type == "cuda":
         return 0
-    now = resident_bytes()
+    files = _status("RssFile")  # where libraries are not in the system's cache, their pages come in only when used
+    now = resident_bytes() + (0 if files is None else max(0, LIBRARIES - files))
     _first_counted = min(now, _first_counted or now)
     return -(-max(now, _first_counted + FIRST_USE) // UNCERTAIN) * UNCERTAIN
 

@@ -6,6 +6,8 @@ import torch
 from lmc_fast.budget import meter as meter_module
 from lmc_fast.budget.meter import (
     FIRST_USE,
+    LIBRARIES,
+    UNCERTAIN,
     Meter,
     available_memory,
     budget_warning,
@@ -37,9 +39,16 @@ def test_the_peak_of_each_stage():
         assert meter.stages[2].peak_rss < busy.peak_rss - BIG / 2
 
 
-def test_what_counts_towards_a_budget():
+def test_what_counts_towards_a_budget(monkeypatch, tmp_path):
     assert counted_bytes("cuda") == 0
-    assert resident_bytes() <= counted_bytes("cpu") <= resident_bytes() + 2 * FIRST_USE
+    assert resident_bytes() <= counted_bytes("cpu") <= resident_bytes() + 2 * FIRST_USE + LIBRARIES
+    monkeypatch.setattr(meter_module, "PROC", tmp_path)
+    monkeypatch.setattr(meter_module, "_first_counted", None)
+    (tmp_path / "self").mkdir()
+    for files, more in ((LIBRARIES, 0), (LIBRARIES // 2, LIBRARIES // 2), (2 * LIBRARIES, 0)):  # kB in the file
+        (tmp_path / "self/status").write_text(f"VmRSS:\t{1 << 19} kB\nRssFile:\t{files >> 10} kB\n")
+        monkeypatch.setattr(meter_module, "_first_counted", None)
+        assert 0 <= counted_bytes("cpu") - ((1 << 29) + more + FIRST_USE) < UNCERTAIN
 
 
 def test_where_the_peak_cannot_be_reset(monkeypatch, tmp_path):

@@ -40,10 +40,15 @@ def counted_bytes(device: torch.device | str) -> int:
     global _first_counted
     if torch.device(device).type == "cuda":
         return 0
-    files = _status("RssFile")  # where libraries are not in the system's cache, their pages come in only when used
-    now = resident_bytes() + (0 if files is None else max(0, LIBRARIES - files))
+    now = resident_bytes() + libraries_to_come()
     _first_counted = min(now, _first_counted or now)
     return -(-max(now, _first_counted + FIRST_USE) // UNCERTAIN) * UNCERTAIN
+
+
+def libraries_to_come() -> int:
+    """Pages of libraries that come in only when they are used, since the system's cache did not have them."""
+    files = _status("RssFile")
+    return 0 if files is None else max(0, LIBRARIES - files)
 
 
 _first_counted: int | None = None

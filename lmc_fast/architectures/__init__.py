@@ -24,7 +24,7 @@ from . import (
     vision,
 )
 from .family import Entry, Family, Fold, Head
-from .heads import DECODER_HEADS
+from .heads import decoder_heads
 from .spec import FFN, Attention, Experts, ImageInput, Norms, Rope, Spec, flat_fields
 
 _TABLES = (
@@ -51,9 +51,14 @@ _TABLES = (
 )
 
 
+# whose classifiers of tokens transformers wrote before it had one class for all
+_OWN_CLASSIFIERS = ("gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "bloom", "falcon", "mpt")
+
+
 def _with_heads(family: Family) -> Family:
     decoder = "ForCausalLM" in family.architectures and not family.heads
-    return replace(family, heads=DECODER_HEADS) if decoder else family
+    tag = "classifier" if family.name in _OWN_CLASSIFIERS else "score"
+    return replace(family, heads=decoder_heads(tag)) if decoder else family
 
 
 FAMILIES: dict[str, Family] = {

@@ -87,13 +87,15 @@ def no_head(name: str, home: str = "", pooling: str = "") -> Head:
     return Head((name,), partial(headless, pooling=pooling, pooler=bool(home)), entries)
 
 
-DECODER_HEADS = (
-    Head(
-        ("ForSequenceClassification",),
-        partial(classifier, pooling="last", biased=False),
-        (Entry("score.weight", ("head",)),),
-    ),
-)
+def decoder_heads(tag: str = "score") -> tuple[Head, ...]:
+    """Of a decoder: a classifier of its last token, and of every token. tag: where the latter's weights lie."""
+    score = (Entry("score.weight", ("head",)),)
+    return (
+        Head(("ForSequenceClassification",), partial(classifier, pooling="last", biased=False), score),
+        Head(("ForTokenClassification",), tagger, linear(tag, "head")),
+    )
+
+
 NO_HEAD = no_head("Model")
 
 

@@ -121,11 +121,11 @@ def _show_simplex(console: Console, found: Simplex, sources: list[str], measured
     for name, source, loss in zip(found.names, sources, found.corners, strict=True):
         console.say(f"{name}  loss {loss:.4f}  {source}")
     for curve in found.edges:
-        console.say(f"{curve.name}  barrier {curve.barrier:.4f} nats at lambda {curve.at:.2f}")
-    middle = f"the average of all: {found.centroid:+.4f} nats over the mean of their losses"
+        console.say(f"{curve.name}  barrier {curve.barrier:.4f} {curve.unit} at lambda {curve.at:.2f}")
+    middle = f"the average of all: {found.centroid:+.4f} {found.unit} over the mean of their losses"
     console.say(f"{middle}; their ensemble {found.ensemble - sum(found.corners) / len(sources):+.4f}")
     shares = ", ".join(f"{name} {share:.2f}" for name, share in zip(found.names, found.at, strict=True))
-    console.say(f"barrier {found.barrier:.4f} nats at {shares}; {len(found.places)} places, {measured}")
+    console.say(f"barrier {found.barrier:.4f} {found.unit} at {shares}; {len(found.places)} places, {measured}")
     console.say(f"  ({SIMPLEX_DEFINITION})")
 
 

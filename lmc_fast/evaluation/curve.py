@@ -12,7 +12,10 @@ from ..files import read_object, to_json
 from ..output import write_whole
 from .plots import is_own_picture, new_figure, save_figure
 
-DEFINITION = "barrier = max over the grid of L(lambda) - [(1 - lambda) L(A) + lambda L(B)], L in nats per token"
+DEFINITION = (
+    "barrier = max over the grid of L(lambda) - [(1 - lambda) L(A) + lambda L(B)], L in nats per token, or, of models "
+    "without a loss, the squared distance of features from the mixture of A's and B's, relative to their squares"
+)
 OF_FEATURES = "of the features' squares"  # unit of distances between features
 
 

@@ -18,7 +18,7 @@ from ..files import to_json
 from ..members import member_names
 from ..output import write_whole
 from ..places import Place, centroid, corner, shares_of, simplex_places
-from .curve import Curve, plot_curves
+from .curve import OF_FEATURES, Curve, plot_curves
 from .plots import new_figure, save_figure
 
 SIMPLEX_DEFINITION = (
@@ -38,6 +38,7 @@ class Simplex:
         losses: nats per prediction at each place.
         ensemble: loss of the equal mixture of all models' predictions, which no average of weights is expected to beat.
         name: in pictures and files.
+        unit: of the losses, as of a Curve.
 
     >>> places = [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1 / 3, 1 / 3, 1 / 3)]
     >>> found = lmc.Simplex(["a", "b", "c"], places, [3.0, 3.1, 3.2, 3.3], ensemble=2.9)
@@ -50,6 +51,7 @@ class Simplex:
     losses: list[float]
     ensemble: float
     name: str = "simplex"
+    unit: str = "nats"
 
     def at_place(self, shares: Place) -> float:
         """The loss at one of `places`.
@@ -105,7 +107,7 @@ class Simplex:
                 if math.isclose(place[i] + place[j], 1) and all(place[k] == 0 for k in _others(place, i, j))
             ]
             lambdas, losses = zip(*sorted(on), strict=True)
-            found.append(Curve(list(lambdas), list(losses), f"{self.names[i]}-{self.names[j]}"))
+            found.append(Curve(list(lambdas), list(losses), f"{self.names[i]}-{self.names[j]}", unit=self.unit))
         return found
 
     @property
@@ -113,8 +115,8 @@ class Simplex:
         """The result in a line."""
         limit = self.ensemble - sum(self.corners) / len(self.names)
         return (
-            f"{self.barrier:.4f} nats; the average of all {self.centroid:+.4f} over the mean of their losses, their "
-            f"ensemble {limit:+.4f}"
+            f"{self.barrier:.4f} {self.unit}; the average of all {self.centroid:+.4f} over the mean of their losses, "
+            f"their ensemble {limit:+.4f}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -128,6 +130,7 @@ class Simplex:
             "places": [list(place) for place in self.places],
             "losses": self.losses,
             "ensemble": self.ensemble,
+            "unit": self.unit,
             "name": self.name,
             "edges": {curve.name: curve.barrier for curve in self.edges},
             "centroid": self.centroid,
@@ -179,7 +182,8 @@ def simplex_between(
     source = Resident(*members)
     scores = line_scores(source, tokens, places, visited=visited, **portions)
     limit = ensemble_loss(source, tokens, **portions)
-    return Simplex(member_names(len(members)), places, [score.loss for score in scores], limit, name)
+    unit = OF_FEATURES if members[0].spec.task == "features" else "nats"
+    return Simplex(member_names(len(members)), places, [score.loss for score in scores], limit, name, unit)
 
 
 def _others(place: Sequence[float], *but: int) -> list[int]:
@@ -197,7 +201,7 @@ def _plot_triangle(found: Simplex, file: Path) -> None:
     triangles, excess = Triangulation(x, y), found.excess
     size = max(abs(value) for value in excess) or 1.0
     shades = axes.tricontourf(triangles, excess, levels=24, cmap="RdBu_r", vmin=-size, vmax=size)
-    figure.colorbar(shades, label="excess over the average of the models' own losses (nats per token)")
+    figure.colorbar(shades, label=f"excess over the average of the models' own losses ({found.unit})")
     if min(excess) < 0 < max(excess):
         axes.tricontour(triangles, excess, levels=[0.0], colors="black", linewidths=1.2)
     for label, loss, (px, py), side in zip(
@@ -208,7 +212,7 @@ def _plot_triangle(found: Simplex, file: Path) -> None:
     middle = (0.5, height / 3)
     axes.plot(*middle, "k+")
     axes.annotate(f"{found.centroid:+.3f}", middle, xytext=(6, 4), textcoords="offset points")
-    axes.set_title(f"barrier {found.barrier:.3f} nats; ensemble {found.ensemble:.3f}", fontsize=10)
+    axes.set_title(f"barrier {found.barrier:.3f} {found.unit}; ensemble {found.ensemble:.3f}", fontsize=10)
     axes.set_aspect("equal")
     axes.set_axis_off()
     save_figure(figure, file)

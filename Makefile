@@ -48,6 +48,8 @@ bench: bench-solvers
 	$(BIN)/python -m benchmarks.alignment
 	$(BIN)/python -m benchmarks.learning
 	$(BIN)/python -m benchmarks.never_worse
+	$(BIN)/python -m benchmarks.experiments
+	$(BIN)/python -m benchmarks.ordinary
 	$(BIN)/python -m benchmarks.carry
 	$(BIN)/python -m benchmarks.families
 	$(BIN)/python -m benchmarks.hostile

@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -29,12 +28,11 @@ import lmc_fast as lmc
 from benchmarks.common import RESULTS, Row, interleave, options, provenance, read_csv, write_csv, write_json
 from benchmarks.step import random_weights, spec_of
 from lmc_fast.alignment import Alignment
-from lmc_fast.engine.passes import Item
 from lmc_fast.engine.source import Resident, paired
-from lmc_fast.learning.step import learn
+from lmc_fast.learning.learner import Learner
+from lmc_fast.learning.schedule import Schedule
 from lmc_fast.members import member_names
-from lmc_fast.places import centroid, inside
-from lmc_fast.symmetry.charts import Chart
+from lmc_fast.places import inside
 
 BLOCK = 128
 MUST = {"hierarchical": 0.12}  # nats of the average of all over the mean of the models' own losses
@@ -151,18 +149,16 @@ def family_rows(family: Path, steps: int, only: list[str], limit: int | None, **
 
 
 def step_row(width: int, tokens: int, repeats: int) -> Row:
-    """Processor time of a step of two and of four models, as learning takes it: one teacher for each sequence."""
+    """Processor time of a whole step of learning, of two and of four models."""
     spec = replace(spec_of(width), vocab=4096)
     weights = [random_weights(spec, seed) for seed in range(4)]
     data = torch.randint(spec.vocab, (tokens // BLOCK, BLOCK), generator=torch.Generator().manual_seed(0))
-    calls = {}
-    for count in (2, 4):
-        source, chart = Resident(*paired(*weights[:count])), Chart(spec, count, members=count)
-        items = [Item(data, centroid(count), (len(data) // count,) * count)]
-        calls[str(count)] = partial(learn, source, items, chart, route="weight", keep=True)
+    learners = {n: Learner(Resident(*paired(*weights[:n])), data, Schedule(batch=len(data))) for n in (2, 4)}
+    calls = {str(count): learner.step for count, learner in learners.items()}
     times = {name: statistics.median(each) for name, each in interleave(calls, repeats, time.process_time).items()}
     ratio = round(times["4"] / times["2"], 3)
-    return {"case": STEPS, "width": width, "tokens": tokens, "ms": times, "ratio": ratio}
+    routes = {str(count): learner.route for count, learner in learners.items()}
+    return {"case": STEPS, "width": width, "tokens": tokens, "ms": times, "ratio": ratio, "routes": routes}
 
 
 def missed(rows: list[Row]) -> tuple[list[str], list[str]]:

@@ -31,6 +31,7 @@ class Job:
         sides: members that move: all, or all but the first.
         teachers: of each sequence; 0 where text teaches.
         members: models that are aligned.
+        places: between the members, that it visits.
     """
 
     tokens: int
@@ -38,6 +39,7 @@ class Job:
     sides: int = 2
     teachers: int = 2
     members: int = 2
+    places: int = 1
 
     @property
     def sequences(self) -> int:
@@ -220,7 +222,7 @@ class Demand:
         """Multiply-adds of a step: forward, recompute and backward of the line's model, forward of the teachers."""
         spec, job, d = self.spec, self.job, self.spec.width
         tokens, turns = job.sequences * job.length, rotates(spec)
-        batches = -(-job.sequences // micro)
+        batches = max(-(-job.sequences // micro), job.places)
         every = active = 0
         for shape in slot_shapes(spec)[1].values():
             if len(shape) == 2:

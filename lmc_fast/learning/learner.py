@@ -173,11 +173,13 @@ class Learner:
         sides = self.schedule.elements(self.members)
         return Chart(self.source.spec, sides, dtype, device, members=self.members)
 
-    def place(self, step: int) -> Place:
+    def places(self, step: int) -> list[Place]:
         """Where a step learns."""
+        count = self.schedule.at_once(self.members)
+        numbers = range(step * count, (step + 1) * count)
         if len(set(self.groups)) < self.members:
-            return spread(self.schedule.lam(step), self.groups)
-        return self.schedule.place(step, self.members)
+            return [spread(self.schedule.lam(number), self.groups) for number in numbers]
+        return [self.schedule.place(number, self.members) for number in numbers]
 
     @property
     def done(self) -> int:
@@ -193,8 +195,7 @@ class Learner:
         with _overflow(i):
             loss, gradients = self.gradients()
         if not all(t.isfinite().all() for t in (loss, *gradients.values())):
-            place = self.place(i)
-            at = f"shares {place}" if isinstance(place, tuple) else f"lambda {place:.2f}"
+            at = ", ".join(f"shares {p}" if isinstance(p, tuple) else f"lambda {p:.2f}" for p in self.places(i))
             raise NonFiniteLoss(f"the loss became {loss.item()} at step {i + 1} ({at})")
         if self.before_update:
             self.before_update()
@@ -239,12 +240,24 @@ class Learner:
 
     def _items(self, step: int) -> list[Item]:
         """This process's share of a step, in micro-batches."""
+        size = self.chunking.micro_batch
         rows = parallel.share(self.schedule.rows(step, len(self.tokens)))
         batch = self.tokens[rows.to(self.tokens.device)]
-        place, size = self.place(step), self.chunking.micro_batch
-        taught = parallel.share(self.schedule.teachers_of(step, shares_of(place)))
-        counts = [tuple(part.bincount(minlength=self.members).tolist()) for part in taught.split(size)]
-        return [Item(part, place, count) for part, count in zip(batch.split(size), counts, strict=True)]
+        places, count = self.places(step), self.schedule.batch
+        cuts = [count * k // len(places) for k in range(len(places) + 1)]
+        taught = [
+            self.schedule.teachers_of(step * len(places) + k, shares_of(place), cuts[k + 1] - cuts[k])
+            for k, place in enumerate(places)
+        ]
+        at = torch.arange(len(places)).repeat_interleave(torch.tensor(cuts).diff())
+        parts = zip(batch.split(size), *(parallel.share(x).split(size) for x in (at, torch.cat(taught))), strict=True)
+        items = []
+        for part, where, teachers in parts:
+            for k in where.unique().tolist():
+                own = (where == k).nonzero().flatten()
+                counts = teachers[own].bincount(minlength=self.members).tolist()
+                items.append(Item(part[own.to(part.device)], places[k], tuple(counts)))
+        return items
 
     def _update(self, gradients: dict[str, Tensor], rate: float) -> None:
         if len(self._frozen):
@@ -253,7 +266,7 @@ class Learner:
             gradient = gradients[name]
             if name == "rotation":  # only the skew part of the leaf acts
                 gradient = (gradient - gradient.mT) / 2
-            matrix_rate = rate * self.schedule.matrix_rate(self.source.spec.width, self.members)
+            matrix_rate = rate * self.schedule.matrix_rate(self.source.spec.width)
             muon_step(self.chart.tensors[name], gradient, momentum, matrix_rate)
         if self._adam:
             for name, gradient in gradients.items():

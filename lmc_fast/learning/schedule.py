@@ -23,7 +23,8 @@ WIDTH = 128  # of the models that matrix_lr is meant for; it falls as 1 / width
 WARMUP_TOKENS = 2048
 LONG = 250  # steps from which the rates are meant as they are; in fewer each step goes farther
 HASTE = 4.0  # times as far, at most
-EDGE_STEPS = 6  # between many models, one step of so many is on an edge
+AT_ONCE = 2  # places of each step between many models: steps at one place are noisier, at four take 2.6 times a pair's
+EDGES = 12  # between many models, one place of so many is on an edge
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _PLASTIC = 0.7548776662466927  # apart from the golden ratio, which lambda follows
 _SEEDS = 1 << 32
@@ -161,25 +162,38 @@ class Schedule:
         """How many models predict each sequence beside the line's, at most."""
         return 0 if self.objective == "text" else 1
 
-    def teachers_of(self, step: int, shares: Sequence[float]) -> Tensor:
-        """Which member predicts each sequence of a step: each as many as its share says.
+    def teachers_of(self, turn: int, shares: Sequence[float], count: int | None = None) -> Tensor:
+        """Which member predicts each sequence: each as many as its share says.
 
         The divergence from a mixture is, up to a constant, the mixture of the divergences from its parts. What is left
-        of a share after whole sequences falls to chance, evenly over the steps. Sequences are in no order, see `rows`.
+        of a share after whole sequences falls to chance, evenly over the turns. Sequences are in no order, see `rows`.
 
         Args:
-            step: its number.
-            shares: of each member at the place of the step; they sum to 1.
+            turn: number of the step, or of the place where a step visits several.
+            shares: of each member at that place; they sum to 1.
+            count: how many sequences; None: the batch.
 
         Returns:
-            (batch,) int64, ascending.
+            (count,) int64, ascending.
         """
         import torch
 
-        chance = (step + self.seed) * _PLASTIC % 1
-        places = (torch.arange(self.batch, dtype=torch.float64) + chance) / self.batch
+        count = count or self.batch
+        chance = (turn + self.seed) * _PLASTIC % 1
+        places = (torch.arange(count, dtype=torch.float64) + chance) / count
         edges = torch.tensor(list(shares), dtype=torch.float64).cumsum(0)[:-1]
         return torch.bucketize(places, edges, right=True)
+
+    def at_once(self, members: int) -> int:
+        """How many places a step visits, each with an equal part of its sequences.
+
+        Args:
+            members: how many models.
+
+        Returns:
+            A number of places.
+        """
+        return 1 if members == 2 else min(AT_ONCE, self.batch)
 
     def warmup_steps(self, tokens: int = WARMUP_TOKENS) -> int:
         """Steps until the rate is full, at most a tenth of all.
@@ -213,17 +227,16 @@ class Schedule:
         progress = max(0, step - warmup) / max(1, self.steps - warmup)
         return warm * (self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2)
 
-    def matrix_rate(self, width: int, members: int = 2) -> float:
-        """How fast matrices turn: the more places there are, the noisier is each step.
+    def matrix_rate(self, width: int) -> float:
+        """How fast matrices turn.
 
         Args:
             width: of the models.
-            members: how many models.
 
         Returns:
             Radians per step.
         """
-        return self.matrix_lr * min(1.0, WIDTH / width) * math.sqrt(2 / members)
+        return self.matrix_lr * min(1.0, WIDTH / width)
 
     def lam(self, step: int) -> float:
         """Lambda of a step: a golden-ratio sequence, which covers [low, high] evenly at every length.
@@ -236,24 +249,25 @@ class Schedule:
         """
         return self.low + (self.high - self.low) * ((0.5 + (step + self.seed) * _GOLDEN) % 1)
 
-    def place(self, step: int, members: int) -> Place:
-        """The place of a step; of more than two members around the centroid, and every sixth time on an edge. Around
-        the centroid alone, edges would stay high; the more edges, the higher the centroid (docs/facts.md).
+    def place(self, number: int, members: int) -> Place:
+        """A place to learn at; of more than two members around the centroid, and every EDGES-th time on an edge.
+
+        Around the centroid alone, edges would stay high; the more edges, the higher the centroid (docs/facts.md).
 
         Args:
-            step: its number.
+            number: of the places visited before.
             members: how many models.
 
         Returns:
             Lambda of a pair; of more members their shares.
         """
         if members == 2:
-            return self.lam(step)
-        turn, rest = divmod(step, EDGE_STEPS)
-        if rest == EDGE_STEPS - 1:
+            return self.lam(number)
+        turn, rest = divmod(number, EDGES)
+        if rest == EDGES - 1:
             edges = list(combinations(range(members), 2))
             return between(*edges[(turn + self.seed) % len(edges)], self.lam(turn), members)
-        shares = inside(step - turn + self.seed, members)
+        shares = inside(number - turn + self.seed, members)
         return tuple(1 / members + (self.high - self.low) * (share - 1 / members) for share in shares)
 
     def elements(self, members: int) -> int:

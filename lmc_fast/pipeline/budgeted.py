@@ -64,7 +64,7 @@ def plan_learning(
 
 def schedule_job(schedule: Schedule, tokens: int, length: int, members: int) -> Job:
     """A step of `tokens` on so many models."""
-    return Job(tokens, length, schedule.elements(members), schedule.teachers, members)
+    return Job(tokens, length, schedule.elements(members), schedule.teachers, members, schedule.at_once(members))
 
 
 def tokens_to_gather(spec: Spec, length: int, device: Device, budget: int, most: int, members: int = 2) -> int:

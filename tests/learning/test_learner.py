@@ -14,9 +14,9 @@ from lmc_fast.checkpoints import Model, Weights, lerp
 from lmc_fast.engine.model import logits
 from lmc_fast.engine.passes import Item
 from lmc_fast.engine.source import Resident
-from lmc_fast.learning.learner import History, Learner, NonFiniteLoss
+from lmc_fast.learning.learner import Chunking, History, Learner, NonFiniteLoss
 from lmc_fast.learning.muon import muon_step, orthogonalized
-from lmc_fast.learning.schedule import Schedule
+from lmc_fast.learning.schedule import AT_ONCE, Schedule
 from lmc_fast.learning.step import learn
 from lmc_fast.matching.balance import balance
 from lmc_fast.symmetry import canonicalize, check_legal
@@ -134,6 +134,25 @@ def test_teachers_of_all_steps_together_have_the_members_shares():
         assert torch.allclose(counts.double().mean(0) / 4, torch.tensor(shares).double(), atol=2e-3)
         assert all((counts[:, k] - 4 * share).abs().max() < 1.001 for k, share in enumerate(shares))
         assert torch.equal(schedule.teachers_of(7, shares), schedule.teachers_of(7, shares).sort()[0])
+
+
+@pytest.mark.parametrize("groups", [None, (0, 0, 1)])
+def test_a_step_between_many_models_is_the_mean_of_steps_at_its_places(groups, make_checkpoint):
+    source = Resident(*(canonical(make_checkpoint("llama", seed)) for seed in (1, 2, 3)))
+    data = torch.randint(40, (11, 8), generator=torch.Generator().manual_seed(3))
+    schedule = Schedule(steps=8, batch=8, objective="endpoints")
+    ours = Learner(source, data, schedule, Chunking(3), groups=groups)  # micro-batches that end elsewhere
+    randomize(ours.chart, 0.1)
+    loss, found = ours.gradients()
+    places, size = ours.places(0), schedule.batch // AT_ONCE
+    assert len(set(places)) == AT_ONCE and not set(places) & set(ours.places(1))
+    parts = []
+    for k, (place, rows) in enumerate(zip(places, data[schedule.rows(0, 11)].split(size), strict=True)):
+        taught = tuple(schedule.teachers_of(k, place, size).bincount(minlength=3).tolist())
+        parts.append(learn(source, [Item(rows, place, taught)], ours.chart))
+    assert abs(loss - sum(x for x, _ in parts) / AT_ONCE) < 1e-12
+    for name, gradient in found.items():
+        assert torch.allclose(gradient, sum(g[name] for _, g in parts) / AT_ONCE, rtol=1e-9, atol=1e-12)
 
 
 def test_gradients_of_both_sides_are_opposite_at_the_identity(make_checkpoint, tokens):

@@ -10,7 +10,7 @@ from checkpoints_tiny import write_lines
 
 import lmc_fast as lmc
 from lmc_fast.errors import LmcError
-from lmc_fast.learning.schedule import Schedule
+from lmc_fast.learning.schedule import EDGES, Schedule
 
 
 @pytest.mark.parametrize(
@@ -86,10 +86,10 @@ def test_one_sided_leaves_a_as_matching_left_it(make_checkpoint, tmp_path):
 @pytest.mark.parametrize("members", [3, 4])
 def test_places_between_many_cover_every_edge_and_the_centroid(members):
     schedule = Schedule(low=0.3, high=0.7, seed=5)
-    places = [schedule.place(step, members) for step in range(360)]
+    places = [schedule.place(number, members) for number in range(60 * EDGES)]
     assert all(math.isclose(sum(place), 1) and min(place) >= 0 for place in places)
     inner = [place for place in places if min(place) > 0]
-    assert len(inner) == 300 and all(abs(share - 1 / members) <= 0.4 for place in inner for share in place)
+    assert len(inner) == 60 * (EDGES - 1) and all(abs(share - 1 / members) <= 0.4 for place in inner for share in place)
     edges = {}
     for place in places:
         if min(place) == 0:

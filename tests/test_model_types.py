@@ -49,7 +49,7 @@ def test_the_page_about_a_new_family_can_be_followed():
         FAMILIES.pop(kind, None)
 
 
-@pytest.mark.parametrize("kind", ["gpt_oss", "t5", "deepseek_v3"])
+@pytest.mark.parametrize("kind", ["llama4_text", "t5", "deepseek_v3"])
 def test_a_refusal_says_why(kind, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")

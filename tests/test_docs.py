@@ -1,6 +1,8 @@
 """Documentation that can be wrong: links, names, variables, counts."""
 
+import ast
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import yaml
 
 import lmc_fast as lmc
 from lmc_fast.architectures import FAMILIES
+from lmc_fast.cli.arguments import parser
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -51,6 +54,33 @@ def test_every_page_is_on_the_site_and_every_name_in_the_reference():
     assert set(listed) - GENERATED == set(DOCS.rglob("*.md")) and len(listed) == len(set(listed))
     shown = re.findall(r"^::: lmc_fast\.(\w+)$", (DOCS / "reference" / "python.md").read_text(), re.M)
     assert sorted(shown) == sorted(set(lmc.__all__) - {"__version__"})
+
+
+def commands_in(text):
+    """(arguments) of every lmc-fast command in code blocks, without comments and what shells make of the rest."""
+    for block in FENCED.findall(text):
+        for line in block.replace("\\\n", " ").splitlines():
+            found = re.match(r"(?:.*&& |torchrun .*-m )?lmc[-_]fast (.*)", line)
+            if found and "..." not in line:
+                words = shlex.split(found[1], comments=True)
+                ends = [i for i, word in enumerate(words) if word in (">", "&&", "|")]
+                yield words[: min(ends, default=len(words))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_and_code_are_such(page):
+    for words in commands_in(page.read_text()):
+        parser().parse_args(words)  # exits with what is wrong
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):
+        ast.parse(block)
+
+
+def test_wrong_commands_would_be_found():
+    text = '```\nx && lmc-fast merge A "$B" --out C > d.json  # it\'s\ntorchrun -m lmc_fast align A --nothing\n```\n'
+    good, bad = commands_in(text)
+    assert good == ["merge", "A", "$B", "--out", "C"]
+    with pytest.raises(SystemExit):
+        parser().parse_args(bad)
 
 
 def test_the_citation_has_the_version():

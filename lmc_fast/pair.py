@@ -13,7 +13,7 @@ from typing import TypeVar
 from .architectures import Spec, flat_fields
 from .checkpoints import Model, Place
 from .errors import LmcError
-from .members import member_names
+from .members import listed, member_names
 from .symmetry.grown import GrownModel, alike
 from .tokenizer import Comparison, compare_tokenizers
 
@@ -163,12 +163,10 @@ def models_of(models: Sequence[Model], repeated: bool = False) -> Models:
     """The same of any number. repeated: whether one of more than two may be there more than once."""
     if len(models) == 2:
         return pair_of(models[0], models[1])
-    for one, two in () if repeated else combinations(models, 2):
-        if one.home and two.home and one.home.samefile(two.home):
-            raise LmcError(
-                f"{one.source} and {two.source} are the same model; give each once (merge has --weights, so that one "
-                "counts more)"
-            )
+    for one, two in () if repeated else _same(models):
+        names = [one.source] if one.source == two.source else [one.source, two.source]
+        what = f"{listed(names)} {'are the same model' if names[1:] else 'is given twice'}"
+        raise LmcError(f"{what}; give each once (merge has --weights, so that one counts more)")
     first, *others = models
     problems: dict[Model, str] = {}
     warnings: list[str] = []
@@ -185,6 +183,11 @@ def models_of(models: Sequence[Model], repeated: bool = False) -> Models:
     warnings, found = list(dict.fromkeys(warnings)), tuple(alike(in_common(*models)))
     _tell(warnings, found)
     return Models(found, tuple(warnings))
+
+
+def _same(models: Sequence[Model]) -> list[tuple[Model, Model]]:
+    """Every two that are read from one and the same directory."""
+    return [(x, y) for x, y in combinations(models, 2) if x.home and y.home and x.home.samefile(y.home)]
 
 
 def _compared(a: Model, b: Model, grow: bool = True) -> list[str]:

@@ -104,6 +104,8 @@ def test_the_odd_one_is_named(three, make_checkpoint, tmp_path, capsys):
     with pytest.raises(lmc.LmcError, match=f"^{three[1]} and {again} are the same model; give each once"):
         lmc.open_models([three[0], three[1], again])
     assert lmc.inspect(three[0], three[1], more=[again]).match is False
+    with pytest.raises(lmc.LmcError, match=f"^{three[1]} is given twice; give each once"):
+        lmc.open_models([three[1], three[0], three[1]])
     with pytest.raises(lmc.LmcError, match="1 models make no alignment"):
         lmc.open_models(three[:1])
     with pytest.raises(lmc.LmcError, match="2 models, not of 3"):

@@ -129,6 +129,7 @@ def judged(case: Any, home: Path, scratch: Path) -> tuple[str, str]:
     """(outcome, detail) of one case."""
     from lmc_fast import LmcError
 
+    os.chdir(home)
     shutil.rmtree(scratch, ignore_errors=True)
     shutil.copytree(home / case.base, scratch / "bad")
     (scratch / "good").symlink_to(home / case.base)

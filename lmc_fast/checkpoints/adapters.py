@@ -10,7 +10,6 @@ it is refused by name.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from ..architectures import Entry, Family
 from ..architectures.layouts import Conv1D, LessOne, OfExpert, PatchConvolution, Shaped
 from ..errors import LmcError
 from ..files import read_object, to_json
+from .adapter_config import MERGE, pattern, require_lora, require_targeted
 from .coverage import spellings
 from .lazy import LazyBlocks, Slots, Table
 from .low_rank import LowRank
@@ -41,21 +41,7 @@ _PARTS = {  # how a name ends -> (which factor, of an embedding)
     ".lora_embedding_A": ("down", True),
     ".lora_embedding_B": ("up", True),
 }
-_MERGE = (
-    "merge it with peft (PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), ADAPTER)"
-    ".merge_and_unload().save_pretrained(NEW)), and carry NEW"
-)
-# options that say nothing about the function, that are written down as they are, or that are read below
-_KNOWN = {
-    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out"),
-    *("use_rslora", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
-    *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-    *("qalora_group_size", "runtime_config", "lora_bias", "bias", "modules_to_save"),
-}
-_SLOW = re.compile(r"\)[*+{]")  # in a pattern of modules
-_REPEATS, _MOST_REPEATS = re.compile(r"[*+{]"), 4  # of n characters each, up to n^4 ways to match are tried
-_START_ONLY = (True, False, None, "gaussian", "orthogonal", "eva")  # ways to begin that leave the base as it is
+_MOST_ALPHA = 1e6
 
 Place = tuple[Entry, int | None, str]  # of a weight: its row of the family's table, its block, its name there
 
@@ -111,7 +97,7 @@ class Adapter:
     def __init__(self, path: Path, model: Model):
         self.path, self.model = path, model
         self.config = read_object(path / CONFIG, remedy="give the directory of a LoRA adapter that peft wrote")
-        self._require_lora()
+        require_lora(self.config, path / CONFIG)
         if not (path / TENSORS).exists():
             other = next((file.name for file in path.glob("adapter_model.*")), None)
             raise LmcError(f"{path} has no {TENSORS}" + (f", only {other}; save it as safetensors" if other else ""))
@@ -173,28 +159,6 @@ class Adapter:
         save_tensor_file({name: t.contiguous() for name, t in tensors.items()}, directory / TENSORS, {})
         (directory / CONFIG).write_text(to_json(config, indent=2) + "\n")
 
-    def _require_lora(self) -> None:
-        config, file = self.config, self.path / CONFIG
-        kind = config.get("peft_type")
-        if kind != "LORA":
-            raise LmcError(f"{file}: an adapter of type {kind!r} is no low-rank change of weights; {_MERGE}")
-        reasons = {
-            "use_dora": "DoRA rescales whole rows of the weights, which is no change of low rank",
-            "modules_to_save": "it holds whole modules beside its low-rank changes",
-            "ensure_weight_tying": "it ties the changes of embedding and head, which are apart in an aligned model",
-        }
-        for option, reason in reasons.items():
-            if config.get(option):
-                raise LmcError(f"{file}: {option} is {config[option]!r}: {reason}; {_MERGE}")
-        if config.get("bias") not in (None, "none"):
-            raise LmcError(f"{file}: bias is {config['bias']!r}: it holds the model's own biases, trained; {_MERGE}")
-        begun = config.get("init_lora_weights")
-        if begun not in _START_ONLY:
-            raise LmcError(f"{file}: init_lora_weights is {begun!r}, which also changes the base; {_MERGE}")
-        for option, value in config.items():
-            if option not in _KNOWN and value:
-                raise LmcError(f"{file}: {option} is {value!r}, which is not known here; {_MERGE}")
-
     def _read(self, file: TensorFile) -> list[Module]:
         found: dict[str, dict[str, Tensor]] = {}
         embeddings, table = set(), _table(self.model.family, self.model)
@@ -203,7 +167,7 @@ class Adapter:
             if ending is None and self._is_of_base(file, name, table):
                 continue
             if ending is None:
-                raise LmcError(f"{file.file}: {name} is no factor of a low-rank change; {_MERGE}")
+                raise LmcError(f"{file.file}: {name} is no factor of a low-rank change; {MERGE}")
             part, embedding = _PARTS[ending]
             path = name.removesuffix(ending).removeprefix(_PREFIX)
             if file.kind(name) not in ("BF16", "F16", "F32", "F64"):
@@ -217,7 +181,7 @@ class Adapter:
             if path not in table:
                 raise LmcError(
                     f"{file.file} changes {path}, which is no linear layer or embedding of {self.model.source} that "
-                    f"can be carried; {_MERGE}"
+                    f"can be carried; {MERGE}"
                 )
             lost = {"down", "up"} - parts.keys()
             if lost:
@@ -226,6 +190,9 @@ class Adapter:
                 raise LmcError(f"{file.file}: a factor of {path} is no matrix; save the adapter again")
             scaling = self._scaling(path, len(parts["down"]))
             entry, block, _ = table[path]
+            require_targeted(self.config, self.path / CONFIG, path, block)
+            if self.config.get("lora_bias") and path in embeddings:
+                raise LmcError(f"{self.path / CONFIG}: lora_bias is true, but {path}, an embedding, has none in peft")
             down, up, bias = parts["down"], parts["up"], parts.get("bias")
             if bias is not None and bias.shape == up.shape[:1] and not bias.any():
                 bias = None  # as peft saves it for layers that need none
@@ -248,26 +215,21 @@ class Adapter:
                 same = same and torch.equal(file.read_rows(name, start, start + len(run)).to(wide), run.to(wide))
                 start += len(run)
         if not same:
-            raise LmcError(f"{file.file}: {name} is another than that of {self.model.source}; {_MERGE}")
+            raise LmcError(f"{file.file}: {name} is another than that of {self.model.source}; {MERGE}")
         return True
 
     def _scaling(self, path: str, rank: int) -> float:
         """As peft finds it: a pattern that the whole path ends with wins over what holds for all."""
         file = self.path / CONFIG
         values = {}
-        for option, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-            patterns = self.config.get(pattern) or {}
+        for option, option_pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+            patterns = self.config.get(option_pattern) or {}
             if not isinstance(patterns, dict):
-                raise LmcError(f"{file}: {pattern} is no object; save the adapter again")
-            slow = next((k for k in patterns if _SLOW.search(k) or len(_REPEATS.findall(k)) > _MOST_REPEATS), None)
-            if slow is not None:
-                raise LmcError(f"{file}: {pattern} holds {slow!r}, whose repetitions can take for ever; {_MERGE}")
-            try:
-                key = next((k for k in patterns if re.match(rf"(.*\.)?({k})$", path)), None)
-            except re.error as error:
-                raise LmcError(f"{file}: {pattern} holds no pattern ({error}); save the adapter again") from error
+                raise LmcError(f"{file}: {option_pattern} is no object; save the adapter again")
+            found = (k for k in patterns if pattern(rf"(.*\.)?({k})$", k, file, option_pattern).match(path))
+            key = next(found, None)
             value = patterns[key] if key is not None else self.config.get(option, 8)
-            sound = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            sound = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _MOST_ALPHA
             if not sound or (option == "r" and value != rank):
                 what = f"the rank of {path} is {rank}, but" if sound else f"{path}:"
                 raise LmcError(f"{file}: {what} {option} is {value!r}; save the adapter again")
@@ -293,7 +255,7 @@ class Adapter:
         if module.bias is not None and (
             module.bias.shape != module.up.shape[:1] or any(f"{slot}_bias" not in spec.shapes for slot in entry.slots)
         ):
-            raise LmcError(f"{file}: {module.path} adds a bias where {self.model.source} has none; {_MERGE}")
+            raise LmcError(f"{file}: {module.path} adds a bias where {self.model.source} has none; {MERGE}")
 
 
 _LOOKED_UP = ("embed", "positions", "types")

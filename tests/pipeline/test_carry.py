@@ -310,6 +310,18 @@ def _other_head(tensors):
         (None, {"rank_pattern": {"(": 2}}, "holds no pattern"),
         (None, {"rank_pattern": {"(x+)+": 2}}, "can take for ever"),
         (None, {"alpha_pattern": {".*" * 12 + "x": 2}}, "can take for ever"),
+        (None, {"alpha_pattern": {".*": 1e300}}, r"lora_alpha is 1e\+300"),
+        (None, {"task_type": "x"}, "task_type is 'x', which peft does not take"),
+        (None, {"megatron_config": 0.5}, "megatron_config is 0.5"),
+        (None, {"lora_bias": 1}, "lora_bias is 1, which peft does not take"),
+        (None, {"target_modules": []}, "target_modules is .., which peft does not take"),
+        (None, {"target_modules": ["v_proj"]}, "target_modules leaves out .*, of which there are factors"),
+        (None, {"target_modules": "(x+)+"}, "can take for ever"),
+        (None, {"exclude_modules": 5}, "exclude_modules is 5"),
+        (None, {"exclude_modules": ".*v_proj"}, "exclude_modules leaves out .*v_proj"),
+        (None, {"layers_to_transform": [1]}, "layers_to_transform leaves out"),
+        (None, {"layers_to_transform": [0.5]}, "layers_to_transform is .0.5."),
+        (None, {"layers_pattern": "h"}, "layers_pattern is 'h'"),
         (_rename, {}, "changes model.layers.0.self_attn.z_proj, which is no linear layer"),
         (_half, {}, "only one of the two factors of .*k_proj"),
         (_narrow, {}, "an adapter of another model: its factors of .*v_proj make 16 x 23"),
@@ -330,6 +342,23 @@ def test_adapters_that_cannot_be_carried(change, config, words, home, make_check
     with pytest.raises(LmcError, match=words):
         lmc.carry(home("llama") / "alignment.safetensors", adapter, tmp_path / "out", member="b")
     assert clean(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": r".*_proj"},
+        {"target_modules": "all-linear"},
+        {"layers_to_transform": [0, 1], "lora_bias": None},
+    ],
+)
+def test_other_ways_to_name_what_an_adapter_changes(config, home, make_checkpoint, adapter_for, tmp_path):
+    adapter = adapter_for(make_checkpoint("llama", 2))
+    edit_config(adapter, "adapter_config.json", **config)
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: t for name, t in load_file(file).items() if "lm_head" not in name}, file)
+    lmc.carry(home("llama") / "alignment.safetensors", adapter, tmp_path / "out", member="b")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text()).items() >= config.items()
 
 
 def test_adapters_and_what_is_around_them(home, make_checkpoint, adapter_for, tmp_path):

@@ -330,10 +330,11 @@ def _is_near(known: Known, name: str, child: Child) -> bool:
 
 
 def _require_memory(model: Model, memory: int | None, device: torch.device | str) -> None:
-    """Raises TooSmall where `memory` is less than what three models' blocks, moved, take."""
+    """Raises TooSmall where `memory` is less than what three models' blocks, moved, or the proof take."""
     if memory is None:
         return
     return_freed_memory()
-    least = Stages(model.spec, min(128, model.spec.max_positions), counted_bytes("cpu")).carrying()
+    stages = Stages(model.spec, min(128, model.spec.max_positions), counted_bytes("cpu"))
+    least = max(stages.carrying(), stages.verifying(held=True))
     if least > memory:
         raise TooSmall(memory, least, 0 if torch.device(device).type == "cuda" else UNCERTAIN)

@@ -2,8 +2,8 @@
 
 the budget that `align --memory 1MiB` names must be accepted when it is typed, and every stage of that run stay below it
 and 5 %. The same for `verify`, `barrier`, `barrier --alignment` and `carry --onto`; `merge` has to do with what `align`
-was given, and `heal` with what `plan` says of it beside what the command takes to begin with. And for `align` of four
-models, and of a smaller model with a larger one, where `grow` has to do with what `align` was given.
+was given. And for `align` of four models, and of a smaller model with a larger one, where `grow` has to do with what
+`align` was given.
 
 python -m benchmarks.budget [--quick] [--only-align] [--many] [--width WIDTH] [--pairs I...] [--check] [--directory DIR]
 """
@@ -115,12 +115,7 @@ def rows_of(pair: Path, shape: Shape, length: int, others: bool) -> list[Row]:
     child = shutil.copytree(b, pair / "child", copy_function=os.link, dirs_exist_ok=True)
     carry = ["carry", alignment[1], child, "--from", "b", "--onto", out / "a", "--out", pair / "carried"]
     rows += measured(case, named(*carry), *carry)
-    rows += measured(case, budget, "merge", out / "a", out / "b", "--out", pair / "merged", limit=False)
-    _, before, _, _ = lmc_fast("inspect", a)
-    _, _, text, _ = lmc_fast("plan", a, b, "--memory", "64GiB", "--json")
-    holds = (before + json.loads(text)["heal_bytes"]) >> 20
-    heal = ["heal", pair / "merged", "--from", out / "a", out / "b", *line, "--steps", 2, "--batch", 4]
-    return rows + measured(case, holds, *heal, "--start", "average", "--out", pair / "healed", limit=False)
+    return rows + measured(case, budget, "merge", out / "a", out / "b", "--out", pair / "merged", limit=False)
 
 
 def main() -> int:

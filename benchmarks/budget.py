@@ -5,7 +5,8 @@ and 5 %. The same for `verify`, `barrier`, `barrier --alignment` and `carry --on
 was given. And for `align` of four models, and of a smaller model with a larger one, where `grow` has to do with what
 `align` was given.
 
-python -m benchmarks.budget [--quick] [--only-align] [--many] [--width WIDTH] [--pairs I...] [--check] [--directory DIR]
+python -m benchmarks.budget [--quick] [--only-align] [--many] [--width WIDTH] [--tokens N] [--pairs I...]
+        [--check] [--directory DIR]
 """
 
 from __future__ import annotations
@@ -70,13 +71,13 @@ def row(case: str, what: object, budget: int, peak: int | None) -> Row:
     return {"case": case, "what": str(what).strip(), "budget_mib": budget, "peak_mib": mib, "ok": ok}
 
 
-def rows_of_many(place: Path, name: str, shapes: list[Shape], length: int) -> list[Row]:
+def rows_of_many(place: Path, name: str, shapes: list[Shape], length: int, tokens: int) -> list[Row]:
     """Of models that are written here, or lie here already; of one shape there are two, as often as they are needed."""
     models = []
     for k, shape in enumerate(shapes):
         home = place / "-".join(map(str, shape))
         if not home.exists():
-            write_pair(home, shape, tokens=TOKENS)
+            write_pair(home, shape, tokens=tokens)
         models.append(place / f"model-{k}")
         shutil.copytree(home / "ab"[k % 2], models[-1], copy_function=os.link, dirs_exist_ok=True)
     data = ["--data", home / "tokens.npy", "--block", length]
@@ -123,6 +124,7 @@ def main() -> int:
     parser.add_argument("--only-align", action="store_true", help="none of the other commands")
     parser.add_argument("--many", action="store_true", help="only four models, and models of two sizes")
     parser.add_argument("--width", type=int, help="one case more of four models: two blocks of this width")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of the data of four models (default: %(default)s)")
     numbers = range(len(CASES))
     parser.add_argument(
         "--pairs", nargs="+", type=int, choices=numbers, metavar="I", help="only pairs of these numbers"
@@ -144,7 +146,7 @@ def main() -> int:
     many = MANY | ({"four wide": [Shape(args.width, 2, args.width // 128)] * 4} if args.width else {})
     for name, shapes in {}.items() if args.pairs else many.items():
         with tempfile.TemporaryDirectory(dir=args.directory) as scratch:
-            keep(rows_of_many(Path(scratch), name, shapes, 128))
+            keep(rows_of_many(Path(scratch), name, shapes, 128, args.tokens))
     pairs = [CASES[i] for i in args.pairs or numbers]
     for shape, length in [] if args.many else QUICK if args.quick else pairs:
         with tempfile.TemporaryDirectory(dir=args.directory) as scratch:

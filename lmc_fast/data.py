@@ -140,7 +140,8 @@ def _tensor(given: Any, what: str) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(wide))
     dense = isinstance(given, Tensor) and given.layout is torch.strided and not given.is_meta
     if not isinstance(given, Tensor) or not dense or given.dtype == torch.bool or given.is_complex():
-        kind = getattr(given, "dtype" if dense else "layout", type(given).__name__)
+        told = "layout" if isinstance(given, Tensor) and given.layout is not torch.strided else "dtype"
+        kind = getattr(given, told, type(given).__name__)
         raise LmcError(f"{what} must be a tensor or a numpy array of numbers, not {kind}; read files with read_data")
     return given
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,16 @@ def counted_bytes(device: torch.device | str) -> int:
     global _first_counted
     if torch.device(device).type == "cuda":
         return 0
+    _import_what_comes()
     now = resident_bytes() + libraries_to_come()
     _first_counted = min(now, _first_counted or now)
     return -(-max(now, _first_counted + FIRST_USE) // UNCERTAIN) * UNCERTAIN
+
+
+def _import_what_comes() -> None:
+    """Modules that later stages of a command import: they are to be a part of what is counted."""
+    for name in ("scipy.optimize", "transformers.modeling_utils", "matplotlib.pyplot"):
+        import_module(name)
 
 
 def libraries_to_come() -> int:

@@ -50,11 +50,9 @@ def write_random(name: str, b: Path, out: Path) -> dict[str, nn.Module]:
 
 def computed(model: nn.Module, name: str) -> Tensor:
     """What must not change of a stock model's outputs, in float64, transformers' casts to float32 taken out."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(torch, "float", torch.float64)
-    with torch.no_grad(), true_float64():
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch, true_float64():
+        patch.setattr(torch, "float", torch.float64)
         out = model(input_ids=zoo.inputs(name))
-    patch.undo()
     logits = getattr(out, "logits", None)
     return zoo.outcome(name, out.prediction_logits if logits is None else logits)
 

@@ -483,13 +483,11 @@ def reference(directory: Path, x: Tensor, dtype: torch.dtype = torch.float64) ->
     """Logits, or features, of transformers alone, its casts to float32 taken out for float64."""
     model = stock(directory, dtype)
     argument = {"pixel_values": x.to(dtype)} if x.is_floating_point() else {"input_ids": x}
-    patch = pytest.MonkeyPatch()
     with torch.no_grad():
         if dtype == torch.float64:
-            patch.setattr(torch, "float", torch.float64)
-            with true_float64():
+            with pytest.MonkeyPatch.context() as patch, true_float64():
+                patch.setattr(torch, "float", torch.float64)
                 out = model(**argument)
-            patch.undo()
         else:
             out = model(**argument)
     return output_of(out)

@@ -21,22 +21,24 @@ def carry_command(args: argparse.Namespace, console: Console) -> int:
         child = None if is_adapter(user_path(args.child)) else args.child
         model = Model(args.endpoint or child or args.onto or args.alignment.absolute().parent / args.member)
         tokens = read_data(args.data, model, sequence_length(model))[:PROOF_SEQUENCES]
-    report = carry(
-        args.alignment,
-        args.child,
-        args.out,
-        member=args.member,
-        endpoint=args.endpoint,
-        onto=args.onto,
-        weight=args.weight,
-        full=args.full,
-        basis=args.basis,
-        evenly=args.evenly,
-        dtype=None if args.dtype is None else getattr(torch, args.dtype),
-        tokens=tokens,
-        device=args.device,
-        memory=None if args.memory is None else parse_bytes(args.memory),
-    )
+    with console.progress() as shown:
+        report = carry(
+            args.alignment,
+            args.child,
+            args.out,
+            member=args.member,
+            endpoint=args.endpoint,
+            onto=args.onto,
+            weight=args.weight,
+            full=args.full,
+            basis=args.basis,
+            evenly=args.evenly,
+            dtype=None if args.dtype is None else getattr(torch, args.dtype),
+            tokens=tokens,
+            device=args.device,
+            memory=None if args.memory is None else parse_bytes(args.memory),
+            progress=shown,
+        )
     if report.get("agreement"):
         told = ", ".join(f"{slot} {share:.0%}" for slot, share in report["agreement"].items())
         console.say(f"in the {report['basis']} basis; counted as far as the matrices agree (mean over blocks): {told}")

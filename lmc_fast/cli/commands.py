@@ -63,12 +63,14 @@ def merge_command(args: argparse.Namespace, console: Console) -> int:
         "shard_bytes": shard_bytes,
         "extrapolate": args.extrapolate,
     }
-    if args.weight is None:
-        record = merge(places, args.out, **how)
-    elif len(places) == 2:
-        record = merge(args.a, args.b, args.out, args.weight, **how)
-    else:
+    if args.weight is not None and len(places) != 2:
         raise LmcError("--weight is the share of B of two models; give --weights, one for each model")
+    with console.progress() as shown:
+        how["progress"] = shown
+        if args.weight is None:
+            record = merge(places, args.out, **how)
+        else:
+            record = merge(args.a, args.b, args.out, args.weight, **how)
     shown = " + ".join(f"{w:g} {place}" for w, place in zip(record["weights"], places, strict=True))
     if args.base is not None:
         shown = f"{args.base}, and of the difference from it {shown}"
@@ -154,7 +156,8 @@ def verify_command(args: argparse.Namespace, console: Console) -> int:
         model = Model(args.a)
         tokens = read_data(args.data, model, sequence_length(model))[:64]
     memory = None if args.memory is None else parse_bytes(args.memory)
-    found, same = verify(args.a, args.b, tokens, args.device, memory=memory)
+    with console.progress() as shown:
+        found, same = verify(args.a, args.b, tokens, args.device, memory=memory, progress=shown)
     console.say(f"KL {found.kl:.2e} nats per token, max |log-probability difference| {found.max_log_probability:.2e}")
     console.say(f"loss {found.loss_a:.5f} and {found.loss_b:.5f} nats per token")
     console.say(("same function" if same else "different functions") + f", says {found.by}")

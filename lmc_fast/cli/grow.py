@@ -22,7 +22,9 @@ def grow_command(args: argparse.Namespace, console: Console) -> int:
         model = Model(args.model)
         tokens = read_data(args.data, model, sequence_length(model, args.length))
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    written = grow(args.model, args.like, args.out, tokens=tokens, dtype=dtype, device=args.device)
+    with console.progress() as shown:
+        how = {"dtype": dtype, "device": args.device}
+        written = grow(args.model, args.like, args.out, tokens=tokens, progress=shown, **how)
     console.say(f"wrote {args.out}: the function of {args.model}, in a size that has room for {args.like}")
     names = {"out": str(args.out), "model": str(args.model), "like": str(args.like)}
     console.result(names | {"sizes": sizes_of(written.spec)})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -46,6 +46,10 @@ class Unreadable(Exception):
     """transformers cannot be made to run a checkpoint block by block; the text says why."""
 
 
+class _Stopped(BaseException):
+    """Carries what `visited` raised past everything that takes an exception for a fault of transformers."""
+
+
 class _HeadReached(Exception):
     """Ends a forward pass where the head would begin."""
 
@@ -71,7 +75,7 @@ class Reference:
     """What from_pretrained makes of a directory, in `dtype`, answering as evaluation.function wants.
 
     task: as in Spec. names: model classes, of which the first that transformers has is taken instead of the task's.
-    columns: how many of the head's, by default all.
+    columns: how many of the head's, by default all. visited: called whenever a block is about to run.
     Raises Unreadable, and LmcError where transformers refuses the checkpoint or would make weights up.
     """
 
@@ -83,9 +87,10 @@ class Reference:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         columns: int | None = None,
+        visited: Callable[[], None] | None = None,
     ):
         self.path, self.task, self.device, self._dtype = path, task, torch.device(device), dtype
-        self._columns = columns
+        self._columns, self._visited = columns, visited
         self._source: tuple[list[str], Any] = ([], None)
         with quiet(), _unreadable():
             self._stock = _class_of(path, task, names)
@@ -204,6 +209,11 @@ class Reference:
 
     def _hook_block(self, block: nn.Module, names: Sequence[str], places: Sequence[_Place]) -> None:
         def fill(*_: Any) -> None:
+            try:
+                if self._visited is not None:
+                    self._visited()
+            except Exception as error:
+                raise _Stopped from error
             self._fill(names, places)
             self._require(places)
 
@@ -235,11 +245,15 @@ class Reference:
     @torch.no_grad()
     def head_inputs(self, data: Data, batch: int) -> Tensor:
         """As Answering; of models whose whole output is small, that."""
-        if self.head is None:
-            return torch.cat([self._picked(self._outputs(inputs_of(part)), part) for part in data.split(batch)])
-        return torch.cat(
-            [target_rows(self._hidden(model_inputs(part)), part) for part in data.to(self.device).split(batch)]
-        )
+        try:
+            if self.head is None:
+                return torch.cat([self._picked(self._outputs(inputs_of(part)), part) for part in data.split(batch)])
+            return torch.cat(
+                [target_rows(self._hidden(model_inputs(part)), part) for part in data.to(self.device).split(batch)]
+            )
+        except _Stopped as stopped:
+            assert stopped.__cause__ is not None
+            raise stopped.__cause__ from None
 
     @torch.no_grad()
     def logits(self, rows: Tensor, columns: int) -> Iterator[tuple[int, Tensor]]:

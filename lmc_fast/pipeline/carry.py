@@ -31,6 +31,7 @@ from .carry_adapters import carry_adapters
 from .carry_basis import Addition, Agreement, agreement, distance_between, mean_agreement, place_in, share_of
 from .endpoints import Endpoint, Known
 from .evaluate import compare
+from .progress import Cancel, Progress, Visits, Watch
 from .room import endpoint_bytes, largest_file, require_room
 
 UNRELATED = 0.9  # of how far unrelated weights are apart: what is as far is no child
@@ -74,6 +75,8 @@ def carry(
     tokens: Given | None = None,
     device: torch.device | str = "cpu",
     memory: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    cancel: Cancel | None = None,
 ) -> dict[str, Any]:
     """Brings what was trained on an endpoint into the aligned basis, where it can be added to the other endpoint.
 
@@ -99,6 +102,8 @@ def carry(
         tokens: data to prove on that C' computes what C does; None: random.
         device: where to prove it.
         memory: bytes that this process (on a GPU: its memory there) may take; None: what is convenient.
+        progress: called in every stage of carrying a checkpoint, see Progress.
+        cancel: called, or a threading.Event looked at, then; True ends the work.
 
     Returns:
         What was done: "distance" (of the child from its endpoint, 1 being that of unrelated weights), "proof", and with
@@ -108,6 +113,7 @@ def carry(
         LmcError: something does not fit together: a child of another model, an adapter that cannot be carried exactly,
             a target that is not aligned. Nothing is left behind.
         TooSmall: `memory` is too little; `smallest` is enough.
+        Cancelled: `cancel` says so; nothing is left behind.
 
     >>> done = lmc.carry("DIR/alignment.safetensors", "CHILD", "CARRIED", member="b")
     >>> done["distance"] < 0.1
@@ -116,7 +122,7 @@ def carry(
     require_device(device)
     require_writable(dtype)
     require_bytes(memory)
-    how = Addition(weight, basis, evenly)
+    how, watch = Addition(weight, basis, evenly), Watch(progress, cancel)
     file, target = user_path(alignment), user_path(out)
     require_apart((target, partial_of(target)), (file, child, endpoint, onto))
     check_target(target)
@@ -126,7 +132,7 @@ def carry(
     if is_adapter(place):
         base = _base_of_adapter(known, member, endpoint)
         if not full:
-            return carry_adapters(known, member, base, place, target, onto=onto, how=how, dtype=dtype)
+            return carry_adapters(known, member, base, place, target, onto=onto, how=how, dtype=dtype, watch=watch)
         if adapter_directories(place) != [place]:
             raise LmcError(f"{child} holds several adapters; carry them one by one with --full")
         source, found = Child(str(child), base.model, Adapter(place, base.model.original)), base
@@ -136,7 +142,7 @@ def carry(
         source, found = Child(str(child), known.fitted(Model(child), member)), known.endpoint(member, endpoint)
     if weight != 1 and onto is None:
         raise LmcError("a weight is one of what is added; give --onto, too")
-    return _carry_checkpoint(known, member, source, found, target, onto, how, dtype, tokens, device, memory)
+    return _carry_checkpoint(known, member, source, found, target, onto, how, dtype, tokens, device, memory, watch)
 
 
 def _base_of_adapter(known: Known, member: str, given: str | Path | None) -> Endpoint:
@@ -162,6 +168,7 @@ def _carry_checkpoint(
     tokens: Given | None,
     device: torch.device | str,
     memory: int | None,
+    watch: Watch,
 ) -> dict[str, Any]:
     element = known.element(member)
     if child.adapter is None:
@@ -171,11 +178,12 @@ def _carry_checkpoint(
     _require_memory(child.model, memory, device)
     tokens = None if tokens is None else as_data(tokens, child.model)
 
-    def moved() -> Weights:
-        return element.apply(canonicalize(child.weights, like))
+    def moved(stage: str) -> Weights:
+        weights = element.apply(canonicalize(child.weights, like))
+        return Visits(watch, stage, len(weights.blocks)).of(weights)
 
-    distance = distance_between(moved(), base.aligned())
-    _judge(known, member, child, base, distance, moved)
+    distance = distance_between(moved("comparing"), base.aligned())
+    _judge(known, member, child, base, distance)
     basis = None if onto is None else known.target(onto)
     found = within = shares = None  # within: what is still to be weighed when it is added
     if basis is not None:
@@ -183,7 +191,7 @@ def _carry_checkpoint(
         found = place_in(known, how.basis, member, base, basis)
         element, base = found.element, found.base
         check_legal(element, child.model.spec)
-        within = shares = None if how.evenly else agreement(basis, base)
+        within = shares = None if how.evenly else agreement(basis, base, watch)
         if shares is not None and child.adapter is not None and not isinstance(child.model, GrownModel):
             child, within = replace(child, adapter=child.adapter.weighted(shares)), None
     names, needed = _planned(child, basis, dtype)
@@ -191,15 +199,17 @@ def _carry_checkpoint(
     report = {"child": child.source, "from": member, "endpoint": base.model.source, "distance": distance}
     with atomic_directory(target, names) as work:
         place = work if basis is None else work / _CHILD
-        export_weights(moved(), child.model, place, dtype if basis is None else torch.float32)
-        proof = _prove(child, place, work / "merged", tokens, device, memory)
+        export_weights(moved("writing"), child.model, place, dtype if basis is None else torch.float32)
+        proof = _prove(child, place, work / "merged", tokens, device, memory, watch)
         report["proof"] = proof
         if basis is not None and found is not None:
             remove_own(place, checkpoint_names(child.model.path))
             report |= {"onto": basis.model.source, "weight": how.weight, "basis": found.basis}
             report |= {"agreement": None if shares is None else mean_agreement(shares)}
             total = partial(_sum, weight=how.weight, shares=within)
-            report["moved"] = _write_sum(basis, child, moved, base, total, work, dtype, tokens, device, memory)
+            report["moved"] = _write_sum(
+                basis, child, moved("writing"), base, total, work, dtype, tokens, device, memory, watch
+            )
         for model in (child.model, base.model, *(() if basis is None else (basis.model,))):
             model.checkpoint.identity.require_unchanged()
     return report | {"out": str(target)}
@@ -219,7 +229,13 @@ def _planned(child: Child, basis: Endpoint | None, dtype: torch.dtype | None) ->
 
 
 def _prove(
-    child: Child, written: Path, scratch: Path, tokens: Data | None, device: torch.device | str, memory: int | None
+    child: Child,
+    written: Path,
+    scratch: Path,
+    tokens: Data | None,
+    device: torch.device | str,
+    memory: int | None,
+    watch: Watch,
 ) -> dict[str, Any]:
     """How far what was written is from the child, by transformers. Raises LmcError where its function is not kept."""
     original = child.model
@@ -227,7 +243,9 @@ def _prove(
         export_weights(child.weights, child.model, scratch, torch.float32)
         original = Model(scratch)
     sample = None if tokens is None else tokens[:PROOF_SEQUENCES]
-    found, same = compare(original, Model(written), sample, device, memory)
+    carried = Model(written)
+    visits = Visits.of_models(watch, "verifying", original, carried)
+    found, same = compare(original, carried, sample, device, memory, visits)
     if child.adapter is not None:
         remove_own(scratch, checkpoint_names(child.model.path))
     if not same:
@@ -241,7 +259,7 @@ def _prove(
 def _write_sum(
     basis: Endpoint,
     child: Child,
-    moved: Callable[[], Weights],
+    moved: Weights,
     base: Endpoint,
     add: Callable[[Weights, Weights, Weights], Weights],
     work: Path,
@@ -249,13 +267,16 @@ def _write_sum(
     tokens: Data | None,
     device: torch.device | str,
     memory: int | None,
+    watch: Watch,
 ) -> dict[str, Any]:
     """Writes what `add` makes of basis, child and base. Returns how far its function is from that of the basis."""
     model = in_common(_fitting(basis, child), base.model)[0]
     total = Endpoint(model, basis.element).aligned()
-    export_weights(add(total, moved(), base.aligned()), model, work, dtype)
+    export_weights(add(total, moved, base.aligned()), model, work, dtype)
     sample = None if tokens is None else tokens[:PROOF_SEQUENCES]
-    return compare(basis.model, Model(work), sample, device, memory)[0].to_json()
+    written = Model(work)
+    visits = Visits.of_models(watch, "verifying", basis.model, written)
+    return compare(basis.model, written, sample, device, memory, visits)[0].to_json()
 
 
 def _fitting(basis: Endpoint, child: Child) -> Model:
@@ -301,9 +322,7 @@ def _require_alike(base: Endpoint, child: Child) -> None:
         raise LmcError(f"{child.source} was not trained from {base.model.source}: {problem}; name its own endpoint")
 
 
-def _judge(
-    known: Known, member: str, child: Child, base: Endpoint, distance: float, moved: Callable[[], Weights]
-) -> None:
+def _judge(known: Known, member: str, child: Child, base: Endpoint, distance: float) -> None:
     """Raises LmcError for weights that are no nearer to the endpoint than unrelated ones; warns of odd ones."""
     apart = (
         f"{child.source} is {distance:.2f} away from {base.model.source}, "

@@ -20,6 +20,7 @@ from ..symmetry.low_rank import canonical_change, moved_change
 from ..symmetry.transform import Transform
 from .carry_basis import Addition, agreement, mean_agreement, place_in
 from .endpoints import Endpoint, Known
+from .progress import Visits, Watch
 
 _ROUNDING = 16  # times the dtype's: of two factors, each rounded, and the sums over the rank
 _EXACT = 1e-11  # of the weights, in float64
@@ -36,6 +37,7 @@ def carry_adapters(
     onto: str | Path | None,
     how: Addition,
     dtype: torch.dtype | None,
+    watch: Watch,
 ) -> dict[str, Any]:
     """Writes the adapters that lie in `source` anew for the aligned basis, in directories of the same names.
 
@@ -68,7 +70,7 @@ def carry_adapters(
     adapters = [Adapter(place, base.model) for place in places]
     for adapter in adapters:
         _require_base(known, member, adapter)
-    shares = None if how.evenly else agreement(basis, base)
+    shares = None if how.evenly else agreement(basis, base, watch)
     adapters = adapters if shares is None else [adapter.weighted(shares) for adapter in adapters]
     inside = [place.relative_to(source) for place in places]
     names: dict[str, Names | None] = dict(NAMES) if source in places else {}
@@ -76,7 +78,7 @@ def carry_adapters(
     biased = False
     with atomic_directory(target, names) as work:
         for adapter, path in zip(adapters, inside, strict=True):
-            modules = carried_modules(adapter, element, weight, dtype)
+            modules = carried_modules(adapter, element, weight, dtype, watch)
             biased |= _writes_biases(adapter, modules)
             adapter.write(work / path, modules, str(basis.model.path.absolute()))
             _require_exact(adapter, Adapter(work / path, base.model), base, weight)
@@ -97,7 +99,11 @@ def carry_adapters(
 
 
 def carried_modules(
-    adapter: Adapter, element: Transform, weight: float = 1.0, dtype: torch.dtype | None = None
+    adapter: Adapter,
+    element: Transform,
+    weight: float = 1.0,
+    dtype: torch.dtype | None = None,
+    watch: Watch | None = None,
 ) -> list[Module]:
     """The adapter's modules as canonical form and `element` move them, times `weight`; dtype: by default their own."""
     model, spec = adapter.model, adapter.model.spec
@@ -105,7 +111,10 @@ def carried_modules(
     before = element.apply(canonicalize(weights))
     after = element.apply(canonicalize(adapter.changed(weights, weight), weights))
     found: dict[str, Module] = {}
-    for block in dict.fromkeys(module.block for module in adapter.modules):
+    places = list(dict.fromkeys(module.block for module in adapter.modules))
+    visits = Visits(watch or Watch(), "writing", len(places))
+    for block in places:
+        visits()
         around = weights.small_ends if block is None else weights.blocks[block]
         elements = element.model if block is None else element.model | element.blocks[block]
         modules = [module for module in adapter.modules if module.block == block]

@@ -17,6 +17,7 @@ from ..checkpoints import Slots, Weights
 from ..errors import LmcError
 from ..symmetry import Transform
 from .endpoints import Endpoint, Known
+from .progress import Visits, Watch
 
 BASES = ("auto", "aligned", "matched")
 _SAME = 1 - 1e-9  # a cosine from which on two matrices are the same but for rounding
@@ -67,13 +68,14 @@ def place_in(known: Known, basis: str, member: str, base: Endpoint, target: Endp
     return min(found, key=lambda place: distance_between(target.aligned(), place.base.aligned()))
 
 
-def agreement(target: Endpoint, base: Endpoint) -> Agreement:
+def agreement(target: Endpoint, base: Endpoint, watch: Watch) -> Agreement:
     """Cosines, from 0, between all matrices of two models' blocks that read the stream into heads, units or experts.
 
     What such a matrix learned belongs to a head or a unit, and is worth as much as these have partners; what is
     written to the stream, or read by the model's head, all have in common.
     """
     x, y = target.aligned(), base.aligned()
+    x = Visits(watch, "comparing", len(x.blocks)).of(x)
     return [_cosines(x.blocks[i], y.blocks[i]) for i in range(len(x.blocks))]
 
 

@@ -27,7 +27,7 @@ from ..places import simplex_places
 from ..sizes import require_bytes
 from ..symmetry import canonicalize
 from .placing import placed
-from .progress import Cancel, Progress, Watch
+from .progress import Cancel, Progress, Visits, Watch
 from .proof import by_transformers
 
 Device = torch.device | str
@@ -188,6 +188,8 @@ def verify(
     device: Device = "cpu",
     *,
     memory: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    cancel: Cancel | None = None,
 ) -> tuple[Difference, bool]:
     """Do two checkpoints compute the same function? Computed by transformers wherever it can; the difference tells who
     did.
@@ -198,6 +200,8 @@ def verify(
         tokens: data to compare on; None: random token ids or images.
         device: where to compute.
         memory: bytes that this process (on a GPU: its memory there) may take; None: what is convenient.
+        progress: called for every block, see Progress.
+        cancel: called, or a threading.Event looked at, then; True ends the work.
 
     Returns:
         The difference, and whether its KL is within the rounding of their dtypes (1e-8 nats for float32, 1e-4 for
@@ -206,6 +210,7 @@ def verify(
     Raises:
         LmcError: one is not usable, or they are not comparable: another family or vocabulary.
         TooSmall: `memory` is too little; `smallest` is enough.
+        Cancelled: `cancel` says so.
 
     >>> difference, same = lmc.verify("A", "DIR/a")
     >>> same, lmc.verify("A", "B")[1]
@@ -218,13 +223,22 @@ def verify(
     if memory is not None:
         data = _inputs(x, y) if tokens is None else tokens
         _require(max(_stages(m.spec, data, device).verifying(held=True) for m in (x, y)), memory, device)
-    return compare(x, y, tokens, device, memory)
+    return compare(x, y, tokens, device, memory, Visits.of_models(Watch(progress, cancel), "verifying", x, y))
 
 
 def compare(
-    x: Model, y: Model, tokens: Data | None, device: Device = "cpu", memory: int | None = None
+    x: Model,
+    y: Model,
+    tokens: Data | None,
+    device: Device = "cpu",
+    memory: int | None = None,
+    visited: Visits | None = None,
 ) -> tuple[Difference, bool]:
-    """As `verify`; where `memory` is too little, the smallest portions are taken: a run has planned with them."""
+    """As `verify`; where `memory` is too little, the smallest portions are taken: a run has planned with them.
+
+    visited: counts the blocks of both.
+    """
+    visited = visited or Visits.of_models(Watch(), "verifying", x, y)
     x, y = in_common(x, y)
     if (x.spec.family, x.spec.vocab) != (y.spec.family, y.spec.vocab):
         raise LmcError(
@@ -234,14 +248,15 @@ def compare(
     if tokens is None:
         tokens = _inputs(x, y)
     try:
-        found = by_transformers(x, y, tokens, device, memory)
+        found = by_transformers(x, y, tokens, device, memory, visited)
     except Unreadable as error:
         _log.info("both models are compared by our own engine, since %s", error)
         portions = {}
         if memory is not None:
             wider = x.spec if x.spec.width >= y.spec.width else y.spec
             portions = asdict(_stages(wider, tokens, device).portions_of_comparison(memory))
-        found = difference(x.open_weights(device=device), y.open_weights(device=device), tokens.to(device), **portions)
+        one, two = (visited.of(model.open_weights(device=device)) for model in (x, y))
+        found = difference(one, two, tokens.to(device), **portions)
         found = replace(found, by=f"{OURS}, since {error}")
     return found, found.kl <= tolerance(x.coarsest_dtype, y.coarsest_dtype)
 

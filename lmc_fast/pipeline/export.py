@@ -22,7 +22,7 @@ from ..pair import Models
 from ..symmetry import Transform, canonicalize, check_legal
 from ..symmetry.grown import as_recorded
 from .evaluate import compare, require_fitting
-from .progress import Watch
+from .progress import Visits, Watch
 from .room import alignment_bytes, endpoint_bytes, largest_file, require_room
 from .run_directory import export_names
 
@@ -132,11 +132,10 @@ def prove(
         count = max(1, min(PROOF_SEQUENCES, PROOF_TOKENS // pair.spec.length(inputs_of(tokens).shape)))
         sample = tokens[:: max(1, len(tokens) // count)][:count]
     proof: dict[str, Difference] = {}
-    watch = watch or Watch()
-    watch.begin("verifying", len(pair.members))
+    visits = Visits.of_models(watch or Watch(), "verifying", *(2 * pair.members))
     for name, original, place in zip(pair.names, pair.members, written, strict=True):
         model = Model(place)
-        found, same = compare(original.original, model, sample, device, memory)
+        found, same = compare(original.original, model, sample, device, memory, visits)
         if not same:
             short = model.dtype.itemsize < 4
             remedy = "write it in float32 (--dtype float32)" if short else "please report this as a bug"
@@ -145,7 +144,6 @@ def prove(
                 f"nothing is published; {remedy}"
             )
         proof[name] = found
-        watch.at(len(proof), len(pair.members))
     return proof
 
 
@@ -158,13 +156,10 @@ def export_into(
 ) -> None:
     """Writes a/, b/, ... into an existing directory. Raises LmcError, also where an input changed meanwhile."""
     require_unchanged(pair)
-    watch = watch or Watch()
-    watch.begin("writing", len(pair.members))
-    written = zip(pair.names, pair.members, alignment.members, strict=True)
-    for done, (name, model, transform) in enumerate(written, 1):
+    visits = Visits.of_models(watch or Watch(), "writing", *pair.members)
+    for name, model, transform in zip(pair.names, pair.members, alignment.members, strict=True):
         with disk_errors(directory / name):
-            export_endpoint(model, transform, directory / name, dtype)
-        watch.at(done, len(pair.members))
+            export_endpoint(model, transform, directory / name, dtype, visits)
     require_unchanged(pair)
 
 
@@ -174,7 +169,9 @@ def require_unchanged(pair: Models) -> None:
         model.checkpoint.identity.require_unchanged()
 
 
-def export_endpoint(model: Model, transform: Transform, directory: Path, dtype: torch.dtype | None) -> None:
+def export_endpoint(
+    model: Model, transform: Transform, directory: Path, dtype: torch.dtype | None, visits: Visits | None = None
+) -> None:
     """Canonical form and transform in float64, rounded once to the stored dtype; one block at a time."""
-    weights = model.open_weights(torch.float64)
-    export_weights(transform.apply(canonicalize(weights)), model, directory, dtype)
+    weights = transform.apply(canonicalize(model.open_weights(torch.float64)))
+    export_weights(visits.of(weights) if visits else weights, model, directory, dtype)

@@ -27,6 +27,7 @@ from ..interrupts import uninterrupted
 from ..learning.healing import RATE, Healer, healing_bytes, loss_of, with_tensors
 from ..learning.schedule import Schedule
 from ..learning.steering import best_of
+from ..members import listed
 from ..output import Workspace, partial_of, require_apart, user_path, workspace_names, write_whole
 from ..pair import Models, models_of
 from ..sizes import show_bytes
@@ -120,6 +121,11 @@ def heal(
     wrong = [name for name in given if name and name not in names[1:]]
     if wrong or not given:
         raise LmcError(f"data of {wrong[0] if wrong else 'nothing'!r}; the endpoints are {', '.join(names[1:])}")
+    unsaid = [name for name in names[1:] if name not in given and "" not in given]
+    if unsaid:
+        raise LmcError(
+            f"there is no data for {listed(unsaid)}: every endpoint teaches on data of its own, or all on one"
+        )
     sources = {name: as_data(x, models.a) for name, x in given.items()}
     job = _Job(models, names, sources, schedule, rate, device, Watch(progress, cancel))
     run = {"steps": steps, "batch": batch, "seed": seed, "rate": rate, "start": start, "inputs": job.digests}

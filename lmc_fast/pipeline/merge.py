@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from ..files import read_object
 from ..output import atomic_directory, check_target, partial_of, require_apart, user_path
 from ..pair import in_common, pair_of
 from .card import CARD_NAMES, record_of, write_card
+from .progress import Cancel, Progress, Visits, Watch
 from .room import endpoint_bytes, require_room
 from .shares import ByBlock, Rule, Shares, shares_by_block
 
@@ -63,6 +64,8 @@ def merge(
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     extrapolate: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    cancel: Cancel | None = None,
 ) -> dict[str, Any]: ...
 @overload
 def merge(
@@ -75,6 +78,8 @@ def merge(
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     extrapolate: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    cancel: Cancel | None = None,
 ) -> dict[str, Any]: ...
 def merge(
     a: Place | Sequence[Place],
@@ -88,6 +93,8 @@ def merge(
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     extrapolate: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    cancel: Cancel | None = None,
 ) -> dict[str, Any]:
     """Writes the weighted average of checkpoints, tensor by tensor: merge(a, b, out, weight) or merge([a, b, c], out).
 
@@ -106,6 +113,8 @@ def merge(
         dtype: of the weights that are written; None: what the first model stores each tensor in.
         shard_bytes: of a file at most, where no tensor has more; by default 5 GB.
         extrapolate: weights outside [0, 1] are wanted.
+        progress: called for every tensor, see Progress.
+        cancel: called, or a threading.Event looked at, then; True ends the work.
 
     Returns:
         The record of what was merged, as it is written in README.md: models, weights, method, dtype, notes.
@@ -113,6 +122,7 @@ def merge(
     Raises:
         LmcError: the checkpoints do not match, weights make no sense, `out` exists and is not empty, or a weight
             overflows.
+        Cancelled: `cancel` says so; nothing is left behind.
 
     >>> record = lmc.merge("DIR/a", "DIR/b", "MERGED", 0.25)
     >>> record["weights"], record["method"]
@@ -149,13 +159,15 @@ def merge(
     notes += _on_dtypes(models, dtype)
     for note in notes:
         _log.info(note)
+    watch = Watch(progress, cancel)
     most = endpoint_bytes(models[0], dtype)
     require_room(partial_of(target), most, min(most, shard_bytes))
     with atomic_directory(target, {**checkpoint_names(models[0].path), **CARD_NAMES}) as work:
         if all(model.folds == models[0].folds for model in models):
-            write_checkpoint(work, _averaged(merger), _config(merger), models[0].path, shard_bytes)
+            write_checkpoint(work, _watched(_averaged(merger), watch), _config(merger), models[0].path, shard_bytes)
         else:  # what one folds into its weights the others do not: the same numbers mean something else
-            export_weights(_mixed_slots(merger), models[0], work, dtype, shard_bytes)
+            weights = Visits.of_models(watch, "writing", models[0]).of(_mixed_slots(merger))
+            export_weights(weights, models[0], work, dtype, shard_bytes)
         record = record_of(models, shares, merger.base, dtype or models[0].dtype, notes)
         write_card(work, record, models[0].family)
         for model in models:
@@ -214,6 +226,18 @@ def _config(merger: _Merger) -> dict[str, Any]:
         config.pop("torch_dtype", None)
         config["dtype"] = _name(merger.dtype)
     return config
+
+
+def _watched(tensors: Iterator[Stored], watch: Watch) -> Iterator[Stored]:
+    """The same, of which the watch is told whenever one is about to be made."""
+    known = list(tensors)
+    visits = Visits(watch, "writing", len(known))
+
+    def parts(tensor: Stored) -> Iterable[Tensor]:
+        visits()
+        yield from tensor.parts()
+
+    return (replace(tensor, parts=partial(parts, tensor)) for tensor in known)
 
 
 def _averaged(merger: _Merger) -> Iterator[Stored]:

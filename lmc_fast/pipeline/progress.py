@@ -6,9 +6,10 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ..checkpoints import LazyBlocks, Model, Slots, Weights
 from ..errors import Cancelled
 
 Cancel = Callable[[], bool] | threading.Event
@@ -26,8 +27,8 @@ class Progress:
         loss: of the last step of learning, in nats; None in other stages.
         excess: of the last validation, in nats; None before it.
         tokens: read in this step.
-        stage: "placing", "matching", "preparing", "learning", "measuring", "writing", "verifying", "diagnosing", or of
-            heal "trying" and "healing".
+        stage: "placing", "matching", "preparing", "learning", "measuring", "writing", "verifying", "diagnosing", of
+            carry "comparing", or of heal "trying" and "healing".
         note: for people.
         eta: seconds that are left of the stage: before the first step of learning from the plan, or from what a pass
             through the models took, then from what steps took; None where nothing is known.
@@ -77,6 +78,33 @@ class Watch:
             self._progress(Progress(step, steps, stage=self.stage, eta=eta, **facts))
         if self._cancel is not None and self._cancel():
             raise Cancelled(f"cancelled while {self.stage}, at {step} of {steps}")
+
+
+class Visits:
+    """Counts blocks as they are visited, `total` in all, and tells a watch of each."""
+
+    def __init__(self, watch: Watch, stage: str, total: int):
+        self._watch, self._total, self._done = watch, total, 0
+        watch.begin(stage, total)
+
+    @classmethod
+    def of_models(cls, watch: Watch, stage: str, *models: Model) -> Visits:
+        """Of every block of all of them, once."""
+        return cls(watch, stage, sum(model.spec.layers for model in models))
+
+    def __call__(self) -> None:
+        self._done += 1
+        self._watch.at(min(self._done, self._total), self._total)
+
+    def of(self, weights: Weights) -> Weights:
+        """Lazy weights whose blocks are counted when they are made; others as they are."""
+
+        def visited(_: int, block: Slots) -> Slots:
+            self()
+            return block
+
+        blocks = weights.blocks
+        return replace(weights, blocks=blocks.map(visited)) if isinstance(blocks, LazyBlocks) else weights
 
 
 class MatchingWatch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import zipfile
+from collections.abc import Callable
 
 import torch
 
@@ -25,9 +26,16 @@ _BATCH = 32  # inputs that go through a block together
 
 
 def by_transformers(
-    x: Model, y: Model, data: Data, device: torch.device | str = "cpu", memory: int | None = None
+    x: Model,
+    y: Model,
+    data: Data,
+    device: torch.device | str = "cpu",
+    memory: int | None = None,
+    visited: Callable[[], None] | None = None,
 ) -> Difference:
     """How far two checkpoints' functions are apart on data, in float32, block by block, within `memory` bytes.
+
+    visited: called whenever a block of one of them is about to run.
 
     Raises Unreadable where transformers cannot run one of them like that.
     """
@@ -37,7 +45,10 @@ def by_transformers(
     if x.home is None or y.home is None:
         first, second = (WholeReference(m.stock(), m.spec.task, device, columns=m.vocabulary) for m in (x, y))
         return difference(first, second, data, 1, rows=1)
-    a, b = (Reference(m.path, m.spec.task, m.family.architectures, device, columns=m.vocabulary) for m in (x, y))
+    a, b = (
+        Reference(m.path, m.spec.task, m.family.architectures, device, columns=m.vocabulary, visited=visited)
+        for m in (x, y)
+    )
     batch = rows = len(data)
     if memory is not None:
         length = x.spec.length(inputs_of(data).shape)

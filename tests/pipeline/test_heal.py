@@ -125,6 +125,7 @@ def test_refusals(models, text, tmp_path, make_checkpoint, capsys):
     refused("a mixture has 2 to 26 endpoints, not 1", endpoints=models[1:2])
     refused("'c' is unknown; choose one of average, a, b", start="c")
     refused("data of 'z'", data={"z": blocks})
+    refused("there is no data for b", data={"a": blocks})
     refused("rate must be", rate=math.nan)
     refused("steps must be", steps=-1)
     refused("give at least one", steps=0)

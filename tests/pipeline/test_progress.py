@@ -1,12 +1,14 @@
 """Progress of every stage, and cancelling in each of them."""
 
+import shutil
 import signal
 import threading
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
 from checkpoints_tiny import write_lines
+from transformers import AutoModelForCausalLM
 
 import lmc_fast as lmc
 from lmc_fast.data import read_data, sequence_length
@@ -62,6 +64,60 @@ def test_every_stage_tells_how_far_it_is(case, memory, tmp_path):
     assert learning[0].steps == 4 and learning[-1].eta == 0 and learning[3].eta > 0
     # before the first step the plan knows
     assert (learning[0].eta is not None) == (memory is not None) and (memory is None or learning[0].eta > 0)
+
+
+@pytest.fixture
+def commands(case, tmp_path):
+    """What else takes long, by name: the call, which writes `out`, and its stages."""
+    pair, tokens, validation = case
+    lmc.run(pair, tokens, tmp_path / "run", validation=validation, curves=False, **FAST)
+    a, b = (str(model.path) for model in pair.members)
+    run, out = tmp_path / "run", tmp_path / "out"
+    model = AutoModelForCausalLM.from_pretrained(a)
+    del model.gpt_neox.layers[1:]
+    model.config.num_hidden_layers = 1
+    model.save_pretrained(tmp_path / "small")
+    return {
+        "merge": (partial(lmc.merge, a, b, out), ["writing"]),
+        "verify": (partial(lmc.verify, a, b), ["verifying"]),
+        "grow": (partial(lmc.grow, tmp_path / "small", a, out, tokens=tokens), ["placing", "writing", "verifying"]),
+        "carry": (
+            partial(lmc.carry, run / "alignment.safetensors", b, out, member="b", onto=run / "a"),
+            ["comparing", "writing", "verifying"],
+        ),
+    }
+
+
+@pytest.mark.parametrize("command", ["merge", "verify", "grow", "carry"])
+def test_other_commands_tell_how_far_they_are_and_can_be_cancelled(commands, command, tmp_path):
+    (call, stages), out = commands[command], tmp_path / "out"
+    seen = []
+    call(progress=seen.append)
+    assert [stage for stage in dict.fromkeys(at.stage for at in seen)] == stages
+    for stage in stages:
+        told = [at for at in seen if at.stage == stage]
+        assert told[-1].step == told[-1].steps > 1
+        flag = threading.Event()
+
+        def stop(at, stage=stage, flag=flag):
+            if at.stage == stage and at.step:
+                flag.set()
+
+        if out.exists():
+            shutil.rmtree(out)
+        with pytest.raises(lmc.Cancelled, match=f"cancelled while {stage}"):
+            call(progress=stop, cancel=flag)
+        assert not out.exists() and not out.with_name("out.partial").exists()
+
+
+def test_what_a_callback_raises_is_not_taken_for_a_fault_of_transformers(case, caplog):
+    def fail(at):
+        if at.step:
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        lmc.verify(case[0].a.path, case[0].b.path, progress=fail)
+    assert "our own engine" not in caplog.text
 
 
 def test_time_left(monkeypatch):

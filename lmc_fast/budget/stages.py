@@ -62,7 +62,7 @@ class TooSmall(LmcError):
         if named >= 1 << 30:
             needed += f" ({show_bytes(named)})"
         super().__init__(
-            f"{show_bytes(budget)} of memory is too small for this pair; the smallest budget that works is {needed}"
+            f"{show_bytes(budget)} of memory is too small for these models; the smallest budget that works is {needed}"
             + (" with this many tokens per step" if learning else "")
         )
 

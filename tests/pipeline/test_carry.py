@@ -174,7 +174,7 @@ def test_what_does_not_fit_together_is_refused(home, child_of, make_checkpoint, 
     refused("not a finite number", weight=float("nan"))
     refused("one of a, b", member="c")
     refused("--full is for adapters", full=True)
-    refused("too small for this pair", memory=1 << 20)
+    refused("too small for these models", memory=1 << 20)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(LmcError, match="exists and is not empty"):

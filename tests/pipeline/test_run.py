@@ -29,8 +29,8 @@ def damage(monkeypatch, endpoint: str) -> None:
     """One endpoint reaches the disk with one weight off by a little."""
     write = export_module.export_endpoint
 
-    def broken(model, transform, directory, dtype):
-        write(model, transform, directory, dtype)
+    def broken(model, transform, directory, *how):
+        write(model, transform, directory, *how)
         if directory.name == endpoint:
             file = directory / "model.safetensors"
             tensors = load_file(file)

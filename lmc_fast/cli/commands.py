@@ -65,8 +65,8 @@ def merge_command(args: argparse.Namespace, console: Console) -> int:
     }
     if args.weight is not None and len(places) != 2:
         raise LmcError("--weight is the share of B of two models; give --weights, one for each model")
-    with console.progress() as shown:
-        how["progress"] = shown
+    with console.progress() as display:
+        how["progress"] = display
         if args.weight is None:
             record = merge(places, args.out, **how)
         else:

@@ -166,8 +166,8 @@ def merge(
         if all(model.folds == models[0].folds for model in models):
             write_checkpoint(work, _watched(_averaged(merger), watch), _config(merger), models[0].path, shard_bytes)
         else:  # what one folds into its weights the others do not: the same numbers mean something else
-            weights = Visits.of_models(watch, "writing", models[0]).of(_mixed_slots(merger))
-            export_weights(weights, models[0], work, dtype, shard_bytes)
+            mixed = Visits.of_models(watch, "writing", models[0]).of(_mixed_slots(merger))
+            export_weights(mixed, models[0], work, dtype, shard_bytes)
         record = record_of(models, shares, merger.base, dtype or models[0].dtype, notes)
         write_card(work, record, models[0].family)
         for model in models:

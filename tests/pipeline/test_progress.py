@@ -93,7 +93,7 @@ def test_other_commands_tell_how_far_they_are_and_can_be_cancelled(commands, com
     (call, stages), out = commands[command], tmp_path / "out"
     seen = []
     call(progress=seen.append)
-    assert [stage for stage in dict.fromkeys(at.stage for at in seen)] == stages
+    assert list(dict.fromkeys(at.stage for at in seen)) == stages
     for stage in stages:
         told = [at for at in seen if at.stage == stage]
         assert told[-1].step == told[-1].steps > 1

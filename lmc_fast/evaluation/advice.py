@@ -48,8 +48,8 @@ def advise(found: Diagnosis, spec: Spec, aligned: bool) -> list[str]:
     gained = losses["middle"] - losses["calibrated"]
     if gained > HELPS * excess:
         out.append(
-            f"a temperature of {found.temperature:.2f} alone takes {gained:.3f} of {excess:.3f} nats: the middle is "
-            "badly calibrated"
+            f"a temperature of {found.temperature:.2f} alone lowers the middle's loss by {gained:.3f} nats; it lies "
+            f"{excess:.3f} above the line: it is badly calibrated"
         )
     limit = losses["ensemble"] - (losses["a"] + losses["b"]) / 2
     out.append(f"the ensemble of both, which no average is expected to beat, is at {limit:+.3f} nats")

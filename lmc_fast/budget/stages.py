@@ -252,6 +252,6 @@ class Stages:
 
 
 def _shared(room: int, streams: int, each: int, logits: int, most: int) -> Portions:
-    """Half of the room for inputs at work, the rest for streams."""
-    batch = max(1, min(most, room // 2 // each))
+    """At most half of the room for inputs at work, the rest for streams, theirs before all."""
+    batch = max(1, min(most, room // 2 // each, room // (streams + each)))
     return Portions(batch, max(batch, (room - batch * each) // streams), logits)

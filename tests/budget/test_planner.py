@@ -223,6 +223,18 @@ def test_all_places_between_many_are_planned_for():
     assert four.all()["measuring"] == four.measuring(len(simplex_places(4, 11))) > four.measuring(11)
 
 
+@pytest.mark.parametrize("members", [2, 3, 4, 6])
+def test_streams_of_all_places_fit_whatever_the_inputs_at_work_leave(members):
+    """Between many models there are so many places that one input's streams outweigh its way through a block."""
+    spec = spec_of("gpt_neox")
+    stages, places = Stages(spec, 64, members=members), len(simplex_places(members, 11)) if members > 2 else 11
+    each = 2 * places * 64 * spec.width * 4  # the stream at each place, and what the head reads of it
+    least = stages.measuring(places, held=True)
+    for budget in range(least, 3 * least, least // 20):
+        found = stages.portions_of_line(places, budget, True)
+        assert found.rows >= found.batch and (found.rows - 1) * each <= budget - least
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_the_smallest_budget_is_that_of_all_stages(name):
     """One number, that of whichever stage needs most; a run that goes on has matched already."""

@@ -186,18 +186,27 @@ def cache_file() -> Path:
 
 
 def _cached(key: str, measure: Callable[[], float]) -> float:
-    """The remembered figure of this device, or a new one. A cache that cannot be read or written is done without."""
+    """The remembered figure of this device, or a new one. A cache that cannot be read or written is done without.
+
+    It is read again behind the measurement: what other processes found meanwhile stays, and theirs is taken.
+    """
+    known = _remembered()
+    if key not in known:
+        value = measure()
+        known = _remembered()
+        if key not in known:
+            known[key] = value
+            try:
+                cache_file().parent.mkdir(parents=True, exist_ok=True)
+                write_whole(cache_file(), json.dumps(known, indent=1))
+            except (OSError, LmcError):
+                _log.info("could not write %s", cache_file())
+    return known[key]
+
+
+def _remembered() -> dict[str, float]:
     try:
-        known = json.loads(cache_file().read_text())
+        found = json.loads(cache_file().read_text())
     except (OSError, ValueError):
-        known = {}
-    if isinstance(known, dict) and isinstance(known.get(key), float):
-        return known[key]
-    value = measure()
-    known = (known if isinstance(known, dict) else {}) | {key: value}
-    try:
-        cache_file().parent.mkdir(parents=True, exist_ok=True)
-        write_whole(cache_file(), json.dumps(known, indent=1))
-    except (OSError, LmcError):
-        _log.info("could not write %s", cache_file())
-    return value
+        return {}
+    return {k: v for k, v in found.items() if isinstance(v, float)} if isinstance(found, dict) else {}

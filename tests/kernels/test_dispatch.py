@@ -38,6 +38,26 @@ def test_near_it_a_measurement_decides_once(monkeypatch):
     assert list(json.loads(dispatch.cache_file().read_text()).values()) == [2.0]
 
 
+@pytest.mark.parametrize("same", [False, True])
+def test_what_another_process_found_meanwhile_stays(same, monkeypatch):
+    """Else runs that begin together would choose apart, now or at the next start, and end at other bits."""
+    found = {}
+
+    def measure(*_):
+        dispatch.cache_file().parent.mkdir(exist_ok=True)
+        dispatch.cache_file().write_text(json.dumps(found | {"another": 1.5}))
+        return 2.0
+
+    monkeypatch.setattr(dispatch, "measure_crossover", measure)
+    dispatch.crossover_of(64, *HERE, True)
+    (key,) = json.loads(dispatch.cache_file().read_text()).keys() - {"another"}
+    dispatch.cache_file().unlink()
+    dispatch.crossover_of.cache_clear()
+    found = {key: 3.0} if same else {}
+    assert dispatch.crossover_of(64, *HERE, True) == (3.0 if same else 2.0)
+    assert json.loads(dispatch.cache_file().read_text()) == {"another": 1.5, key: 3.0 if same else 2.0}
+
+
 @pytest.mark.parametrize("content", ["", "[]", "not json", '{"other": 1}'])
 def test_a_spoilt_cache_is_replaced(content, monkeypatch):
     dispatch.cache_file().parent.mkdir()
